@@ -1,0 +1,87 @@
+"""Checkpoints: one safetensors file, written beside and moved into place, so that a kill leaves the old one or the new.
+
+Nothing is pickled: tensors are tensors, the rest is JSON in the file's header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.errors import UserError
+
+FORMAT = 1
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write atomically. `state` must be JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(on_cpu, temporary, metadata={"format": str(FORMAT), "state": json.dumps(state)})
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of `save`; raises UserError for a file that is damaged or of another format."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        if metadata.get("format") != str(FORMAT):
+            raise UserError(f"Checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}; start a "
+                            "new run in another --output.")  # fmt: skip
+        return tensors, json.loads(metadata["state"])
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        raise UserError(f"Checkpoint {path} cannot be read ({str(e).splitlines()[0]}); start a new run in another "
+                        "--output.") from e  # fmt: skip
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers by name, a tied weight once."""
+    seen, unique = set(), {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+@torch.no_grad()
+def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy `module_tensors` back in place."""
+    for name, target in module_tensors(module).items():
+        target.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as "<parameter number>.<key>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value for i, entries in state.items() for key, value in entries.items()}
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries below "prefix/", without it; `prefixed` is its inverse."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": t for name, t in tensors.items()}

@@ -1,0 +1,144 @@
+"""Every setting of a run: default, meaning, unit and check stand in one place, a dataclass a component.
+
+The command line and the YAML file are flat (`--teacher-lr 1e-5`, `teacher_lr: 1e-5`); `engine.cli` builds both from
+these fields. A default of None means "chosen when the models are known"; `resolve_defaults` fills it in, and what was
+chosen is what `config.yaml` of a run records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from engine.errors import UserError
+
+
+def option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field that carries its help text and its closed range of allowed values."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass
+class _Section:
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata.get("minimum"), f.metadata.get("maximum")
+            if value is None or (low is None and high is None):
+                continue
+            # `not (a >= b)` rather than `a < b`, so that nan is refused as well
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be {allowed}.")
+
+
+@dataclass
+class ModelConfig(_Section):
+    """models"""
+
+    teachers: str = option(
+        "bert", "one or more teachers, comma-separated: bert, roberta, distilbert, tinybert, a hub id or a local Hugging "
+        "Face directory; bert2, or a source given twice, is the same start fine-tuned on the next disjoint sample")  # fmt: skip
+    student: str = option("distilbert", "the model to distil into, named like a teacher")
+    student_layers: str | None = option(
+        None, "keep only these encoder layers of the student, counted from 0, as in 1,3,5")
+    retrain_teachers: bool = option(False, "fine-tune teachers also where they already have a trained head")
+    source: Literal["auto", "hub", "embedded"] = option(
+        "auto", "where named models and data come from: the hub only, the embedded demonstration, or the hub and the "
+        "demonstration where the hub cannot be reached")  # fmt: skip
+
+
+@dataclass
+class DataConfig(_Section):
+    """data"""
+
+    data: str = option(
+        "sst2", "sst2 or another GLUE task or data set of the hub, or a local file or directory of .tsv, .csv, .jsonl or "
+        ".parquet files named train, quiz, validation (or dev) and test")  # fmt: skip
+    text_column: str | None = option(None, "column of the (first) text; found by its usual names when not given")
+    pair_column: str | None = option(None, "column of the second text of a pair")
+    label_column: str | None = option(None, "column of the label")
+    task: Literal["auto", "classification", "regression"] = option(
+        "auto", "regression predicts one number; auto takes it when a label has a fraction")
+    train_size: int = option(30_000, "examples in each teacher's sample; students train on the first sample", 1)
+    quiz_size: int = option(100, "examples in the quiz set, where it is cut from the training file", 1)
+    validation_size: int = option(872, "examples in the validation set, where it is cut from the training file", 1)
+    test_size: int = option(2_000, "examples in the test set, where it is cut from the training file", 1)
+    split_seed: int = option(0, "seed of the cuts; the same for every --seed, so that runs are compared on one test set")
+    max_length: int = option(128, "tokens an example is cut to, special tokens included", 4)
+
+
+@dataclass
+class MethodConfig(_Section):
+    """method"""
+
+    method: Literal["metadistil", "kd", "finetune"] = option("metadistil", "how the student is trained")
+    student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
+    temperature: float = option(5.0, "softmax temperature T of both sides of the soft loss", 1e-3)
+    alpha: float = option(0.5, "weight of the soft loss; the hard loss has 1 - alpha", 0.0, 1.0)
+    soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
+        "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits")
+    meta_grad: Literal["exact", "double_backward"] = option(
+        "exact", "how metadistil differentiates the quiz loss through the pilot step; same result up to rounding")
+    pilot_lr: float | None = option(None, "step size of the pilot's SGD step (default: --lr)", 0.0)
+    pilot_steps: int = option(1, "pilot batches a round", 1)
+    quiz_batches: int = option(1, "quiz batches a round, drawn at random", 1)
+
+
+@dataclass
+class OptimConfig(_Section):
+    """optimisation"""
+
+    lr: float | None = option(None, "peak learning rate of the student (default: 6e-5)", 0.0)
+    teacher_lr: float | None = option(None, "peak learning rate of the teachers' meta-updates (default: 6e-5)", 0.0)
+    prepare_lr: float | None = option(None, "peak learning rate of the teachers' fine-tuning (default: 6e-5)", 0.0)
+    batch_size: int = option(32, "examples a batch", 1)
+    epochs: int | None = option(None, "epochs of the student (default: 3)", 1)
+    prepare_epochs: int | None = option(None, "epochs of the teachers' fine-tuning (default: 3)", 1)
+    max_steps: int | None = option(None, "stop the student after this many optimizer steps, whatever --epochs says", 1)
+    warmup_ratio: float = option(0.1, "part of the steps over which the learning rate rises from 0", 0.0, 1.0)
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none", 0.0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", 1e-9)
+
+
+@dataclass
+class RunConfig(_Section):
+    """run"""
+
+    seed: int = option(0, "seed of initialisation, batch order and dropout of the student", 0)
+    teacher_seed: int | None = option(None, "seed of the teachers' fine-tuning (default: --seed)", 0)
+    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of forward and backward; weights stay fp32")
+    device: str = option("auto", "auto, cpu, cuda or cuda:0, cuda:1, ...")
+    output: str | None = option(None, "directory of the results (default: runs/<time>-<method>)")
+    resume: bool = option(False, "continue the interrupted run in --output")
+    eval_steps: int | None = option(None, "validate every so many steps (default: at the end of each epoch)", 1)
+    checkpoint_steps: int = option(500, "save a checkpoint every so many steps", 1)
+    log_steps: int = option(20, "read and write metrics every so many steps", 1)
+    cache_dir: str | None = option(
+        None, "prepared teachers and tokenised data (default: $METADISTIL_CACHE, else ~/.cache/metadistil-engine)")
+
+
+@dataclass
+class Config:
+    """All sections of one run."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> Config:
+        """Build the sections from one flat mapping of field name to value; raises UserError on a value out of range."""
+        sections = {f.name: f.default_factory for f in fields(cls)}
+        return cls(**{
+            name: section(**{f.name: values[f.name] for f in fields(section) if f.name in values})
+            for name, section in sections.items()
+        })  # fmt: skip
+
+    def to_flat(self) -> dict[str, Any]:
+        """The flat mapping that `from_flat` reads, in order of declaration."""
+        return {f.name: getattr(section, f.name) for section in self.sections() for f in fields(section)}
+
+    def sections(self) -> list[_Section]:
+        return [getattr(self, f.name) for f in fields(self)]

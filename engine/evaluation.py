@@ -1,0 +1,65 @@
+"""Logits of a split and the metrics of its kind of task, through torchmetrics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import (
+    accuracy,
+    f1_score,
+    matthews_corrcoef,
+    mean_squared_error,
+    pearson_corrcoef,
+    spearman_corrcoef,
+)
+
+from engine.data.batches import evaluation_batches
+from engine.data.encode import EncodedSplit
+from engine.data.splits import Task
+from engine.network import Network
+
+EVALUATION_BATCH = 64
+
+
+@torch.no_grad()
+def predict(network: Network, split: EncodedSplit, device: torch.device) -> Tensor:
+    """Logits [n, C] on the CPU in the split's order, in float32 arithmetic whatever the training precision is.
+
+    So validation, export and a user's own float32 evaluation see the same numbers.
+    """
+    logits, precision = None, network.precision
+    network.precision = "fp32"
+    try:
+        with network.in_mode(train=False):
+            for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
+                out = network(batch.to(device))
+                logits = out.new_empty(len(split), out.shape[1]) if logits is None else logits
+                logits[rows] = out
+    finally:
+        network.precision = precision
+    return logits.cpu()  # the one synchronisation of an evaluation
+
+
+def score(logits: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
+    """Metrics by name, the task's primary metric first. F1 is of class 1 with two classes, macro with more."""
+    if task.kind == "regression":
+        values = logits.squeeze(-1)
+        metrics = {
+            "pearson": pearson_corrcoef(values, labels),
+            "spearman": spearman_corrcoef(values, labels),
+            "mse": mean_squared_error(values, labels),
+        }
+    else:
+        kind = {"task": "binary"} if task.num_labels == 2 else {"task": "multiclass", "num_classes": task.num_labels}
+        predictions = logits.argmax(-1)
+        metrics = {
+            "accuracy": accuracy(predictions, labels, average="micro", **kind),
+            "f1": f1_score(predictions, labels, average="macro", **kind),  # `average` is ignored with two classes
+            "matthews": matthews_corrcoef(predictions, labels, **kind),
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def primary(task: Task) -> str:
+    """The metric a student is chosen by; higher is better."""
+    return "pearson" if task.kind == "regression" else "accuracy"

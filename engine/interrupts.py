@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM: a training loop finishes its step and saves; everything else stops at once."""
+
+from __future__ import annotations
+
+import signal
+
+
+class Interrupted(Exception):
+    """The run was asked to stop. `status` is the exit status a shell expects: 128 + the signal's number."""
+
+    def __init__(self, number: int, saved: bool = False):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+        self.saved = saved  # whether a checkpoint holds the work
+
+
+class Interrupts:
+    """Handles both signals while it is entered. A second signal does not wait for the step."""
+
+    def __init__(self):
+        self.requested: int | None = None
+        self.deferring = False  # set by the loop: it checks `requested` after each step
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if not self.deferring or self.requested is not None:
+            raise Interrupted(number)
+        self.requested = number

@@ -1,0 +1,58 @@
+"""The directory of a run: claimed by one process, never overwritten silently."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+
+
+class OutputDirectory:
+    """Checks on construction that nothing would be overwritten; `create` makes the directory and locks it."""
+
+    def __init__(self, given: str | None, method: str, resume: bool):
+        self.path = Path(given).expanduser() if given else _fresh(Path("runs"), method)
+        self._lock = None
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output {self.path} is a file; give a directory.")
+        if self.path.exists() and any(self.path.iterdir()) and not resume:
+            raise UserError(
+                f"--output {self.path} is in use; give another directory, or --resume to continue an interrupted run.")  # fmt: skip
+        existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"--output {self.path} cannot be written: no permission for {existing}.")
+
+    def create(self) -> None:
+        """Make the directory; raises UserError where another process works in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close`
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"--output {self.path} is in use by another process; wait for it or stop it.") from e
+
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def write(self, name: str, content: str | dict[str, Any]) -> None:
+        """Write a text or JSON file whole or not at all."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        temporary = self.path / f".{name}.partial"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+
+
+def _fresh(parent: Path, method: str) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{method}"
+    candidates = (parent / (name if n == 1 else f"{name}-{n}") for n in range(1, 1000))
+    return next(c for c in candidates if not c.exists())

@@ -1,0 +1,87 @@
+"""Preparing teachers: fine-tuned each on its own sample, or used as they are; cached by content and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from engine import __version__, checkpoint
+from engine.config import Config
+from engine.data.encode import EncodedSplit
+from engine.errors import UserError
+from engine.evaluation import predict, score
+from engine.methods import STEPS, State
+from engine.models import ModelSource, content_hash
+from engine.network import Learner, Network
+from engine.objectives import Objective
+from engine.trainer import Phase, Plan, Progress, Trainer
+
+
+@dataclass
+class Teacher:
+    """A teacher ready to teach."""
+
+    source: ModelSource
+    network: Network
+    tokenizer: object
+    origin: str  # "fine-tuned", "reused" from the cache, or "as given"
+    progress: Progress  # of its fine-tuning, `best` its validation metrics
+
+
+def prepare(
+    config: Config, source: ModelSource, network: Network, tokenizer: object, trained_head: bool, train: EncodedSplit,
+    validation: EncodedSplit, content: tuple[str, str], objective: Objective, trainer: Trainer, cache: Path,
+) -> Teacher:  # fmt: skip
+    """Fine-tune `network` in place on its sample, or restore what the same job left in `cache`.
+
+    `content` holds the content hashes of sample and validation split. A trained head is kept as it is unless
+    --retrain-teachers asks otherwise.
+    """
+    if trained_head and not config.models.retrain_teachers:
+        network.module.to(trainer.device)
+        metrics = score(predict(network, validation, trainer.device), validation.labels, trainer.task)
+        trainer.console.say(f"Teacher {source.name}: its trained head is used as it is (--retrain-teachers changes that).")
+        return Teacher(source, network, tokenizer, "as given", Progress(best=metrics))
+    optim, seed = config.optim, config.run.teacher_seed
+    plan = Plan(-(-len(train) // optim.batch_size), optim.prepare_epochs)
+    settings = {
+        "engine": __version__, "torch": torch.__version__, "device": trainer.device.type, "seed": seed,
+        "precision": config.run.precision, "max_length": config.data.max_length, "steps": plan.steps,
+        "eval_steps": config.run.eval_steps, "encoding": network.encoding, "data": content,
+        "model": content_hash(network.module), "optim": {
+            name: getattr(optim, name)
+            for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache / "teachers" / f"{key}.safetensors"
+    if (progress := _reuse(file, network)) is not None:
+        trainer.console.say(f"Teacher {source.name}: reused, prepared before with the same data and settings ({file}).")
+        network.module.to(trainer.device)
+        return Teacher(source, network, tokenizer, "reused", progress)
+    learner = Learner.adamw(
+        network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
+        weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
+    )  # fmt: skip
+    phase = Phase(
+        f"prepare {source.name}", STEPS["finetune"], State(learner, objective), train, validation, plan,
+        optim.batch_size, seed,
+    )  # fmt: skip
+    progress = trainer.fit(phase)
+    checkpoint.save(file, checkpoint.module_tensors(network.module), {"progress": asdict(progress)})
+    return Teacher(source, network, tokenizer, "fine-tuned", progress)
+
+
+def _reuse(file: Path, network: Network) -> Progress | None:
+    if not file.exists():
+        return None
+    try:
+        tensors, state = checkpoint.load(file)
+    except UserError:
+        file.unlink()  # a damaged cache entry costs its preparation again, nothing else
+        return None
+    checkpoint.restore_module(network.module, tensors)
+    return Progress(**state["progress"])

@@ -1,0 +1,58 @@
+"""`python -m engine.train`: parse, build, run, close."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from engine import cli
+from engine.config import Config
+from engine.console import Console
+from engine.errors import UserError
+from engine.interrupts import Interrupted, Interrupts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one job; returns the exit status: 0, 2 for bad input, 128 + n when stopped by signal n."""
+    console = Console()
+    started = time.monotonic()
+    config = None
+    try:
+        with Interrupts() as interrupts:
+            config = cli.parse(argv)
+            run(config, console, interrupts, started)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        if e.saved:
+            console.say(f"Stopped by {e}; the checkpoint is saved. Resume with: python -m engine.train --resume "
+                        f"--output {config.run.output}")  # fmt: skip
+        else:
+            console.say(f"Stopped by {e} before there was a step to save.")
+        return e.status
+
+
+def run(config: Config, console: Console, interrupts: Interrupts, started: float) -> None:
+    from engine.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
+
+    output = OutputDirectory(config.run.output, config.method.method, config.run.resume)
+    config.run.output = str(output.path)
+    if output.finished():
+        console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")
+        return
+    from engine.job import Job  # imports torch and transformers
+
+    job = Job(config, console)
+    output.create()
+    try:
+        output.write("config.yaml", cli.dump(config))
+        job.run(output, interrupts)
+        job.close(output, time.monotonic() - started)
+    finally:
+        output.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

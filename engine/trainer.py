@@ -1,0 +1,234 @@
+"""The only training loop. It wraps a method's step function with data, schedule, logging, validation and checkpoints."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from engine import checkpoint
+from engine.batch import Batch
+from engine.config import RunConfig
+from engine.console import Console
+from engine.data.batches import training_loader
+from engine.data.encode import EncodedSplit
+from engine.data.splits import Task
+from engine.errors import UserError
+from engine.evaluation import predict, primary, score
+from engine.interrupts import Interrupted, Interrupts
+from engine.methods import State, Step
+from engine.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a phase is. `max_steps`, where given, overrides `epochs` in both directions."""
+
+    batches: int  # an epoch
+    epochs: int
+    max_steps: int | None = None
+    round_size: int = 1  # batches a step function takes at once: the pilot steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the student."""
+        return self.max_steps or self.batches * self.epochs
+
+    @property
+    def rounds(self) -> int:
+        """Calls of the step function, which are the optimizer steps of teachers that learn. A round ends with its epoch."""
+        epochs, rest = divmod(self.steps, self.batches)
+        return epochs * -(-self.batches // self.round_size) + -(-rest // self.round_size)
+
+
+@dataclass
+class Phase:
+    """One stretch of training: preparing a teacher, warming up the student, distilling it."""
+
+    name: str
+    step: Step
+    state: State
+    train: EncodedSplit
+    validation: EncodedSplit
+    plan: Plan
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class Progress:
+    """Where a phase stands: all of a checkpoint that is not a tensor."""
+
+    step: int = 0
+    examples: int = 0
+    seconds: float = 0.0  # of training, validation left out
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)  # validation metrics at best_step
+
+    def examples_per_second(self) -> float:
+        return self.examples / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Run:
+    """A phase while it is being fitted."""
+
+    phase: Phase
+    loader: StatefulDataLoader
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights at progress.best_step
+    sums: dict[str, Tensor] = field(default_factory=dict)  # device scalars since the last reading
+    rounds: int = 0  # that `sums` covers
+
+    def crossed(self, every: int, taken: int) -> bool:
+        """Whether the last `taken` steps reached a multiple of `every`."""
+        return self.progress.step // every > (self.progress.step - taken) // every
+
+
+class Trainer:
+    """Fits phases one after another, each from its checkpoint where the interrupted run left one."""
+
+    def __init__(self, config: RunConfig, task: Task, device: torch.device, output: Path, console: Console,
+                 monitor: Monitor, interrupts: Interrupts):  # fmt: skip
+        self.config, self.task, self.device = config, task, device
+        self.console, self.monitor, self.interrupts = console, monitor, interrupts
+        self.file = output / "checkpoint.safetensors"
+        self.finished: dict[str, Progress] = {}
+        self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        if self.file.exists():
+            self._pending = checkpoint.load(self.file)
+            self.finished = {name: Progress(**p) for name, p in self._pending[1]["finished"].items()}
+
+    def stands_in(self, phase_name: str) -> bool:
+        """Whether the checkpoint that this run continues was saved in `phase_name`."""
+        return self._pending is not None and self._pending[1]["phase"] == phase_name
+
+    def fit(self, phase: Phase) -> Progress:
+        """Train to the end of the plan; then the student holds the weights that were best on validation.
+
+        Raises Interrupted, a checkpoint saved, when a signal asks for it, and UserError when the loss is not finite.
+        """
+        torch.manual_seed(zlib.crc32(f"{phase.seed} {phase.name}".encode()))
+        for network in phase.state.networks():
+            network.module.to(self.device)
+        run = _Run(phase, training_loader(phase.train, phase.batch_size, phase.seed, pin=self.device.type == "cuda"))
+        if self.stands_in(phase.name):
+            self._restore(run)
+        progress, plan = run.progress, phase.plan
+        self.interrupts.deferring = True
+        try:
+            with self.console.progress(phase.name, plan.steps, progress.step) as show:
+                for batches in self._rounds(run):
+                    started = time.monotonic()
+                    values = phase.step(phase.state, [batch.to(self.device) for batch in batches])
+                    self._count(run, batches, values, started)
+                    finished = progress.step == plan.steps
+                    if finished or run.crossed(self.config.log_steps, len(batches)):
+                        show(progress.step, self._log(run))
+                    every = self.config.eval_steps or plan.batches
+                    if finished or run.crossed(every, len(batches)):
+                        self._validate(run)
+                    stop = self.interrupts.requested
+                    if stop or (not finished and run.crossed(self.config.checkpoint_steps, len(batches))):
+                        self._save(run)
+                    if stop:
+                        raise Interrupted(stop, saved=True)
+        finally:
+            self.interrupts.deferring = False
+        checkpoint.restore_module(phase.state.student.network.module, run.best)
+        self.finished[phase.name] = progress
+        return progress
+
+    def _rounds(self, run: _Run) -> Iterator[list[Batch]]:
+        """The batches of each round, to the end of the plan; `progress.step` must advance between rounds."""
+        plan, progress = run.phase.plan, run.progress
+        while progress.step < plan.steps:
+            run.loader.batch_sampler.epoch = progress.step // plan.batches
+            epoch = iter(run.loader)
+            while batches := list(islice(epoch, min(plan.round_size, plan.steps - progress.step))):
+                yield batches
+
+    def _count(self, run: _Run, batches: list[Batch], values: dict[str, Tensor], started: float) -> None:
+        """Book a round; metrics stay on the device until `_log` reads them."""
+        for name, value in values.items():
+            run.sums[name] = run.sums[name] + value if name in run.sums else value
+        run.rounds += 1
+        run.progress.step += len(batches)
+        run.progress.examples += sum(len(batch.labels) for batch in batches)
+        run.progress.seconds += time.monotonic() - started
+
+    def _log(self, run: _Run) -> str:
+        """Read the means since the last reading (the one synchronisation of a logging step) and write them."""
+        started = time.monotonic()
+        means = {name: value.item() / run.rounds for name, value in run.sums.items()}  # sync: logging step
+        run.progress.seconds += time.monotonic() - started  # the device's work of the rounds before
+        progress, phase = run.progress, run.phase
+        if not all(value == value and abs(value) != float("inf") for value in means.values()):
+            raise UserError(
+                f"The loss of '{phase.name}' is not finite by step {progress.step} ({means}); lower --lr, --teacher-lr, "
+                "--prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
+        run.sums, run.rounds = {}, 0
+        speed = progress.examples_per_second()
+        rates = {f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in phase.state.learners()}
+        self.monitor.log(
+            phase.name, progress.step,
+            {"epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, "examples_per_second": speed},
+        )  # fmt: skip
+        named = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
+        return f"{named}, {speed:.0f} examples/s"
+
+    def _validate(self, run: _Run) -> None:
+        phase, progress = run.phase, run.progress
+        student, metric = phase.state.student.network, primary(self.task)
+        metrics = score(predict(student, phase.validation, self.device), phase.validation.labels, self.task)
+        self.monitor.log(phase.name, progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+        better = not progress.best or metrics[metric] > progress.best[metric]
+        if better:
+            progress.best, progress.best_step = metrics, progress.step
+            run.best = {n: t.detach().cpu().clone() for n, t in checkpoint.module_tensors(student.module).items()}
+        note = "" if better else f" (best {progress.best[metric]:.4f} at step {progress.best_step})"
+        self.console.say(f"{phase.name}: step {progress.step}, validation {metric} {metrics[metric]:.4f}{note}")
+
+    def _save(self, run: _Run) -> None:
+        state = run.phase.state
+        tensors = checkpoint.prefixed("best", run.best) | {"random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        for i, learner in enumerate(state.learners()):
+            tensors |= checkpoint.prefixed(f"{i}/weights", checkpoint.module_tensors(learner.network.module))
+            tensors |= checkpoint.prefixed(f"{i}/optimizer", checkpoint.optimizer_tensors(learner.optimizer))
+        checkpoint.save(self.file, tensors, {
+            "phase": run.phase.name,
+            "progress": asdict(run.progress),
+            "finished": {name: asdict(p) for name, p in self.finished.items()},
+            "round": state.round,
+            "schedules": [learner.schedule.last_epoch for learner in state.learners()],
+            "loader": run.loader.state_dict(),
+            "metrics_position": self.monitor.position(),
+        })  # fmt: skip
+
+    def _restore(self, run: _Run) -> None:
+        tensors, saved = self._pending
+        state = run.phase.state
+        for i, learner in enumerate(state.learners()):
+            checkpoint.restore_module(learner.network.module, checkpoint.under(f"{i}/weights", tensors))
+            checkpoint.restore_optimizer(learner.optimizer, checkpoint.under(f"{i}/optimizer", tensors))
+            learner.resume_schedule(saved["schedules"][i])
+        run.best = checkpoint.under("best", tensors)
+        run.progress = Progress(**saved["progress"])
+        run.loader.load_state_dict(saved["loader"])
+        state.round = saved["round"]
+        self.monitor.rewind(saved["metrics_position"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        self._pending = None
+        self.console.say(f"Resuming '{run.phase.name}' after step {run.progress.step} of {run.phase.plan.steps}.")
