@@ -40,7 +40,8 @@ class ModelConfig(_Section):
         "Face directory; bert2, or a source given twice, is the same start fine-tuned on the next disjoint sample")  # fmt: skip
     student: str = option("distilbert", "the model to distil into, named like a teacher")
     student_layers: str | None = option(
-        None, "keep only these encoder layers of the student, counted from 0, as in 1,3,5")
+        None, "keep only these encoder layers of the student, counted from 0, as in 1,3,5"
+    )
     retrain_teachers: bool = option(False, "fine-tune teachers also where they already have a trained head")
     source: Literal["auto", "hub", "embedded"] = option(
         "auto", "where named models and data come from: the hub only, the embedded demonstration, or the hub and the "
@@ -52,18 +53,21 @@ class DataConfig(_Section):
     """data"""
 
     data: str = option(
-        "sst2", "sst2 or another GLUE task or data set of the hub, or a local file or directory of .tsv, .csv, .jsonl or "
+        "sst2", "sst2 or another GLUE task or data set of the hub, or a local file or directory of .tsv, .csv, .json(l) or "
         ".parquet files named train, quiz, validation (or dev) and test")  # fmt: skip
     text_column: str | None = option(None, "column of the (first) text; found by its usual names when not given")
     pair_column: str | None = option(None, "column of the second text of a pair")
     label_column: str | None = option(None, "column of the label")
     task: Literal["auto", "classification", "regression"] = option(
-        "auto", "regression predicts one number; auto takes it when a label has a fraction")
+        "auto", "regression predicts one number; auto takes it when a label has a fraction"
+    )
     train_size: int = option(30_000, "examples in each teacher's sample; students train on the first sample", 1)
     quiz_size: int = option(100, "examples in the quiz set, where it is cut from the training file", 1)
     validation_size: int = option(872, "examples in the validation set, where it is cut from the training file", 1)
     test_size: int = option(2_000, "examples in the test set, where it is cut from the training file", 1)
-    split_seed: int = option(0, "seed of the cuts; the same for every --seed, so that runs are compared on one test set")
+    split_seed: int = option(
+        0, "seed of the cuts; the same for every --seed, so that runs are compared on one test set", 0
+    )
     max_length: int = option(128, "tokens an example is cut to, special tokens included", 4)
 
 
@@ -76,9 +80,11 @@ class MethodConfig(_Section):
     temperature: float = option(5.0, "softmax temperature T of both sides of the soft loss", 1e-3)
     alpha: float = option(0.5, "weight of the soft loss; the hard loss has 1 - alpha", 0.0, 1.0)
     soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
-        "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits")
+        "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits"
+    )
     meta_grad: Literal["exact", "double_backward"] = option(
-        "exact", "how metadistil differentiates the quiz loss through the pilot step; same result up to rounding")
+        "exact", "how metadistil differentiates the quiz loss through the pilot step; same result up to rounding"
+    )
     pilot_lr: float | None = option(None, "step size of the pilot's SGD step (default: --lr)", 0.0)
     pilot_steps: int = option(1, "pilot batches a round", 1)
     quiz_batches: int = option(1, "quiz batches a round, drawn at random", 1)
@@ -114,7 +120,8 @@ class RunConfig(_Section):
     checkpoint_steps: int = option(500, "save a checkpoint every so many steps", 1)
     log_steps: int = option(20, "read and write metrics every so many steps", 1)
     cache_dir: str | None = option(
-        None, "prepared teachers and tokenised data (default: $METADISTIL_CACHE, else ~/.cache/metadistil-engine)")
+        None, "prepared teachers and tokenised data (default: $METADISTIL_CACHE, else ~/.cache/metadistil-engine)"
+    )
 
 
 @dataclass

@@ -57,7 +57,7 @@ def score(logits: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
             "f1": f1_score(predictions, labels, average="macro", **kind),  # `average` is ignored with two classes
             "matthews": matthews_corrcoef(predictions, labels, **kind),
         }
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: round(float(value), 6) for name, value in metrics.items()}  # float32 has no more digits
 
 
 def primary(task: Task) -> str:

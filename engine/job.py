@@ -59,9 +59,7 @@ class Job:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""
         config, method = self.config, self.config.method
         self.monitor = Monitor(output.path)
-        self.trainer = Trainer(
-            config.run, self.task, self.device, output.path, self.console, self.monitor, interrupts
-        )
+        self.trainer = Trainer(config.run, self.task, self.device, output.path, self.console, self.monitor, interrupts)
         with attention(self.device, method.method):
             self.teachers = [self._prepare(i) for i in range(len(self.sources))]
             if method.student_warmup_epochs and not self.trainer.stands_in(method.method):
@@ -84,7 +82,10 @@ class Job:
                       "prepared": {"validation": teacher.progress.best, "seconds": teacher.progress.seconds,
                                    "best_step": teacher.progress.best_step}}  # fmt: skip
         progress = self.trainer.finished
-        student |= {"source": self.student_source.describe(), "best_step": progress[self.config.method.method].best_step}
+        student |= {
+            "source": self.student_source.describe(),
+            "best_step": progress[self.config.method.method].best_step,
+        }
         phases = {f"prepare {t.network.name}": t.progress for t in self.teachers if t.origin != "as given"} | progress
         summary = report.summarise(
             self.config, self.task, primary(self.task), self._source_kinds(), teachers, student,
@@ -93,7 +94,9 @@ class Job:
             seconds=seconds, padding_waste=self.padding_waste, peak_memory=report.peak_memory(self.device),
             device=report.hardware(self.device), sizes=self._sizes(), notes=self.splits.notes,
         )  # fmt: skip
-        data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(f"{k} {v}" for k, v in self._sizes().items())
+        data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(
+            f"{k} {v}" for k, v in self._sizes().items()
+        )
         for teacher, entry in zip(self.teachers, teachers):
             folder = output.path / "teachers" / teacher.network.name
             card = report.model_card(summary, entry, "a teacher", data)
@@ -200,7 +203,9 @@ class Job:
         state = State(Learner.adamw(self.student, lr=optim.lr, steps=plan.steps, **common), self.objective)
         networks = [teacher.network for teacher in self.teachers]
         if meta:
-            state.learning_teachers = [Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks]
+            state.learning_teachers = [
+                Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks
+            ]
             state.time_machine = TimeMachine(self.student.module.to(self.device))
             state.meta_gradient, state.pilot_lr = STRATEGIES[settings.meta_grad], settings.pilot_lr
             state.quiz = QuizBatches(
@@ -209,7 +214,16 @@ class Job:
         elif method == "kd":
             state.teachers = networks
         self.trainer.fit(
-            Phase(phase_name, STEPS[method], state, train, self.encoded.validation, plan, optim.batch_size, config.run.seed)
+            Phase(
+                phase_name,
+                STEPS[method],
+                state,
+                train,
+                self.encoded.validation,
+                plan,
+                optim.batch_size,
+                config.run.seed,
+            )
         )
 
     @property

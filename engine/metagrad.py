@@ -150,6 +150,4 @@ def _directional(
 
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
     """d loss / d inputs, zeros for an input that the loss does not depend on (an unused pooler, say)."""
-    return list(
-        torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))

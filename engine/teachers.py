@@ -44,7 +44,9 @@ def prepare(
     if trained_head and not config.models.retrain_teachers:
         network.module.to(trainer.device)
         metrics = score(predict(network, validation, trainer.device), validation.labels, trainer.task)
-        trainer.console.say(f"Teacher {source.name}: its trained head is used as it is (--retrain-teachers changes that).")
+        trainer.console.say(
+            f"Teacher {source.name}: its trained head is used as it is (--retrain-teachers changes that)."
+        )
         return Teacher(source, network, tokenizer, "as given", Progress(best=metrics))
     optim, seed = config.optim, config.run.teacher_seed
     plan = Plan(-(-len(train) // optim.batch_size), optim.prepare_epochs)

@@ -1,0 +1,46 @@
+"""What the tests of engine.data share: small files, and splits made of them without any network."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import DataConfig
+from engine.data.splits import content_hash, load_splits
+from engine.errors import UserError
+from engine.hub import Hub
+
+
+def load(data, samples=1, source="embedded", **config):
+    """Splits without any network: `embedded` leaves local paths alone."""
+    return load_splits(DataConfig(data=str(data), **config), samples, Hub(source), lambda message: None)
+
+
+def refused(data, samples=1, source="embedded", **config) -> str:
+    with pytest.raises(UserError) as caught:
+        load(data, samples, source, **config)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+def write(path: Path, rows, header="sentence\tlabel") -> Path:
+    path.write_text("".join(f"{line}\n" for line in [header, *rows]), encoding="utf-8")
+    return path
+
+
+def numbered(count, word="row", classes=2):
+    return [f"{word} {i}\t{i % classes}" for i in range(count)]
+
+
+def parts(splits):
+    named = {"quiz": splits.quiz, "validation": splits.validation, "test": splits.test}
+    return named | {f"train {i}": sample for i, sample in enumerate(splits.train)}
+
+
+def texts(dataset):
+    pairs = dataset["pair"][:] if "pair" in dataset.column_names else [""] * len(dataset)
+    return [(" ".join(a.split()), " ".join(b.split())) for a, b in zip(dataset["text"], pairs, strict=True)]
+
+
+def hashes(splits):
+    return {name: content_hash(part) for name, part in parts(splits).items()}
