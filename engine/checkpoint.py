@@ -37,7 +37,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - safe_open cannot be iterated
         if metadata.get("format") != str(FORMAT):
             raise UserError(f"Checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}; start a "
                             "new run in another --output.")  # fmt: skip

@@ -28,7 +28,8 @@ class Console:
 
     def banner(self, title: str, message: str) -> None:
         self.rich.print(
-            Panel(escape(message), title=f"[bold]{escape(title)}[/]", border_style="yellow", padding=(1, 2))
+            Panel(escape(message), title=f"[bold]{escape(title)}[/]", border_style="yellow", padding=(1, 2)),
+            soft_wrap=False,
         )
 
     def table(self, columns: list[str], rows: list[list[str]], title: str | None = None) -> None:

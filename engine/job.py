@@ -77,7 +77,7 @@ class Job:
                 metrics = {s: score(z, getattr(self.encoded, s).labels, self.task) for s, z in logits.items()}
                 entries.append({"name": network.name, "parameters": network.size(), "metrics": metrics})
         *teachers, student = entries
-        for entry, teacher in zip(teachers, self.teachers):
+        for entry, teacher in zip(teachers, self.teachers, strict=True):
             entry |= {"source": teacher.source.describe(), "origin": teacher.origin, "sample": teacher.source.sample,
                       "prepared": {"validation": teacher.progress.best, "seconds": teacher.progress.seconds,
                                    "best_step": teacher.progress.best_step}}  # fmt: skip
@@ -97,7 +97,7 @@ class Job:
         data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(
             f"{k} {v}" for k, v in self._sizes().items()
         )
-        for teacher, entry in zip(self.teachers, teachers):
+        for teacher, entry in zip(self.teachers, teachers, strict=True):
             folder = output.path / "teachers" / teacher.network.name
             card = report.model_card(summary, entry, "a teacher", data)
             report.export(teacher.network.module, teacher.tokenizer, folder, card)
@@ -136,8 +136,10 @@ class Job:
         if config.models.student_layers is not None:
             keep_layers(student.module, _layer_numbers(config.models.student_layers))
         self.student_loaded, self.student_tokenizer = student, student.tokenizer
+        if self.device.type == "cpu" and all(s.kind == "embedded" for s in [*self.sources, self.student_source]):
+            torch.set_num_threads(1)  # the miniatures' operations are too small to share
         sizes = [sum(p.numel() for p in x.module.parameters()) for x in [*self.loaded, student]]
-        for source, size in zip(self.sources, sizes):
+        for source, size in zip(self.sources, sizes[:-1], strict=True):
             if sizes[-1] > size:
                 self.console.warn(
                     f"the student has {sizes[-1]:,} parameters, its teacher {source.name} only {size:,}; a student is "
@@ -157,7 +159,7 @@ class Job:
             encodings[encoding.key] = encoding
             return Network(name, loaded.module, encoding.key, precision)
 
-        self.teacher_networks = [network(s.name, x) for s, x in zip(self.sources, self.loaded)]
+        self.teacher_networks = [network(s.name, x) for s, x in zip(self.sources, self.loaded, strict=True)]
         layers = config.models.student_layers
         name = self.student_source.name + (f"[{layers}]" if layers else "")
         self.student = network(name, self.student_loaded)

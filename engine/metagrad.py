@@ -94,13 +94,13 @@ def double_backward(
     pilot_lr: float,
 ) -> Losses:
     """Autograd through the pilot steps: memory grows with M and with every activation of student and teachers."""
-    weights = {name: p for name, p in student.trainable().items()}
+    weights = dict(student.trainable())
     pilot_losses = []
     with time_machine.excursion():  # the weights are not written here, but buffers may be
         for batch in pilots:
             loss = objective.distil(student(batch, weights), [t(batch) for t in teachers], batch.labels)
             gradients = _gradients(loss, list(weights.values()), create_graph=True)
-            weights = {name: p - pilot_lr * g for (name, p), g in zip(weights.items(), gradients)}
+            weights = {name: p - pilot_lr * g for (name, p), g in zip(weights.items(), gradients, strict=True)}
             pilot_losses.append(loss.detach())
         with student.in_mode(train=False):
             quiz_loss = sum(objective.hard(student(b, weights), b.labels) for b in quizzes) / len(quizzes)
@@ -134,7 +134,7 @@ def _directional(
     """Student logits, their tangent u = J v and, if asked, H v of the pilot loss, in one forward-mode pass along v."""
     with torch.set_grad_enabled(curvature), forward_ad.dual_level():
         primals = {name: p.detach().requires_grad_(curvature) for name, p in student.trainable().items()}
-        duals = {name: forward_ad.make_dual(p, t) for (name, p), t in zip(primals.items(), v)}
+        duals = {name: forward_ad.make_dual(p, t) for (name, p), t in zip(primals.items(), v, strict=True)}
         logits = student(batch, duals)
         hv = None
         if curvature:
@@ -142,7 +142,7 @@ def _directional(
             gradients = _gradients(loss, list(duals.values()))
             hv = [
                 torch.zeros_like(t) if (g := forward_ad.unpack_dual(d).tangent) is None else g.detach()
-                for d, t in zip(gradients, v)
+                for d, t in zip(gradients, v, strict=True)
             ]
         primal, tangent = forward_ad.unpack_dual(logits)
         return primal.detach(), tangent.detach(), hv

@@ -73,7 +73,9 @@ class Learner:
     def resume_schedule(self, steps: int) -> None:
         """Set the schedule to where it stood after `steps` steps."""
         self.schedule.last_epoch = steps
-        for group, base, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
             group["lr"] = base * factor(steps)
 
     @classmethod

@@ -170,7 +170,7 @@ def write_predictions(file: Path, split: Any, logits: Tensor, task: Task) -> Non
     """One JSON object a row: the text, its label and the student's logits, so that every figure can be checked."""
     file.parent.mkdir(exist_ok=True)
     with open(file, "w", encoding="utf-8") as f:
-        for row, values in zip(split, logits.tolist()):
+        for row, values in zip(split, logits.tolist(), strict=True):
             guess = values[0] if task.kind == "regression" else max(range(len(values)), key=values.__getitem__)
             f.write(json.dumps(row | {"prediction": guess, "logits": values}, ensure_ascii=False) + "\n")
 

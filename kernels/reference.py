@@ -28,7 +28,7 @@ def mean_logits(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | 
         weights = [1 / len(teachers)] * len(teachers)
     if len(weights) != len(teachers):
         raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
-    return sum(w * _compute(z) for w, z in zip(weights, teachers))
+    return sum(w * _compute(z) for w, z in zip(weights, teachers, strict=True))
 
 
 def kd_loss(
@@ -53,7 +53,9 @@ def kd_loss(
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}.")
     mean = mean_logits(teachers, weights)
     if student.shape != mean.shape:
-        raise ValueError(f"student logits are {tuple(student.shape)}, teachers' are {tuple(mean.shape)}; they must agree.")
+        raise ValueError(
+            f"student logits are {tuple(student.shape)}, teachers' are {tuple(mean.shape)}; they must agree."
+        )
     student = _compute(student)
     log_p = F.log_softmax(mean / temperature, -1)
     log_q = F.log_softmax(student / temperature, -1)

@@ -1,0 +1,29 @@
+.DEFAULT_GOAL := help
+.PHONY: help run test slow check bench clean
+
+PYTHON ?= python
+ARGS ?= --teachers bert,bert2 --student distilbert
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run:  ## distil: make run ARGS="--teachers bert --student tinybert"
+	$(PYTHON) -m engine.train $(ARGS)
+
+test:  ## the quick tests
+	$(PYTHON) -m pytest
+
+slow:  ## the slow tests: builds, whole runs
+	$(PYTHON) -m pytest -m slow
+
+check:  ## what ruff finds, and what it would format; changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench:  ## check, then time what stands in bench/ (pytest-benchmark)
+	@if [ -z "$(wildcard bench/bench_*.py bench/test_*.py)" ]; then echo "bench/ holds no benchmarks yet."; \
+	else $(PYTHON) -m pytest bench; fi
+
+clean:  ## remove build products and caches; results in runs/ and environments stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

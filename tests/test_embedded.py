@@ -1,0 +1,279 @@
+"""The embedded demonstration: its corpus is fair and stable, its miniatures are real, proportioned and reproducible."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from engine import embedded
+from engine.config import Config
+from engine.errors import UserError
+
+PUBLISHED = {"bert": 109_483_778, "roberta": 124_647_170, "distilbert": 66_955_010, "tinybert": 14_350_874}
+BERT_FAMILY = ("bert", "distilbert", "tinybert")
+CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "tinybert": "Bert"}
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w'-]+", text.lower())
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return embedded.splits(2)
+
+
+@pytest.fixture(scope="module")
+def texts(parts):
+    return [text for text, _ in parts["train"]]
+
+
+@pytest.fixture(scope="module")
+def built(texts):
+    return {alias: embedded.build(alias, texts, num_labels=2, seed=0) for alias in embedded.ALIASES}
+
+
+def in_new_process(code: str, hash_seed: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+# Corpus
+
+
+def test_corpus_is_deterministic_across_processes():
+    code = "import hashlib\nfrom engine.embedded import generate\nprint(hashlib.sha256(repr(generate(500, 3)).encode()).hexdigest())"
+    here = hashlib.sha256(repr(embedded.generate(500, 3)).encode()).hexdigest()
+    assert {in_new_process(code, "1"), in_new_process(code, "2")} == {here}
+    assert embedded.generate(500, 3) != embedded.generate(500, 4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 301, 4000])
+def test_corpus_is_distinct_and_balanced(count):
+    rows = embedded.generate(count, seed=1)
+    assert len(rows) == count == len({text.lower() for text, _ in rows})
+    good = sum(label for _, label in rows)
+    assert abs(2 * good - count) <= 1
+    assert {label for _, label in rows} <= {0, 1}
+
+
+def test_shorter_corpus_begins_the_longer_one():
+    assert embedded.generate(1000, seed=2)[:100] == embedded.generate(100, seed=2)
+
+
+def test_splits_are_disjoint_sized_and_stable(parts):
+    everything = [text for rows in parts.values() for text, _ in rows]
+    assert len(set(everything)) == len(everything)
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "quiz": 100,
+        "validation": 872,
+        "test": 2000,
+        "train": 2 * embedded.SIZES["train"],
+    }
+    four = embedded.splits(4)
+    assert all(four[name] == parts[name] for name in ("quiz", "validation", "test"))
+    assert four["train"][: len(parts["train"])] == parts["train"]
+    for name, rows in parts.items():
+        assert 2 * sum(label for _, label in rows) == len(rows), f"{name} is not balanced"
+
+
+def test_vocabulary_is_of_a_natural_size(texts):
+    counts = Counter(word for text in texts for word in words(text))
+    assert 600 <= len(counts) <= 900
+
+
+def test_no_single_word_decides(parts):
+    rows = [(set(words(text)), label) for text, label in parts["train"]]
+    counts = Counter((word, label) for found, label in rows for word in found)
+    goods, total = sum(label for _, label in rows), len(rows)
+    for word in {word for word, _ in counts}:
+        right = (counts[word, 1] + (total - goods) - counts[word, 0]) / total
+        assert max(right, 1 - right) < 0.70, word
+
+
+def test_bag_of_words_falls_short(parts):
+    """Logistic regression on word counts: better than chance, far below what the teachers reach (about 96 %)."""
+    train, held_out = parts["train"][: embedded.SIZES["train"]], parts["validation"]
+    index = {word: i for i, word in enumerate(sorted({word for text, _ in train for word in words(text)}))}
+
+    def counts(rows):
+        x = torch.zeros(len(rows), len(index))  # [N, V]
+        for i, (text, _) in enumerate(rows):
+            for word in words(text):
+                if word in index:
+                    x[i, index[word]] += 1
+        return x, torch.tensor([float(label) for _, label in rows])
+
+    (x, y), (x_held, y_held) = counts(train), counts(held_out)
+    weight = torch.zeros(len(index) + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        logits = x @ weight[:-1] + weight[-1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + 1e-4 * weight.square().sum()
+        loss.backward()
+        optimizer.step()
+    accuracy = (((x_held @ weight[:-1] + weight[-1]) > 0).float() == y_held).float().mean().item()
+    assert 0.55 < accuracy < 0.85
+
+
+@pytest.fixture(scope="module")
+def many():
+    return embedded.generate(25_000, seed=5)
+
+
+@pytest.mark.parametrize(
+    "pattern, label",
+    [
+        (r"^The \w+ (was|were) superb\.$", 1),
+        (r"^The \w+ (was|were) far from superb\.$", 0),
+        (r"^The \w+ (was|were) (never|hardly|scarcely|not) terrible\.$", 1),
+        (r"lthough [^:]*, the \w+ (is|are|was|were) (superb|brilliant|admirable|powerful|terrific|sturdy)\.$", 1),
+        (r", but the \w+ (is|are|was|were) (awful|terrible|dull)\.$", 0),
+    ],
+)
+def test_labels_follow_the_reading(many, pattern, label):
+    labels = [y for text, y in many if re.search(pattern, text)]
+    assert labels and set(labels) == {label}
+
+
+# Models
+
+
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_real_classes(built, alias):
+    assert type(built[alias][0]).__name__ == f"{CLASSES[alias]}ForSequenceClassification"
+
+
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_published_proportions(built, alias):
+    size = {name: sum(p.numel() for p in model.parameters()) for name, (model, _) in built.items()}
+    assert size[alias] / size["bert"] == pytest.approx(PUBLISHED[alias] / PUBLISHED["bert"], rel=0.10)
+
+
+def test_distilbert_has_half_the_layers_and_the_width(built):
+    bert, distilbert = built["bert"][0].config, built["distilbert"][0].config
+    assert (distilbert.n_layers * 2, distilbert.dim) == (bert.num_hidden_layers, bert.hidden_size)
+
+
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_same_seed_same_weights_and_global_state_untouched(texts, built, alias):
+    before = torch.get_rng_state()
+    again, _ = embedded.build(alias, texts, num_labels=2, seed=0)
+    other, _ = embedded.build(alias, texts, num_labels=2, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    first = built[alias][0].state_dict()
+    assert all(torch.equal(first[name], value) for name, value in again.state_dict().items())
+    assert not all(torch.equal(first[name], value) for name, value in other.state_dict().items())
+
+
+def test_weights_survive_saving(built, tmp_path):
+    for alias, (model, _) in built.items():
+        model.save_pretrained(tmp_path / alias)
+        loaded = type(model).from_pretrained(tmp_path / alias).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items()), alias
+
+
+@pytest.mark.parametrize("num_labels, problem_type", [(3, "single_label_classification"), (1, "regression")])
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_heads(texts, alias, num_labels, problem_type):
+    model, tokenizer = embedded.build(alias, texts[:500], num_labels, seed=0, problem_type=problem_type)
+    batch = tokenizer(["a film", "a book about a film"], padding=True, return_tensors="pt")
+    assert model.config.problem_type == problem_type
+    assert model(**batch).logits.shape == (2, num_labels)
+
+
+def test_unknown_alias_names_the_known_ones():
+    with pytest.raises(UserError, match="bert, roberta, distilbert, tinybert"):
+        embedded.build("gpt2", ["a"], 2, 0)
+
+
+# Tokenizers
+
+
+def test_one_tokenizer_for_the_bert_family_in_every_process(texts, built, tmp_path):
+    saved = {}
+    for alias, (_, tokenizer) in built.items():
+        tokenizer.save_pretrained(tmp_path / alias)
+        saved[alias] = (tmp_path / alias / "tokenizer.json").read_bytes()
+    assert len({saved[alias] for alias in BERT_FAMILY}) == 1
+    code = (
+        "from engine.embedded import build, splits\ntexts = [text for text, _ in splits(2)['train']]\n"
+        "import hashlib, tempfile, pathlib\n"
+        "for alias in ('bert', 'roberta'):\n"
+        "    folder = tempfile.mkdtemp()\n"
+        "    build(alias, texts, 2, 0)[1].save_pretrained(folder)\n"
+        "    print(hashlib.sha256(pathlib.Path(folder, 'tokenizer.json').read_bytes()).hexdigest())\n"
+    )
+    assert in_new_process(code, "7").split() == [hashlib.sha256(saved[a]).hexdigest() for a in ("bert", "roberta")]
+
+
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_tokenizer_round_trip(built, texts, alias, tmp_path):
+    tokenizer = built[alias][1]
+    tokenizer.save_pretrained(tmp_path)
+    built[alias][0].config.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    first, second = texts[:50] + ["Zürich, 北京 & 🙂!", ""], texts[50:100] + ["<s> [SEP] odd", "b"]
+    for arguments in [(first,), (first, second)]:
+        for options in [{}, {"truncation": True, "max_length": 12}, {"padding": True}]:
+            assert tokenizer(*arguments, **options).data == loaded(*arguments, **options).data
+    assert loaded.model_max_length == tokenizer.model_max_length == 128
+
+
+def test_pairs(built):
+    bert, roberta = built["bert"][1], built["roberta"][1]
+    a, b = "the acting was superb", "the score was dull"
+    pair = bert(a, b)
+    one, two = (bert(text, add_special_tokens=False)["input_ids"] for text in (a, b))
+    cls, sep = bert.cls_token_id, bert.sep_token_id
+    assert pair["input_ids"] == [cls, *one, sep, *two, sep]
+    assert pair["token_type_ids"] == [0] * (len(one) + 2) + [1] * (len(two) + 1)
+    one, two = (roberta(text, add_special_tokens=False)["input_ids"] for text in (a, b))
+    bos, eos = roberta.bos_token_id, roberta.eos_token_id
+    assert roberta(a, b)["input_ids"] == [bos, *one, eos, eos, *two, eos]
+
+
+@pytest.mark.parametrize("alias", embedded.ALIASES)
+def test_longest_input_fits_the_model(built, alias):
+    model, tokenizer = built[alias]
+    batch = tokenizer("very good " * 400, truncation=True, return_tensors="pt")
+    assert batch["input_ids"].shape[1] == tokenizer.model_max_length
+    assert model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("alias", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "foreign", [[], [""], ["a"], ["非常好的电影", "糟糕"], ["".join(map(chr, range(0x4E00, 0x5200)))] * 3]
+)
+def test_any_texts_will_do(alias, foreign):
+    model, tokenizer = embedded.build(alias, foreign, 2, 0)
+    assert len(tokenizer) <= 2_500
+    batch = tokenizer(["Unseen wörds ☂ 龍", "非常好"], padding=True, return_tensors="pt")
+    assert int(batch["input_ids"].max()) < model.config.vocab_size
+    assert model(**batch).logits.isfinite().all()
+    if alias == "roberta":
+        assert tokenizer.decode(tokenizer("Unseen wörds ☂ 龍")["input_ids"], skip_special_tokens=True) == (
+            "Unseen wörds ☂ 龍"
+        )
+
+
+# Defaults
+
+
+def test_defaults_are_fields_of_the_configuration():
+    flat = Config.from_flat(embedded.DEFAULTS).to_flat()
+    assert all(flat[name] == value for name, value in embedded.DEFAULTS.items())
+    assert set(embedded.DEFAULTS) == {"lr", "teacher_lr", "prepare_lr", "epochs", "prepare_epochs"}
+
+
+def test_importing_is_cheap():
+    code = "import sys, engine.embedded\nprint('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert in_new_process(code, "0") == "False"
