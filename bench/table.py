@@ -1,0 +1,99 @@
+"""The README's tables, from results under `bench/results/`; no figure is written by hand.
+
+    python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
+    python -m bench.table                                                 # write every table into README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def collect(directories: list[str]) -> dict[str, Any]:
+    """What a table needs of each run's summary.json; nothing that names the machine's folders."""
+    rows = []
+    for directory in directories:
+        summary = json.loads((Path(directory) / "summary.json").read_text())
+        settings = summary["settings"]
+        rows.append({
+            "method": summary["method"],
+            "seed": summary["seed"],
+            "teachers": [{k: t[k] for k in ("sample", "origin", "parameters", "metrics", "prepared")} for t in summary["teachers"]],
+            "student": {k: summary["student"][k] for k in ("parameters", "metrics", "best_step")},
+            "times_smaller": summary["times_smaller"],
+            "phases": summary["phases"],
+            "seconds": summary["seconds"],
+            "sizes": summary["sizes"],
+            "padding_waste": summary["padding_waste"],
+            "peak_memory": summary["peak_memory"],
+            "hardware": summary["device"],
+            "versions": summary["versions"],
+            "settings": {k: v for k, v in settings.items() if k not in ("teachers", "student", "data", "output", "cache_dir")},
+        })  # fmt: skip
+    return {"rows": rows}
+
+
+def render(results: dict[str, Any]) -> str:
+    """One line a kind of run: mean and spread over seeds of the student's accuracy, size, time and memory."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["method"], len(row["teachers"])), []).append(row)
+    lines = [
+        "| method | teachers | validation accuracy | test accuracy | parameters | times smaller | examples/s | training time | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (method, teachers), rows in groups.items():
+        phases = [row["phases"][method] for row in rows]
+        lines.append(" | ".join([
+            f"| {method}", str(teachers), *(_accuracy(rows, split) for split in ("validation", "test")),
+            f"{rows[0]['student']['parameters']:,}",
+            f"{rows[0]['times_smaller']:.2f}" if rows[0]["times_smaller"] else "",
+            f"{mean(p['examples_per_second'] for p in phases):.0f}",
+            f"{mean(p['seconds'] for p in phases):.0f} s",
+            f"{mean(row['peak_memory']['host'] for row in rows) / 2**30:.1f} GiB |",
+        ]))  # fmt: skip
+    first = results["rows"][0]
+    seeds = sorted({row["seed"] for row in results["rows"]})
+    hardware, versions, sizes = first["hardware"], first["versions"], first["sizes"]
+    most = max(results["rows"], key=lambda row: len(row["teachers"]))
+    prepared = " and ".join(f"{100 * t['prepared']['validation']['accuracy']:.2f} %" for t in most["teachers"])
+    lines += [
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; training on {sizes['train']:,} examples, "
+        f"quiz {sizes['quiz']}, validation {sizes['validation']}, test {sizes['test']:,}; the teachers were prepared "
+        f"once and reach {prepared} on validation. Training time is the student's alone. {hardware['name']}, "
+        f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, Python {versions['python']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracy(rows: list[dict[str, Any]], split: str) -> str:
+    values = [100 * row["student"]["metrics"][split]["accuracy"] for row in rows]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def update(text: str) -> str:
+    """README text with the table behind each `<!-- table: NAME -->` ... `<!-- end -->` made anew from NAME.json."""
+
+    def table(match: re.Match) -> str:
+        results = json.loads((RESULTS / f"{match[1]}.json").read_text())
+        return f"<!-- table: {match[1]} -->\n{render(results)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["collect"]:
+        print(json.dumps(collect(sys.argv[2:]), indent=1))
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(update(readme.read_text()))
