@@ -1,7 +1,7 @@
 """The README's tables, from results under `bench/results/`; no figure is written by hand.
 
-    python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
-    python -m bench.table                                                 # write every table into README.md
+python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
+python -m bench.table                                                 # write every table into README.md
 """
 
 from __future__ import annotations

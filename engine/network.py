@@ -14,6 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from engine.batch import Batch
 
+# transformers looks at the values of a 2-D mask, a host synchronisation in every forward on a GPU; these families take
+# a ready 4-D mask as it is
+READY_MASKS = {"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
+
 
 class Network:
     """A classifier that reads its own encoding of a batch and gives float32 logits [B, C].
@@ -25,9 +29,12 @@ class Network:
     def __init__(self, name: str, module: nn.Module, encoding: str, precision: str = "fp32"):
         self.name, self.module, self.encoding, self.precision = name, module, encoding, precision
         self._inputs = set(inspect.signature(module.forward).parameters)
+        self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
 
     def __call__(self, batch: Batch, parameters: dict[str, Tensor] | None = None) -> Tensor:
         inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
+        if batch.labels.is_cuda and self._ready_mask:
+            inputs["attention_mask"] = attention_mask(inputs["attention_mask"])
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if parameters is None:
                 logits = self.module(**inputs).logits
@@ -52,6 +59,11 @@ class Network:
             yield
         finally:
             self.module.train(before)
+
+
+def attention_mask(mask: Tensor) -> Tensor:
+    """[B, L] of 0 and 1 -> bool [B, 1, L, L], true where a query may look at a key."""
+    return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
 
 
 @dataclass

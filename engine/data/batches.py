@@ -70,4 +70,5 @@ class QuizBatches:
     def __call__(self, round: int) -> list[Batch]:
         random = np.random.default_rng((self.seed, round))
         draws = [random.permutation(len(self.split))[: self.batch_size].tolist() for _ in range(self.count)]
-        return [self.split.batch(rows).to(self.device) for rows in draws]
+        batches = [self.split.batch(rows) for rows in draws]
+        return [(b.pin() if self.device.type == "cuda" else b).to(self.device) for b in batches]
