@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from engine.config import Config
 from engine.errors import UserError
+
+TYPES = {f.name: get_type_hints(section.default_factory)[f.name]
+         for section in fields(Config) for f in fields(section.default_factory)}  # fmt: skip
+KINDS = {int: "a whole number", float: "a number", bool: "true or false",
+         str: "text (in a YAML file, put it in quotes)"}  # fmt: skip
+SEE_HELP = "see python -m engine.train --help"
 
 # Settings that may differ between an interrupted run and its continuation: they do not change the result.
 FREE_ON_RESUME = {"output", "resume", "cache_dir", "log_steps", "checkpoint_steps"}
@@ -24,6 +33,7 @@ def parser() -> ArgumentParser:
         prog="python -m engine.train",
         description="Distil big classifiers into a small one, with teachers that learn to teach (MetaDistil).",
         exit_on_error=False,
+        allow_abbrev=False,  # so that a script keeps its meaning when a flag is added
     )
     result.add_argument("--config", action=ActionConfigFile, help="a YAML file of these settings; flags win over it")
     for section in fields(Config):
@@ -60,29 +70,70 @@ def _values(argv: list[str]) -> dict[str, Any]:
     try:
         parsed = parser().parse_args(argv).as_dict()
     except ArgumentError as e:
-        raise UserError(_sentence(e)) from e
+        raise UserError(_sentence(" ".join(e.message.split()).rstrip("."), argv)) from e
     parsed.pop("config", None)
+    for name, value in parsed.items():  # a YAML file can hold what jsonargparse lets through
+        kind, optional = _kind(name)
+        if (value is None and not optional) or (kind is bool and not isinstance(value, bool)):
+            raise UserError(_wrong_type(name, "null" if value is None else repr(value), argv))
     return parsed
 
 
-def _sentence(error: ArgumentError) -> str:
-    """jsonargparse's message, which runs over several lines, as one sentence that names the flag."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines).rstrip(".")
-    if text.startswith("Parser key "):
-        key, _, rest = text.removeprefix("Parser key ").partition(":")
-        given = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Given value:")), None)
-        if given is None and "Got value:" in rest:
-            given = rest.split("Got value:")[1].split()[0]
-        expected = [line.split("Expected a", 1)[1].strip(" n") for line in lines if "Expected a" in line]
-        kinds = " or ".join(
-            dict.fromkeys(k.split(". Got")[0].replace("typing.Literal", "one of ").replace("<class '", "").replace("'>", "")
-                          for k in expected if "NoneType" not in k))  # fmt: skip
-        flag = "--" + key.strip('"').replace("_", "-")
-        if given is not None and kinds:
-            return f"{flag} is {given!r}; it must be {kinds}."
-        return f"{flag}: {rest.strip()}."
-    return f"{text}; see python -m engine.train --help."
+def _sentence(message: str, argv: list[str]) -> str:
+    """jsonargparse's message, which is written for programmers, as one sentence that names the flag or the file."""
+    file = _config_file(argv)
+    if match := re.match(r'Parser key "(\w+)":(.*)', message):
+        key, rest = match.groups()
+        if key not in TYPES:
+            return f"--config cannot be read ({rest.strip()}); give an existing YAML file of settings."
+        return _wrong_type(key, repr(re.split(r"(?:Got|Given) value:", rest)[-1].strip().strip("'")), argv)
+    if message.startswith("Problems parsing config"):
+        place = re.findall(r"line (\d+)", message)
+        return f"--config {file}{f', line {place[-1]},' if place else ''} is not valid YAML; each line must be like 'epochs: 3'."
+    if message.startswith("Unexpected config"):
+        return f"--config {file!r} holds no settings; each line must be like 'epochs: 3'."
+    if match := re.match(r"Option '(.+)' is not accepted", message):
+        return f"--config {file} has {match[1]!r}, which is not a setting; {_alike(match[1], '')}{SEE_HELP}."
+    if match := re.match(r"unrecognized arguments: (\S+)", message):
+        given = match[1].split("=")[0]
+        if given.startswith("-"):
+            return f"{given} is not a flag; {_alike(given.lstrip('-'), '--')}{SEE_HELP}."
+        return f"{given!r} belongs to no flag; put a value that has spaces in quotes, or {SEE_HELP}."
+    if match := re.match(r"argument (--[\w-]+): expected one argument", message):
+        return f"{match[1]} needs a value; {SEE_HELP}."
+    if match := re.match(r"argument (--[\w-]+): ignored explicit argument (.*)", message):
+        return f"{match[1]} takes no value; leave {match[2]} out."
+    return f"{message}; {SEE_HELP}."
+
+
+def _wrong_type(name: str, given: str, argv: list[str]) -> str:
+    flag = "--" + name.replace("_", "-")
+    typed = any(word.split("=")[0] == flag for word in argv)
+    where = flag if typed or _config_file(argv) is None else f"{name} in {_config_file(argv)}"
+    kind, _ = _kind(name)
+    allowed = KINDS[kind] if kind in KINDS else "one of " + ", ".join(get_args(kind))
+    return f"{where} is {given}; it must be {allowed}."
+
+
+def _kind(name: str) -> tuple[Any, bool]:
+    """The type of a field without `| None`, and whether it had that."""
+    members = get_args(TYPES[name])
+    optional = NoneType in members
+    return (next(m for m in members if m is not NoneType) if optional else TYPES[name]), optional
+
+
+def _config_file(argv: list[str]) -> str | None:
+    """The last --config on the command line."""
+    found = [word.split("=", 1)[1] if "=" in word else "".join(argv[i + 1 : i + 2])
+             for i, word in enumerate(argv) if word.split("=")[0] == "--config"]  # fmt: skip
+    return found[-1] if found else None
+
+
+def _alike(given: str, prefix: str) -> str:
+    near = get_close_matches(given.replace("-", "_"), TYPES, 1)
+    if not near:
+        return ""
+    return f"did you mean {prefix}{near[0].replace('_', '-') if prefix else near[0]}, or "
 
 
 def _saved_config(output: str | None) -> Path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
-class Interrupted(Exception):
-    """The run was asked to stop. `status` is the exit status a shell expects: 128 + the signal's number."""
+class Interrupted(BaseException):
+    """The run was asked to stop. `status` is the exit status a shell expects: 128 + the signal's number.
+
+    Not an Exception, for the reason that KeyboardInterrupt is none: nobody's `except Exception` may swallow it.
+    """
 
     def __init__(self, number: int, saved: bool = False):
         super().__init__(signal.Signals(number).name)
@@ -35,3 +39,5 @@ class Interrupts:
         if not self.deferring or self.requested is not None:
             raise Interrupted(number)
         self.requested = number
+        # not through print: a handler may run in the middle of another write
+        os.write(2, b"\nStopping after this step, with a checkpoint; once more stops at once.\n")

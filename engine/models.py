@@ -34,6 +34,8 @@ HUB_FILES = [
     "merges.txt", "special_tokens_map.json", "*.model",
 ]  # fmt: skip
 
+TOKENIZER_FILES = ["tokenizer.json", "vocab*", "*.model"]
+
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -64,7 +66,7 @@ class Loaded:
     max_length: int  # tokens it can read
 
 
-def resolve_models(given: list[str], hub: Hub, say: Callable[[str], None]) -> list[ModelSource]:
+def resolve_models(given: list[str], hub: Hub) -> list[ModelSource]:
     """Sources of the models named in `given`, in order; a source named again takes the next disjoint sample.
 
     Raises UserError for a name that is neither an alias, a hub id nor a local directory, or that cannot be had.
@@ -137,7 +139,7 @@ def _alias(item: str) -> tuple[str | None, int]:
 def _locate(item: str, alias: str | None, hub: Hub) -> tuple[str, str]:
     """(kind, place) of one named model."""
     path = Path(item).expanduser()
-    if path.is_dir():
+    if item.strip() and path.is_dir():
         return "local", str(path.resolve())
     if alias is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", item) or item.startswith((".", "~", "/")):
         raise UserError(
@@ -204,9 +206,12 @@ def _conversion(api, repo: str) -> str:
 def _read(folder: Path, task: Task, seed: int) -> tuple[nn.Module, object, bool]:
     """Module, tokenizer and whether the head is trained, from a Hugging Face directory."""
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not a model directory: it has no config.json.")
+        raise UserError(f"{folder} is not a model directory: it has no config.json; give a Hugging Face directory.")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no .safetensors weights, and no others are read; convert the model first.")
+    # without this transformers would make a tokenizer that knows no word
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json); save the model's tokenizer into it.")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         trained_labels = getattr(config, "id2label", None)
@@ -219,7 +224,8 @@ def _read(folder: Path, task: Task, seed: int) -> tuple[nn.Module, object, bool]
             )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises a dozen kinds for unreadable files; the user needs the sentence
-        raise UserError(f"Cannot read the model in {folder}: {_first_line(e)}") from e
+        raise UserError(f"Cannot read the model in {folder} ({_first_line(e)}); give a Hugging Face directory with intact "
+                        "weights, configuration and tokenizer of a model that transformers knows.") from e  # fmt: skip
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"The tokenizer in {folder} has no fast version (tokenizer.json); convert it first.")
     trained = not info["missing_keys"] and not info["mismatched_keys"]

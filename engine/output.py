@@ -16,25 +16,41 @@ class OutputDirectory:
     """Checks on construction that nothing would be overwritten; `create` makes the directory and locks it."""
 
     def __init__(self, given: str | None, method: str, resume: bool):
+        if given is not None and not given.strip():
+            raise UserError("--output is empty; name a directory, or leave the flag out for one under runs/.")
         self.path = Path(given).expanduser() if given else _fresh(Path("runs"), method)
+        self.resume = resume
         self._lock = None
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file; give a directory.")
-        if self.path.exists() and any(self.path.iterdir()) and not resume:
-            raise UserError(
-                f"--output {self.path} is in use; give another directory, or --resume to continue an interrupted run.")  # fmt: skip
+        self._refuse_used()
         existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        if not existing.is_dir():
+            raise UserError(f"--output {self.path} cannot be made: {existing} is a file; give another directory.")
         if not os.access(existing, os.W_OK):
-            raise UserError(f"--output {self.path} cannot be written: no permission for {existing}.")
+            raise UserError(
+                f"--output {self.path} cannot be written: no permission for {existing}; give another directory."
+            )
 
     def create(self) -> None:
         """Make the directory; raises UserError where another process works in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close`
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close`
+        except OSError as e:
+            raise UserError(f"--output {self.path} cannot be made ({e.strerror}); give another directory.") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UserError(f"--output {self.path} is in use by another process; wait for it or stop it.") from e
+        self._refuse_used()  # by a process that came and went while this one was loading
+
+    def _refuse_used(self) -> None:
+        if self.resume or not self.path.exists():
+            return
+        if any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise UserError(
+                f"--output {self.path} is in use; give another directory, or --resume to continue an interrupted run.")  # fmt: skip
 
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()

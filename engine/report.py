@@ -157,7 +157,9 @@ def closing_table(summary: dict[str, Any]) -> dict[str, Any]:
         shown = [f"{100 * v:.2f}" if metric == "accuracy" else f"{v:.4f}" for v in values]
         return [method, models, *shown, f"{entry['parameters']:,}", f"{smaller:.2f} x" if smaller else ""]
 
-    rows = [row(t["origin"], t["name"], t, None) for t in summary["teachers"]]
+    rows = [
+        row("as given" if t["origin"] == "as given" else "fine-tuned", t["name"], t, None) for t in summary["teachers"]
+    ]
     names = "+".join(t["name"] for t in summary["teachers"])
     arrow = f"{names} -> {student['name']}" if names else student["name"]
     rows.append(row(summary["method"], arrow, student, summary["times_smaller"]))

@@ -11,7 +11,7 @@ import torch
 
 from engine import __version__, checkpoint
 from engine.config import Config
-from engine.data.encode import EncodedSplit
+from engine.data.encode import EncodedSplits
 from engine.errors import UserError
 from engine.evaluation import predict, score
 from engine.methods import STEPS, State
@@ -22,38 +22,50 @@ from engine.trainer import Phase, Plan, Progress, Trainer
 
 
 @dataclass
-class Teacher:
-    """A teacher ready to teach."""
+class Member:
+    """A model of the run: where it came from, its network, its tokenizer."""
 
     source: ModelSource
     network: Network
     tokenizer: object
+    trained_head: bool
+
+
+@dataclass
+class Teacher:
+    """A member ready to teach."""
+
+    member: Member
     origin: str  # "fine-tuned", "reused" from the cache, or "as given"
     progress: Progress  # of its fine-tuning, `best` its validation metrics
 
 
 def prepare(
-    config: Config, source: ModelSource, network: Network, tokenizer: object, trained_head: bool, train: EncodedSplit,
-    validation: EncodedSplit, content: tuple[str, str], objective: Objective, trainer: Trainer, cache: Path,
-) -> Teacher:  # fmt: skip
-    """Fine-tune `network` in place on its sample, or restore what the same job left in `cache`.
+    config: Config, member: Member, splits: EncodedSplits, objective: Objective, trainer: Trainer, cache: Path
+) -> Teacher:
+    """Fine-tune `member` in place on its sample, or restore what the same job left in `cache`.
 
-    `content` holds the content hashes of sample and validation split. A trained head is kept as it is unless
-    --retrain-teachers asks otherwise.
+    A trained head is kept as it is unless --retrain-teachers asks otherwise.
     """
-    if trained_head and not config.models.retrain_teachers:
+    source, network, train, validation = (
+        member.source,
+        member.network,
+        splits.train[member.source.sample],
+        splits.validation,
+    )
+    if member.trained_head and not config.models.retrain_teachers:
         network.module.to(trainer.device)
         metrics = score(predict(network, validation, trainer.device), validation.labels, trainer.task)
         trainer.console.say(
             f"Teacher {source.name}: its trained head is used as it is (--retrain-teachers changes that)."
         )
-        return Teacher(source, network, tokenizer, "as given", Progress(best=metrics))
+        return Teacher(member, "as given", Progress(best=metrics))
     optim, seed = config.optim, config.run.teacher_seed
     plan = Plan(-(-len(train) // optim.batch_size), optim.prepare_epochs)
     settings = {
         "engine": __version__, "torch": torch.__version__, "device": trainer.device.type, "seed": seed,
         "precision": config.run.precision, "max_length": config.data.max_length, "steps": plan.steps,
-        "eval_steps": config.run.eval_steps, "encoding": network.encoding, "data": content,
+        "eval_steps": config.run.eval_steps, "encoding": network.encoding, "data": (splits.sample_hashes[source.sample], splits.validation_hash),
         "model": content_hash(network.module), "optim": {
             name: getattr(optim, name)
             for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
@@ -63,7 +75,7 @@ def prepare(
     if (progress := _reuse(file, network)) is not None:
         trainer.console.say(f"Teacher {source.name}: reused, prepared before with the same data and settings ({file}).")
         network.module.to(trainer.device)
-        return Teacher(source, network, tokenizer, "reused", progress)
+        return Teacher(member, "reused", progress)
     learner = Learner.adamw(
         network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
         weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
@@ -74,7 +86,7 @@ def prepare(
     )  # fmt: skip
     progress = trainer.fit(phase)
     checkpoint.save(file, checkpoint.module_tensors(network.module), {"progress": asdict(progress)})
-    return Teacher(source, network, tokenizer, "fine-tuned", progress)
+    return Teacher(member, "fine-tuned", progress)
 
 
 def _reuse(file: Path, network: Network) -> Progress | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+from pathlib import Path
 
 from engine import cli
 from engine.config import Config
@@ -26,11 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except Interrupted as e:
-        if e.saved:
-            console.say(f"Stopped by {e}; the checkpoint is saved. Resume with: python -m engine.train --resume "
-                        f"--output {config.run.output}")  # fmt: skip
-        else:
-            console.say(f"Stopped by {e} before there was a step to save.")
+        console.say(_farewell(e, config))
         return e.status
 
 
@@ -42,8 +40,12 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
     if output.finished():
         console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")
         return
+    from engine import checkpoint
     from engine.job import Job  # imports torch and transformers
 
+    saved = output.path / "checkpoint.safetensors"
+    if config.run.resume and saved.exists():
+        checkpoint.load(saved)  # refuses a damaged one before anything is written
     job = Job(config, console)
     output.create()
     try:
@@ -52,6 +54,14 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
         job.close(output, time.monotonic() - started)
     finally:
         output.close()
+
+
+def _farewell(stop: Interrupted, config: Config | None) -> str:
+    folder = config and config.run.output
+    if not folder or not (Path(folder) / "config.yaml").exists():
+        return f"Stopped by {stop}; nothing was written."
+    state = "the checkpoint is saved" if stop.saved else "what came after the last checkpoint is lost"
+    return f"Stopped by {stop}; {state}. Resume with: python -m engine.train --resume --output {shlex.quote(folder)}"
 
 
 if __name__ == "__main__":

@@ -40,13 +40,9 @@ def local(folder: Path) -> ModelSource:
     return ModelSource(str(folder), folder.name, "local", str(folder))
 
 
-def quiet(_):
-    pass
-
-
 def test_names_and_samples(no_network, directory):
     given = ["bert", "bert2", "roberta", "bert", str(directory), str(directory)]
-    found = resolve_models(given, Hub("embedded"), quiet)
+    found = resolve_models(given, Hub("embedded"))
     assert [(s.name, s.sample) for s in found] == [
         ("bert", 0), ("bert2", 1), ("roberta", 0), ("bert3", 2), ("tiny-bert", 0), ("tiny-bert-2", 1),
     ]  # fmt: skip
@@ -55,7 +51,7 @@ def test_names_and_samples(no_network, directory):
 
 def test_directories_of_one_name_stay_apart(no_network, directory, tmp_path):
     other = shutil.copytree(directory, tmp_path / "tiny-bert")
-    found = resolve_models([str(directory), str(other)], Hub("auto"), quiet)
+    found = resolve_models([str(directory), str(other)], Hub("auto"))
     assert [(s.name, s.sample) for s in found] == [("tiny-bert", 0), ("tiny-bert.2", 0)]
 
 
@@ -64,16 +60,16 @@ def test_directories_of_one_name_stay_apart(no_network, directory, tmp_path):
 )
 def test_unknown_names_are_refused_without_asking(no_network, name):
     with pytest.raises(UserError, match="Unknown model"):
-        resolve_models([name], Hub("auto"), quiet)
+        resolve_models([name], Hub("auto"))
 
 
 def test_a_hub_id_has_no_embedded_stand_in(no_network, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        resolve_models(["user/name"], Hub("auto"), quiet)
+        resolve_models(["user/name"], Hub("auto"))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        resolve_models(["bert"], Hub("hub"), quiet)
-    assert resolve_models(["bert"], Hub("auto"), quiet)[0].kind == "embedded"
+        resolve_models(["bert"], Hub("hub"))
+    assert resolve_models(["bert"], Hub("auto"))[0].kind == "embedded"
 
 
 def test_a_model_in_the_hub_cache_needs_no_hub(monkeypatch, directory, tmp_path):
@@ -88,7 +84,7 @@ def test_a_model_in_the_hub_cache_needs_no_hub(monkeypatch, directory, tmp_path)
         shutil.copy(file, snapshot / file.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (source,) = resolve_models(["bert"], Hub("hub"), quiet)
+    (source,) = resolve_models(["bert"], Hub("hub"))
     assert (source.kind, source.name, Path(source.place)) == ("hub", "bert", snapshot)
     assert source.describe() == "google-bert/bert-base-uncased"
     assert load_model(source, TASK, lambda: TEXTS, 0).trained_head

@@ -12,6 +12,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from engine.batch import Batch
+from engine.data.splits import Splits, content_hash
 
 disable_progress_bars()  # the console shows progress where it takes a while
 
@@ -88,6 +89,25 @@ class EncodedSplit:
                 real += int(lengths.sum())
                 padded += len(rows) * min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, t.encoding.max_length)
         return 1 - real / max(1, padded)
+
+
+@dataclass
+class EncodedSplits:
+    """All splits of a run, encoded, with the content hashes that identify what a teacher was prepared on."""
+
+    train: list[EncodedSplit]
+    quiz: EncodedSplit
+    validation: EncodedSplit
+    test: EncodedSplit
+    sample_hashes: list[str]
+    validation_hash: str
+
+    @classmethod
+    def of(cls, splits: Splits, encodings: list[Encoding], cache: Path) -> EncodedSplits:
+        datasets = [*splits.train, splits.quiz, splits.validation, splits.test]
+        hashes = [content_hash(dataset) for dataset in datasets]
+        encoded = [EncodedSplit(d, encodings, h, cache) for d, h in zip(datasets, hashes, strict=True)]
+        return cls(encoded[:-3], *encoded[-3:], hashes[:-3], hashes[-2])
 
 
 def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> Dataset:

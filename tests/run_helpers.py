@@ -1,0 +1,60 @@
+"""What the tests of the command share: tiny data, the flags of a run of under a second, and how to start one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from engine.embedded import generate
+from engine.train import main
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"train-size": 64, "quiz-size": 12, "validation-size": 12, "test-size": 12, "max-length": 16, "batch-size": 16,
+         "epochs": 1, "prepare-epochs": 1}  # fmt: skip
+
+
+def sentences(count: int = 120, seed: int = 0) -> list[tuple[str, int]]:
+    return generate(count, seed)
+
+
+def table(path: Path, rows, header: str = "sentence\tlabel") -> Path:
+    path.write_text("\n".join([header, *("\t".join(map(str, row)) for row in rows)]) + "\n", encoding="utf-8")
+    return path
+
+
+def flags(data: Path | str, output: Path | str | None = None, **changes) -> list[str]:
+    """A whole command line; `changes` are flags with underscores, True for a switch, None to leave one out."""
+    settings = {"source": "embedded", "teachers": "bert", "student": "distilbert", "data": data, **SIZES}
+    settings |= {"output": output} | {name.replace("_", "-"): value for name, value in changes.items()}
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def succeed(*arguments, **changes) -> Path:
+    """Run the job in this process; returns its output directory."""
+    words = flags(*arguments, **changes)
+    assert main(words) == 0, words
+    return Path(words[words.index("--output") + 1])
+
+
+def start(words: list[str], **options) -> subprocess.Popen:
+    """The command in a process of its own, as a user starts it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen([sys.executable, "-m", "engine.train", *words], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, with the bytes of each file."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

@@ -1,0 +1,354 @@
+"""What a user can get wrong: one sentence, exit status 2, and nothing on the disk is touched."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from run_helpers import contents, flags, sentences, succeed, table
+
+from engine.train import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run, whose student is the model directory that the cases spoil."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METADISTIL_CACHE", str(folder / "cache"))
+        succeed(table(folder / "d.tsv", sentences()), folder / "run", method="finetune")
+    return folder / "run"
+
+
+@pytest.fixture
+def place(tmp_path, tmp_path_factory, monkeypatch):
+    """An empty working directory with good data in d.tsv; the cache is elsewhere."""
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path / "d.tsv", sentences())
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place, capsys):
+    """`refused(words, *parts)`: the command is refused, the sentence holds the parts, no file came, went or changed."""
+
+    def check(words: list[str], *parts: str) -> str:
+        before = contents(place)
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        error = capsys.readouterr().err
+        assert status == 2, error
+        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+        assert len(error) < 600 and "Traceback" not in error and "<class" not in error and "typing." not in error
+        for part in parts:
+            assert part in error, f"{part!r} is not in: {error}"
+        assert contents(place) == before
+        return error
+
+    return check
+
+
+# Settings
+
+ALLOWED = [
+    (["--train-size", "0"], "--train-size is 0", "at least 1"),
+    (["--train-size", "-5"], "--train-size is -5", "at least 1"),
+    (["--quiz-size", "0"], "--quiz-size is 0", "at least 1"),
+    (["--batch-size", "0"], "--batch-size is 0", "at least 1"),
+    (["--batch-size", "-1"], "--batch-size is -1", "at least 1"),
+    (["--batch-size", "2.5"], "--batch-size is '2.5'", "whole number"),
+    (["--batch-size", ""], "--batch-size is ''", "whole number"),
+    (["--epochs", "0"], "--epochs is 0", "at least 1"),
+    (["--epochs", "a few"], "--epochs is 'a few'", "whole number"),
+    (["--max-length", "2"], "--max-length is 2", "at least 4"),
+    (["--alpha", "1.5"], "--alpha is 1.5", "from 0.0 to 1.0"),
+    (["--alpha", "-0.1"], "--alpha is -0.1", "from 0.0 to 1.0"),
+    (["--temperature", "nan"], "--temperature is 'nan'", "number"),
+    (["--temperature", ".nan"], "--temperature is nan", "at least"),
+    (["--temperature", "0"], "--temperature is 0", "at least"),
+    (["--lr", "abc"], "--lr is 'abc'", "number"),
+    (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
+    (["--seed", "-1"], "--seed is -1", "at least 0"),
+    (["--method", "foo"], "--method is 'foo'", "one of metadistil, kd, finetune"),
+    (["--source", "web"], "--source is 'web'", "one of auto, hub, embedded"),
+    (["--learning-rate", "1"], "--learning-rate is not a flag", "--help"),
+    (["--epoch", "1"], "--epoch is not a flag", "did you mean --epochs"),
+    (["--teacher=bert"], "--teacher is not a flag", "did you mean --teachers"),
+    (["stray"], "'stray' belongs to no flag", "quotes"),
+    (["--lr"], "--lr needs a value", "--help"),
+    (["--resume=yes"], "--resume takes no value", "'yes'"),
+    (["--teachers", ""], "--teachers", "at least one"),
+    (["--teachers", " , "], "--teachers", "at least one"),
+    (["--teachers", "brt"], "'brt'", "bert, roberta, distilbert, tinybert", "local directory"),
+    (["--teachers", "bert,brt"], "'brt'", "bert, roberta, distilbert, tinybert"),
+    (["--teachers", "./none"], "'./none'", "existing local directory"),
+    (["--student", ""], "''", "existing local directory"),
+    (["--student", "berty"], "'berty'", "existing local directory"),
+    (["--student", "nobody/nothing"], "'nobody/nothing'", "--source embedded", "local directory"),
+    (["--student-layers", "5"], "--student-layers is [5]", "0 to 1"),
+    (["--student-layers", "-1"], "--student-layers is [-1]", "0 to 1"),
+    (["--student-layers", "0,0"], "--student-layers is [0, 0]", "once"),
+    (["--student-layers", "one"], "--student-layers is 'one'", "as in 1,3,5"),
+    (["--student-layers", ""], "--student-layers is ''", "as in 1,3,5"),
+    (["--device", "foo"], "--device is 'foo'", "auto, cpu, cuda"),
+    (["--device", ""], "--device is ''", "auto, cpu, cuda"),
+    (["--quiz-size", "500"], "--quiz-size is 500", "d.tsv", "120 usable rows", "smaller size or a quiz file"),
+    (["--test-size", "121"], "--test-size is 121", "d.tsv", "smaller size or a test file"),
+    (["--train-size", "1"], "d.tsv", "2 rows per class", "add rows"),
+    (["--data", "none.tsv"], "--data none.tsv does not exist", "existing file or folder"),
+    (["--data", "./none"], "--data ./none does not exist", "existing file or folder"),
+    (["--data", "sst3"], "--data 'sst3'", "known are sst2"),
+    (["--data", "mrpc"], "--data mrpc", "--source embedded", "local files"),
+    (["--text-column", "words"], "d.tsv", "no column 'words'", "sentence, label", "--text-column"),
+    (["--config", "none.yaml"], "--config", "none.yaml", "existing YAML file"),
+    (["--config", "."], "--config", "existing YAML file"),
+    (["--output", ""], "--output is empty", "name a directory"),
+    (["--output", "d.tsv"], "--output d.tsv is a file", "directory"),
+    (["--output", "d.tsv/deeper"], "--output d.tsv/deeper", "d.tsv is a file", "another directory"),
+    (["--output", "/proc/none/run"], "--output /proc/none/run", "another directory"),
+    (["--resume", "--output", "none"], "--resume finds no run in none", "leave --resume out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALLOWED, ids=lambda case: " ".join(case[0]))
+def test_settings(refused, case):
+    words, *parts = case
+    refused([*flags("d.tsv", "out"), *words], *parts)
+
+
+@pytest.mark.parametrize("words", [["--lr", ".inf"], ["--seed", str(2**64)]], ids=" ".join)
+@pytest.mark.xfail(strict=True, reason="engine.config has no check for infinity or for seeds beyond 64 bits")
+def test_numbers_that_no_machine_can_use(refused, words):
+    refused([*flags("d.tsv", "out"), *words], f"{words[0]} is")
+
+
+@pytest.mark.xfail(strict=True, reason="engine.job does not check --cache-dir")
+def test_cache_that_is_a_file(refused):
+    refused([*flags("d.tsv", "out"), "--cache-dir", "d.tsv"], "--cache-dir", "d.tsv", "file")
+
+
+def test_offline_hub_id(refused, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = flags("d.tsv", "out", source="auto", teachers="nobody/nothing")
+    refused(words, "'nobody/nothing'", "HF_HUB_OFFLINE", "local directory")
+    words = flags("d.tsv", "out", source="hub", teachers="bert")
+    refused(words, "'bert'", "HF_HUB_OFFLINE", "local directory or --source embedded")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_absent_cuda(refused):
+    refused(flags("d.tsv", "out", device="cuda"), "--device is cuda", "no CUDA device", "cpu or auto")
+
+
+YAML = {
+    "not yaml": ("a: [1,\n b", "line 3", "not valid YAML"),
+    "a list": ("- 1\n- 2\n", "no settings", "epochs: 3"),
+    "empty": ("", "no settings", "epochs: 3"),
+    "unknown key": ("teachers: bert\nlearning_rate: 3\n", "'learning_rate'", "not a setting"),
+    "misspelt key": ("epoch: 3\n", "'epoch'", "did you mean epochs"),
+    "nested": ("models:\n  teachers: bert\n", "'models.teachers'", "not a setting"),
+    "text for a number": ("epochs: many\n", "epochs in c.yaml is 'many'", "whole number"),
+    "fraction for a count": ("batch_size: 2.5\n", "batch_size in c.yaml is '2.5'", "whole number"),
+    "list for text": ("teachers: [bert, roberta]\n", "teachers in c.yaml", "text", "quotes"),
+    "number for text": ("student_layers: 1\n", "student_layers in c.yaml is '1'", "text", "quotes"),
+    "nothing for a number": ("quiz_batches: null\n", "quiz_batches in c.yaml is null", "whole number"),
+    "word for a switch": ("retrain_teachers: perhaps\n", "retrain_teachers in c.yaml is 'perhaps'", "true or false"),
+    "unknown choice": ("method: foo\n", "method in c.yaml is 'foo'", "one of metadistil, kd, finetune"),
+    "out of range": ("alpha: 7\n", "--alpha is 7", "from 0.0 to 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml(refused, place, name):
+    text, *parts = YAML[name]
+    (place / "c.yaml").write_text(text)
+    words = ["--config", "c.yaml", "--data", "d.tsv", "--source", "embedded", "--output", "out"]
+    error = refused(words, *parts)
+    assert "c.yaml" in error or name == "out of range"
+
+
+# Data
+
+ROWS = [f"sentence {i}\t{i % 2}" for i in range(40)]
+FILES = {
+    "one class": ("a.tsv", [row[:-1] + "1" for row in ROWS], "a.tsv", "label 1", "two classes", "--label-column"),
+    "empty text": ("a.tsv", [*ROWS[:5], "\t1", *ROWS[5:]], "a.tsv, line 7", "'sentence' is empty"),
+    "blank text": ("a.tsv", [*ROWS, "  \t1"], "a.tsv, line 42", "'sentence' is empty"),
+    "nan label": ("a.tsv", [*ROWS, "fine\tNaN"], "a.tsv, line 42", "label is empty"),
+    "no label": ("a.tsv", [*ROWS, "fine\t"], "a.tsv, line 42", "label is empty"),
+    "broken tsv": ("a.tsv", [*ROWS[:2], "one\ttwo\t1", *ROWS[2:]], "a.tsv, line 4", "3 columns", "the header has 2"),
+    "no rows": ("a.tsv", [], "a.tsv has no rows"),
+    "suffix": ("a.txt", ROWS, "a.txt", "suffix .txt", ".tsv, .csv"),
+    "broken csv": ("a.csv", [*(row.replace("\t", ",") for row in ROWS), 'an "odd,1', '"open,1'], "a.csv, line 43"),
+    "short csv": ("a.csv", [*(row.replace("\t", ",") for row in ROWS), "alone"], "a.csv, line 42", "the header has 2"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(refused, place, name):
+    file, rows, *parts = FILES[name]
+    header = "sentence,label" if file.endswith(".csv") else "sentence\tlabel"
+    (place / file).write_text("\n".join([header, *rows]) + "\n")
+    refused(flags(file, "out"), *parts)
+
+
+JSON = {
+    "not json": ('{"sentence": "x", "label": ', "line 31", "not valid JSON"),
+    "not an object": ("[1, 2]", "line 31", "one JSON object"),
+    "key missing": ('{"sentence": "x"}', "line 31", "'label' is missing"),
+    "null text": ('{"sentence": null, "label": 1}', "line 31", "'sentence' must be a text, not null"),
+    "nan": ('{"sentence": "x", "label": NaN}', "line 31", "label is empty"),
+    "a list as label": ('{"sentence": "x", "label": [1]}', "line 31", "list cannot be a label"),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_jsonl(refused, place, name):
+    line, *parts = JSON[name]
+    rows = [json.dumps({"sentence": f"sentence {i}", "label": i % 2}) for i in range(30)]
+    (place / "a.jsonl").write_text("\n".join([*rows, line]) + "\n")
+    refused(flags("a.jsonl", "out"), "a.jsonl", *parts)
+
+
+@pytest.mark.parametrize("part", ["validation", "test", "quiz"])
+def test_label_that_training_does_not_know(refused, place, part):
+    (place / "set").mkdir()
+    table(place / "set" / "train.tsv", sentences())
+    table(place / "set" / f"{part}.tsv", [("a new sentence", 0), ("another one", 2)])
+    refused(flags("set", "out"), f"{part}.tsv, line 3", "no label 2", "its labels are 0, 1")
+
+
+def test_other_label_set_in_validation(refused, place):
+    (place / "set").mkdir()
+    table(place / "set" / "train.tsv", sentences())
+    table(place / "set" / "dev.tsv", [("a new sentence", "positive"), ("another one", "negative")])
+    refused(flags("set", "out"), "dev.tsv, line 2", "no label 'positive'", "its labels are 0, 1")
+
+
+def test_folder_without_training_file(refused, place):
+    (place / "set").mkdir()
+    table(place / "set" / "notes.tsv", sentences())
+    refused(flags("set", "out"), "set has no training file", "train, quiz, validation", "notes.tsv")
+
+
+# Models
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def foreign_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {
+        "AutoConfig": "mine.MineConfig", "AutoModelForSequenceClassification": "mine.Mine"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = folder.parent / "executed"
+    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass MineConfig: pass\nclass Mine: pass\n")
+
+
+SPOIL = {
+    "damaged weights": (overwrite("model.safetensors", "not safetensors"), "Cannot read", "intact"),
+    "weights cut short": (cut_short, "Cannot read", "intact"),
+    "broken config": (overwrite("config.json", '{"model_type": '), "Cannot read", "intact"),
+    "config of no known model": (overwrite("config.json", '{"model_type": "zebra"}'), "Cannot read", "intact"),
+    "no config": (without("config.json"), "no config.json", "Hugging Face directory"),
+    "no weights": (without("model.safetensors"), "no .safetensors weights", "convert"),
+    "pickled weights only": (only_pickle, "no .safetensors weights", "convert"),
+    "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "okenizer"),
+    "damaged tokenizer": (overwrite("tokenizer.json", "{"), "Cannot read", "intact"),
+    "code of its own": (foreign_code, "Cannot read", "intact"),
+}
+
+
+@pytest.mark.parametrize("role", ["teachers", "student"])
+@pytest.mark.parametrize("name", SPOIL)
+def test_model_directories(refused, place, made, name, role):
+    spoil, *parts = SPOIL[name]
+    shutil.copytree(made / "student", place / "model")
+    spoil(place / "model")
+    refused(flags("d.tsv", "out", **{role: "./model"}), str(place / "model"), *parts)
+    assert not (place / "executed").exists()
+
+
+def test_trained_head_in_another_order(refused, place, made):
+    shutil.copytree(made / "student", place / "model")
+    config = json.loads((place / "model" / "config.json").read_text())
+    config |= {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    refused(flags("d.tsv", "out", teachers="./model"), "['1', '0']", "['0', '1']", "--retrain-teachers")
+
+
+# Output directories
+
+
+def test_output_in_use(refused, place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.txt").write_text("do not touch")
+    refused(flags("d.tsv", "out"), "--output out is in use", "another directory", "--resume")
+
+
+def test_empty_output_stays_empty(refused, place):
+    (place / "out").mkdir()
+    refused(flags("none.tsv", "out"), "none.tsv")
+    refused(flags("d.tsv", "out", student="./none"), "./none")
+
+
+def test_resume_without_output(refused):
+    refused([*flags("d.tsv"), "--resume"], "--resume needs --output", "interrupted run")
+
+
+def test_resume_of_no_run(refused, place):
+    (place / "out").mkdir()
+    (place / "out" / "other.txt").write_text("x")
+    refused(["--resume", "--output", "out"], "--resume finds no run in out", "config.yaml", "leave --resume out")
+
+
+@pytest.fixture
+def interrupted(place, made):
+    """What a killed run leaves, as far as --resume looks at it before it starts."""
+    shutil.copytree(made, place / "out")
+    (place / "out" / "summary.json").unlink()
+    return place / "out"
+
+
+def test_resume_with_changed_flags(refused, interrupted):
+    refused(["--resume", "--output", "out", "--lr", "0.5", "--seed", "3"],
+            "--lr 0.5 (was 0.001)", "--seed 3 (was 0)", "start a new one")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"nonsense", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"], ids=["empty", "text", "cut"]
+)
+def test_resume_from_a_damaged_checkpoint(refused, interrupted, damage):
+    (interrupted / "checkpoint.safetensors").write_bytes(damage)
+    refused(["--resume", "--output", "out"], "checkpoint.safetensors cannot be read", "another --output")
+
+
+def test_resume_with_a_damaged_config(refused, interrupted):
+    (interrupted / "config.yaml").write_text("epochs: [")
+    refused(["--resume", "--output", "out"], "config.yaml", "not valid YAML")
+
+
+# What is allowed, if odd
+
+
+def test_a_student_bigger_than_its_teacher_is_a_warning(place, capsys):
+    succeed("d.tsv", "out", teachers="tinybert", student="bert", method="kd")
+    warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+    assert "the student has 24" in warning and "tinybert" in warning and "smaller" in warning
