@@ -68,7 +68,7 @@ def dump(config: Config) -> str:
 
 def _values(argv: list[str]) -> dict[str, Any]:
     try:
-        parsed = parser().parse_args(argv).as_dict()
+        parsed = parser().parse_args(_files_first(argv)).as_dict()
     except ArgumentError as e:
         raise UserError(_sentence(" ".join(e.message.split()).rstrip("."), argv)) from e
     parsed.pop("config", None)
@@ -120,6 +120,16 @@ def _kind(name: str) -> tuple[Any, bool]:
     members = get_args(TYPES[name])
     optional = NoneType in members
     return (next(m for m in members if m is not NoneType) if optional else TYPES[name]), optional
+
+
+def _files_first(argv: list[str]) -> list[str]:
+    """--config before everything else: jsonargparse lets the later of file and flag win, we let the flag win."""
+    files, rest, words = [], [], iter(argv)
+    for word in words:
+        (files if word.split("=")[0] == "--config" else rest).append(word)
+        if word == "--config":
+            files += [value for value in [next(words, None)] if value is not None]
+    return files + rest
 
 
 def _config_file(argv: list[str]) -> str | None:

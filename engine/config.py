@@ -95,7 +95,7 @@ class OptimConfig(_Section):
     """optimisation"""
 
     lr: float | None = option(None, "peak learning rate of the student (default: 6e-5)", 0.0)
-    teacher_lr: float | None = option(None, "peak learning rate of the teachers' meta-updates (default: 6e-5)", 0.0)
+    teacher_lr: float | None = option(None, "peak learning rate of the teachers' meta-updates (default: 1e-5)", 0.0)
     prepare_lr: float | None = option(None, "peak learning rate of the teachers' fine-tuning (default: 6e-5)", 0.0)
     batch_size: int = option(32, "examples a batch", 1)
     epochs: int | None = option(None, "epochs of the student (default: 3)", 1)

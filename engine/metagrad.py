@@ -114,11 +114,12 @@ STRATEGIES: dict[str, Strategy] = {"exact": exact, "double_backward": double_bac
 
 def _quiz(student: Network, weights: list[Tensor], quizzes: Sequence[Batch], objective: Objective):
     """Mean quiz loss with dropout off, and its gradient v; one batch's activations at a time."""
-    total, v = 0.0, [torch.zeros_like(p) for p in weights]
+    total, v = 0.0, None
     with student.in_mode(train=False):
         for batch in quizzes:
             loss = objective.hard(student(batch), batch.labels) / len(quizzes)
-            torch._foreach_add_(v, _gradients(loss, weights))
+            gradients = _gradients(loss, weights)
+            v = gradients if v is None else torch._foreach_add(v, gradients)
             total = total + loss.detach()
     return total, v
 

@@ -1,0 +1,296 @@
+"""One round of each method against its published update, written out with autograd, AdamW and clipping on copies."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from engine.batch import Batch
+from engine.metagrad import STRATEGIES
+from engine.methods import STEPS, State
+from engine.network import Learner, Network
+from engine.objectives import Objective
+from engine.time_machine import TimeMachine
+
+# Largest difference of a weight. Adam divides by the gradient's own size, so that rounding in a gradient near its
+# epsilon (1e-8) is multiplied by lr / epsilon: 1e-16 becomes 1e-10.
+TOLERANCE = 1e-10
+LR, TEACHER_LR, PILOT_LR, DECAY, CLIP, WARMUP = 0.02, 0.01, 0.3, 0.1, 0.05, 0.4
+T, ALPHA, WORDS, CLASSES = 3.0, 0.6, 12, 3
+
+
+class Toy(nn.Module):
+    """A bag of words with everything a method could get wrong: dropout, a batch norm's buffers, biases, a frozen weight."""
+
+    def __init__(self, width, seed, dropout=0.3, norm=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words = nn.Embedding(WORDS, width)
+        self.hidden = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(width, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.9), requires_grad=False)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None]  # [B, L, 1]
+        mean = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
+        hidden = self.norm(torch.tanh(self.hidden(mean)))
+        return SimpleNamespace(logits=self.out(self.dropout(hidden)) * self.scale)
+
+
+def make_batch(seed, size=6):
+    """The label is a function of the first word."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(WORDS, (size, 3), generator=generator)
+    lengths = torch.randint(1, 4, (size, 1), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(3) < lengths).long()}
+    return Batch(ids[:, 0] % CLASSES, {"words": inputs})
+
+
+def quiz(number):
+    return [make_batch(1000 + 2 * number + i) for i in range(2)]
+
+
+class Setting:
+    """A state, and copies of its models from before."""
+
+    def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact"):
+        student = Network("student", Toy(5, seed=0).double(), "words")
+        networks = [Network(f"teacher{k}", Toy(6, seed=k + 1, norm=False).double(), "words") for k in range(teachers)]
+        self.batches = [[make_batch(10 * r + j) for j in range(size)] for r in range(rounds)]
+        common = {"warmup_ratio": WARMUP, "weight_decay": DECAY, "max_grad_norm": CLIP}
+        self.student_steps, self.teacher_steps = rounds * size, rounds
+        self.state = State(
+            Learner.adamw(student, lr=LR, steps=self.student_steps, **common), Objective("kl", T, ALPHA)
+        )  # fmt: skip
+        self.quizzed = []
+        if method == "kd":
+            self.state.teachers = networks
+        if method == "metadistil":
+            self.state.learning_teachers = [
+                Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks
+            ]
+            self.state.time_machine = TimeMachine(student.module)
+            self.state.meta_gradient, self.state.pilot_lr = STRATEGIES[strategy], PILOT_LR
+            self.state.quiz = lambda number: self.quizzed.append(number) or quiz(number)
+        self.step = STEPS[method]
+        self.student, self.teachers = student.module, [n.module for n in networks]
+        self.copies = copy.deepcopy([student.module, *self.teachers])
+
+    def run(self):
+        torch.manual_seed(7)
+        return [self.step(self.state, batches) for batches in self.batches]
+
+
+class Adam:
+    """torch's AdamW with its schedule written out: the step's rate, decay on matrices only, clipping before."""
+
+    def __init__(self, module, lr, steps):
+        self.module, self.lr, self.steps, self.taken = module, lr, steps, 0
+        ps = [p for p in module.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in ps if p.ndim >= 2], "weight_decay": DECAY},
+                  {"params": [p for p in ps if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, foreach=False, fused=False)
+
+    def step(self):
+        warmup = int(WARMUP * self.steps)
+        t = self.taken
+        rate = (t + 1) / (warmup + 1) if t < warmup else (self.steps - t) / (self.steps - warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.taken += 1
+
+
+def read(module, batch, weights=None):
+    inputs = batch.inputs["words"]
+    out = module(**inputs) if weights is None else functional_call(module, weights, (), inputs)
+    return out.logits
+
+
+def distillation(student, teachers, labels):
+    p = F.softmax(sum(teachers) / len(teachers) / T, -1)
+    log_q = F.log_softmax(student / T, -1)
+    kl = (p * (p.log() - log_q)).sum() / len(labels)
+    return ALPHA * T**2 * kl + (1 - ALPHA) * F.cross_entropy(student, labels)
+
+
+def real_step(adam, teachers, batch):
+    adam.module.train()
+    for teacher in teachers:
+        teacher.eval()
+    with torch.no_grad():
+        logits = [read(t, batch) for t in teachers]
+    loss = distillation(read(adam.module, batch), logits, batch.labels)
+    loss.backward()
+    adam.step()
+    return loss.detach()
+
+
+def meta_gradient(student, teachers, batches, quizzes):
+    """dq/dtheta left in the teachers' grad, by autograd through the pilot; the student's buffers taken back."""
+    buffers = copy.deepcopy(dict(student.named_buffers()))
+    student.train()
+    for teacher in teachers:
+        teacher.eval()
+    weights = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    pilot_losses = []
+    for batch in batches:
+        loss = distillation(read(student, batch, weights), [read(t, batch) for t in teachers], batch.labels)
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        weights = {n: w - PILOT_LR * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+        pilot_losses.append(loss.detach())
+    student.eval()
+    q = sum(F.cross_entropy(read(student, b, weights), b.labels) for b in quizzes) / len(quizzes)
+    for teacher in teachers:
+        ps = [p for p in teacher.parameters() if p.requires_grad]
+        for p, g in zip(ps, torch.autograd.grad(q, ps, retain_graph=True), strict=True):
+            p.grad = g
+    for name, buffer in student.named_buffers():
+        buffer.copy_(buffers[name])
+    return sum(pilot_losses) / len(pilot_losses), q.detach()
+
+
+def apart(module, other):
+    """Largest difference over weights and buffers."""
+    theirs = dict([*other.named_parameters(), *other.named_buffers()])
+    mine = [*module.named_parameters(), *module.named_buffers()]
+    return max((t - theirs[n]).abs().max().item() for n, t in mine)
+
+
+def schedule_positions(state):
+    return [learner.schedule.last_epoch for learner in state.learners()]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_finetune(size):
+    setting = Setting("finetune", size=size)
+    values = setting.run()
+    torch.manual_seed(7)
+    student = Adam(setting.copies[0], LR, setting.student_steps)
+    student.module.train()
+    for batches, value in zip(setting.batches, values, strict=True):
+        for batch in batches:
+            loss = F.cross_entropy(read(student.module, batch), batch.labels)
+            loss.backward()
+            student.step()
+        torch.testing.assert_close(value["loss"], loss.detach(), rtol=1e-9, atol=0)
+    assert apart(setting.student, student.module) < TOLERANCE
+    assert schedule_positions(setting.state) == [3 * size]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_kd(size):
+    setting = Setting("kd", size=size)
+    setting.teachers[0].train()  # and must not drop anything for that
+    values = setting.run()
+    torch.manual_seed(7)
+    copied, *teachers = setting.copies
+    student = Adam(copied, LR, setting.student_steps)
+    for batches, value in zip(setting.batches, values, strict=True):
+        loss = [real_step(student, teachers, batch) for batch in batches][-1]
+        torch.testing.assert_close(value["loss"], loss, rtol=1e-9, atol=0)
+    assert apart(setting.student, student.module) < TOLERANCE
+    for mine, before in zip(setting.teachers, teachers, strict=True):
+        assert apart(mine, before) == 0
+        assert all(p.grad is None for p in mine.parameters())
+    assert setting.teachers[0].training and setting.teachers[0].dropout.training  # as they were
+    assert schedule_positions(setting.state) == [3 * size]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("teachers", "size"), [(1, 1), (2, 1), (2, 2), (1, 3)])
+def test_metadistil(teachers, size, strategy):
+    """Pilot, quiz, teachers' update, rewind, real steps on the pilot's batches from the updated teachers."""
+    setting = Setting("metadistil", teachers, size=size, strategy=strategy)
+    setting.teachers[0].train()
+    values = setting.run()
+    torch.manual_seed(7)
+    copied, *copied_teachers = setting.copies
+    student = Adam(copied, LR, setting.student_steps)
+    updates = [Adam(t, TEACHER_LR, setting.teacher_steps) for t in copied_teachers]
+    for number, (batches, value) in enumerate(zip(setting.batches, values, strict=True)):
+        pilot, q = meta_gradient(copied, copied_teachers, batches, quiz(number))
+        for update in updates:
+            update.step()
+        loss = [real_step(student, copied_teachers, batch) for batch in batches][-1]
+        expected = {"loss": loss, "pilot_loss": pilot, "quiz_loss": q}
+        assert value.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(value[name], expected[name], rtol=1e-9, atol=0)
+    for mine, theirs in zip([setting.student, *setting.teachers], setting.copies, strict=True):
+        assert apart(mine, theirs) < TOLERANCE
+    assert setting.quizzed == [0, 1, 2] and setting.state.round == 3
+    assert schedule_positions(setting.state) == [3 * size] + [3] * teachers
+    assert all(p.grad is None for m in [setting.student, *setting.teachers] for p in m.parameters())
+
+
+def test_the_oracle_tells_variants_apart():
+    """What the comparison above would notice: each of these is a mistake that it must be able to see."""
+    setting = Setting("metadistil", 1, rounds=1, size=2)
+    setting.run()
+
+    def variant(updated_teacher=True, eval_teacher=True, rewound=True, same_batches=True):
+        copied, teacher = copy.deepcopy(Setting("metadistil", 1, rounds=1, size=2).copies)
+        torch.manual_seed(7)
+        batches = setting.batches[0]
+        meta_gradient(copied, [teacher], batches, quiz(0))
+        if updated_teacher:
+            Adam(teacher, TEACHER_LR, 1).step()
+        student = Adam(copied, LR, 2)
+        for batch in batches if same_batches else batches[:1] * 2:
+            if not eval_teacher:
+                teacher.eval = teacher.train
+            if not rewound:
+                with torch.no_grad():
+                    for p in copied.parameters():
+                        p -= 1e-3
+            real_step(student, [teacher], batch)
+        return apart(setting.student, copied)
+
+    assert variant() < TOLERANCE
+    for mistake in ("updated_teacher", "eval_teacher", "rewound", "same_batches"):
+        assert variant(**{mistake: False}) > 1e-6, mistake
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_values_are_detached_scalars(method):
+    setting = Setting(method, rounds=1)
+    (values,) = setting.run()
+    assert all(v.ndim == 0 and not v.requires_grad for v in values.values())
+    assert setting.student.training
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_loss_falls_on_a_learnable_problem(method):
+    """30 rounds; the batches are learnable from their first word, and the teachers know how."""
+    setting = Setting(method, teachers=1, rounds=30)
+    for learner in setting.state.learners():  # faster than what the oracles are compared with
+        learner.max_grad_norm = 1.0
+        for group in learner.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        learner.schedule.lr_lambdas = [lambda step: 2.0] * 2
+    for teacher in setting.teachers:
+        optimizer = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=0.05)
+        for i in range(60):
+            batch = make_batch(500 + i, size=32)
+            optimizer.zero_grad()
+            F.cross_entropy(read(teacher.train(), batch), batch.labels).backward()
+            optimizer.step()
+    setting.batches = [[make_batch(i, size=32)] for i in range(30)]
+
+    def held_out():
+        batch = make_batch(9999, size=200)
+        return F.cross_entropy(read(setting.student.eval(), batch), batch.labels).item()
+
+    start = held_out()
+    losses = [value["loss"].item() for value in setting.run()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert held_out() < 0.7 * start
