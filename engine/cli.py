@@ -32,6 +32,7 @@ def parser() -> ArgumentParser:
     result = ArgumentParser(
         prog="python -m engine.train",
         description="Distil big classifiers into a small one, with teachers that learn to teach (MetaDistil).",
+        usage="%(prog)s [--teachers NAMES] [--student NAME] [--data NAME] [--output DIR] [more flags, all listed below]",
         exit_on_error=False,
         allow_abbrev=False,  # so that a script keeps its meaning when a flag is added
     )

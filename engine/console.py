@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 15  # without a terminal, at most one progress line in this many seconds
 
@@ -43,16 +44,25 @@ class Console:
 
     @contextmanager
     def progress(self, phase: str, total: int, done: int = 0):
-        """Yields `advance(step, text)`; `text` is what the line shows beside the bar."""
+        """Yields `advance(step, text)`; `text` is what is shown with the bar."""
         if self.rich.is_terminal:
-            with Progress(
+            with _TwoLines(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"), console=self.rich,
+                TextColumn("left"), console=self.rich,
             ) as bar:  # fmt: skip
                 task = bar.add_task(escape(phase), total=total, completed=done, text="")
-                yield lambda step, text: bar.update(task, completed=step, text=escape(text))
+                yield lambda step, text: bar.update(task, completed=step, text=text)
         else:
             yield _PlainProgress(self, phase, total, done)
+
+
+class _TwoLines(Progress):
+    """The text below the bar: beside it, in 80 columns, it would squeeze out the step and the time that is left."""
+
+    def get_renderables(self):
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['text']}", no_wrap=True, overflow="ellipsis")
 
 
 class _PlainProgress:
@@ -66,4 +76,5 @@ class _PlainProgress:
             self.last = now
             rate = (step - self.first) / max(1e-9, now - self.start)
             left = (self.total - step) / max(1e-9, rate)
-            self.console.say(f"{self.phase}: step {step}/{self.total}, {text}, {left:.0f} s left")
+            parts = [f"{self.phase}: step {step}/{self.total}", text, f"{left:.0f} s left"]
+            self.console.say(", ".join(part for part in parts if part))

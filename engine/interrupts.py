@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 
 
 class Interrupted(BaseException):
@@ -21,7 +22,8 @@ class Interrupted(BaseException):
 class Interrupts:
     """Handles both signals while it is entered. A second signal does not wait for the step."""
 
-    def __init__(self):
+    def __init__(self, say: Callable[[str], None] = lambda message: None):
+        self.say = say
         self.requested: int | None = None
         self.deferring = False  # set by the loop: it checks `requested` after each step
         self._before: dict[int, object] = {}
@@ -39,5 +41,5 @@ class Interrupts:
         if not self.deferring or self.requested is not None:
             raise Interrupted(number)
         self.requested = number
-        # not through print: a handler may run in the middle of another write
-        os.write(2, b"\nStopping after this step, with a checkpoint; once more stops at once.\n")
+        with suppress(RuntimeError):  # it may have come in the middle of another write, which cannot be entered again
+            self.say("Stopping after this step, with a checkpoint; a second signal stops at once.")

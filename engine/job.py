@@ -38,6 +38,9 @@ from engine.trainer import Phase, Plan, Trainer
 PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
 
 
+FALLEN = 0.05  # a loss of the primary metric worth a warning
+
+
 class Job:
     """Builds everything on construction, so that bad input is known before the output directory exists."""
 
@@ -77,6 +80,7 @@ class Job:
         teachers = [self._measure(teacher.member)[0] | _preparation(teacher) for teacher in self.teachers]
         student, logits = self._measure(self.student)
         student["best_step"] = self.trainer.finished[self.config.method.method].best_step
+        self._warn_of_fallen(teachers)
         summary = self._summary(teachers, student, seconds)
         data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(
             f"{k} {v}" for k, v in summary["sizes"].items()
@@ -97,6 +101,16 @@ class Job:
             self.console.banner("EMBEDDED DEMONSTRATION", report.DEMONSTRATION)
         self.console.table(**report.closing_table(summary))
         self.console.say(f"Results: {output.path} ({seconds:.0f} s)")
+
+    def _warn_of_fallen(self, teachers: list[dict[str, Any]]) -> None:
+        """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""
+        metric = primary(self.task)
+        for entry in teachers:
+            before, after = entry["prepared"]["validation"][metric], entry["metrics"]["validation"][metric]
+            if before - after > FALLEN:
+                self.console.warn(
+                    f"teacher {entry['name']} fell from {metric} {before:.4f} to {after:.4f} while it taught; lower "
+                    "--teacher-lr, or warm the student up first (--student-warmup-epochs 1).")  # fmt: skip
 
     def _sources(self, hub: Hub) -> tuple[list[ModelSource], ModelSource]:
         models, method = self.config.models, self.config.method.method

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     config = None
     try:
-        with Interrupts() as interrupts:
+        with Interrupts(console.say) as interrupts:
             config = cli.parse(argv)
             run(config, console, interrupts, started)
         return 0

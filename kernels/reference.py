@@ -84,9 +84,14 @@ def meta_cotangent(
 
     It is -pilot_lr d/dz_k < dloss/dz_S, u > of `kd_loss` with the mean over B rows; the cross-entropy carries none.
     """
-    p = torch.softmax(mean_logits(teachers, weights) / temperature, -1)
+    mean = mean_logits(teachers, weights)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0; got {temperature}.")
+    if tangent.shape != mean.shape:
+        raise ValueError(f"the tangent is {tuple(tangent.shape)}, the logits are {tuple(mean.shape)}; they must agree.")
     if weights is None:
         weights = [1 / len(teachers)] * len(teachers)
+    p = torch.softmax(mean / temperature, -1)
     u = _compute(tangent)
     common = (pilot_lr * alpha / p.shape[0]) * p * (u - (p * u).sum(-1, keepdim=True))
     return [w * common for w in weights]

@@ -69,7 +69,7 @@ ALLOWED = [
     (["--temperature", "0"], "--temperature is 0", "at least"),
     (["--lr", "abc"], "--lr is 'abc'", "number"),
     (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
-    (["--seed", "-1"], "--seed is -1", "at least 0"),
+    (["--seed", "-1"], "--seed is -1", "it must be"),
     (["--method", "foo"], "--method is 'foo'", "one of metadistil, kd, finetune"),
     (["--source", "web"], "--source is 'web'", "one of auto, hub, embedded"),
     (["--learning-rate", "1"], "--learning-rate is not a flag", "--help"),

@@ -16,7 +16,7 @@ from engine.data.batches import (
 )
 from engine.data.encode import EncodedSplit, Encoding, TokenTable, encode
 from engine.data.splits import content_hash
-from engine.embedded import generate
+from engine.embedded import build, generate
 from engine.embedded.models import train_bpe, train_wordpiece
 
 ROWS, CPU = 45, torch.device("cpu")
@@ -253,3 +253,10 @@ def test_evaluation_takes_every_row_once_longest_first(split):
         lengths += split.lengths[rows].tolist()
     assert sorted(seen) == list(range(ROWS))
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_an_encodings_identity_survives_the_use_of_its_tokenizer():
+    _, tokenizer = build("bert", ["a camera that never fails"], 2, 0)
+    before = Encoding.of(tokenizer, 16).key
+    tokenizer(["a camera"] * 2, truncation=True, max_length=4, padding=True)
+    assert Encoding.of(tokenizer, 16).key == before != Encoding.of(tokenizer, 8).key

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from engine.batch import Batch
+from engine.data.splits import Task
 from engine.evaluation import predict, primary, score
 from engine.network import Network
 
@@ -124,3 +125,9 @@ def test_predict_restores_after_an_error():
     with pytest.raises(RuntimeError, match="broken"):
         predict(network, Rows(150, break_at=149), torch.device("cpu"))
     assert network.precision == "bf16" and network.module.training
+
+
+def test_constant_predictions_have_no_correlation():
+    task = Task("regression", (), False)
+    metrics = score(torch.full((5, 1), 0.5), torch.arange(5.0), task)
+    assert metrics["pearson"] == metrics["spearman"] == 0.0

@@ -208,3 +208,11 @@ def test_refusals_of_the_others():
         meta_cotangent(student, [], student, **settings)
     with pytest.raises(ValueError, match="1 weights for 2 teachers"):
         meta_cotangent(student, teachers, student, weights=[1.0], **settings)
+
+
+def test_cotangents_refuse_what_does_not_fit():
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="temperature"):
+        meta_cotangent(z, [z], z, temperature=0.0, alpha=0.5, pilot_lr=1.0)
+    with pytest.raises(ValueError, match="tangent"):
+        meta_cotangent(z, [z], z[0], temperature=1.0, alpha=0.5, pilot_lr=1.0)

@@ -268,8 +268,8 @@ def test_seeds(data, tmp_path):
     assert_same_models(one, two)
     first, second = weights(one / "student"), weights(other / "student")
     assert not all(torch.equal(first[name], second[name]) for name in first)
-    texts = [[json.loads(line)["text"] for line in open(run / "predictions" / "test.jsonl")] for run in (one, other)]
-    assert texts[0] == texts[1]  # compared on one test set
+    files = [(run / "predictions" / "test.jsonl").read_text().splitlines() for run in (one, other)]
+    assert [json.loads(line)["text"] for line in files[0]] == [json.loads(line)["text"] for line in files[1]]
 
 
 @pytest.mark.parametrize("changes", [{}, {"pilot_steps": 2}], ids=["M=1", "M=2"])
@@ -301,12 +301,13 @@ def test_a_finished_run_says_so(finished, capsys):
     assert contents(finished) == before
 
 
-LONG = {"max_steps": 60, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 7}
+LONG = {"max_steps": 40, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 7}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    return succeed(data, tmp_path_factory.mktemp("whole") / "run", **LONG)
+    folder = tmp_path_factory.mktemp("whole")
+    return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG)
 
 
 def wait_for(run: Path, process: subprocess.Popen, phase: str, step: int) -> None:
@@ -339,7 +340,7 @@ KILLS = {
     "pilots of two": ("metadistil", 13, {"pilot_steps": 2}),
     "preparing the second": ("prepare roberta", 7, {"prepare_epochs": 8}),
     "warming up": ("warm up", 7, {"student_warmup_epochs": 8}),
-    "kd": ("kd", 13, {"method": "kd", "max_steps": 200}),
+    "kd": ("kd", 13, {"method": "kd", "max_steps": 120}),
 }
 
 
@@ -363,8 +364,22 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="engine.monitor keeps what was logged before a phase's first checkpoint")
+def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    process = start(flags(data, run, **LONG | {"checkpoint_steps": 1000}))
+    wait_for(run, process, "metadistil", 5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert main(["--resume", "--output", str(run)]) == 0
+    assert_as_if_nothing_had_happened(run, uninterrupted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninterrupted):
+def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "a run's output"  # a name that a shell has to be told about
     process = start(flags(data, run, **LONG | {"checkpoint_steps": 1000}))
     wait_for(run, process, "metadistil", 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,10 @@ class Encoding:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
         """Raises AttributeError for a tokenizer without a fast backend; `engine.models` only loads fast ones."""
-        identity = f"{tokenizer.backend_tokenizer.to_str()}|{max_length}|{tokenizer.pad_token_id}"
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for used in ("truncation", "padding"):  # settings that the last call left behind
+            content.pop(used, None)
+        identity = json.dumps([content, max_length, tokenizer.pad_token_id], sort_keys=True)
         return cls(hashlib.sha256(identity.encode()).hexdigest()[:16], tokenizer, max_length)
 
 
