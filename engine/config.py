@@ -7,10 +7,13 @@ chosen is what `config.yaml` of a run records.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from engine.errors import UserError
+
+LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 def option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -29,6 +32,8 @@ class _Section:
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be {allowed}.")
+            if math.isinf(value):
+                raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be a finite number.")
 
 
 @dataclass
@@ -110,8 +115,8 @@ class OptimConfig(_Section):
 class RunConfig(_Section):
     """run"""
 
-    seed: int = option(0, "seed of initialisation, batch order and dropout of the student", 0)
-    teacher_seed: int | None = option(None, "seed of the teachers' fine-tuning (default: --seed)", 0)
+    seed: int = option(0, "seed of initialisation, batch order and dropout of the student", 0, LARGEST_SEED)
+    teacher_seed: int | None = option(None, "seed of the teachers' fine-tuning (default: --seed)", 0, LARGEST_SEED)
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of forward and backward; weights stay fp32")
     device: str = option("auto", "auto, cpu, cuda or cuda:0, cuda:1, ...")
     output: str | None = option(None, "directory of the results (default: runs/<time>-<method>)")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a training loop finishes its step and saves; everything else stops at once."""
+"""Ctrl-C, SIGTERM and a lost terminal: a training loop finishes its step and saves; everything else stops at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Handles both signals while it is entered. A second signal does not wait for the step."""
+    """Handles the signals while it is entered. A second one does not wait for the step."""
 
     def __init__(self, say: Callable[[str], None] = lambda message: None):
         self.say = say
@@ -29,8 +29,9 @@ class Interrupts:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we then
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):

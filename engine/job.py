@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.models import ModelSource, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
 from engine.network import Learner, Network
 from engine.objectives import Objective
-from engine.output import OutputDirectory
+from engine.output import OutputDirectory, require_directory
 from engine.teachers import Member, Teacher, prepare
 from engine.time_machine import TimeMachine
 from engine.trainer import Phase, Plan, Trainer
@@ -47,6 +47,7 @@ class Job:
     def __init__(self, config: Config, console: Console):
         self.config, self.console = config, console
         self.device = choose_device(config.run.device, config.run.precision)
+        require_directory(self.cache, "--cache-dir")
         hub = Hub(config.models.source)
         teacher_sources, student_source = self._sources(hub)
         samples = 1 + max((source.sample for source in teacher_sources), default=0)
@@ -58,6 +59,8 @@ class Job:
         self.teacher_members = [self._member(s, config.run.teacher_seed, encodings) for s in teacher_sources]
         self.student = self._member(student_source, config.run.seed, encodings, config.models.student_layers)
         self._compare_sizes()
+        texts = sum(map(len, [*self.splits.train, self.splits.quiz, self.splits.validation, self.splits.test]))
+        self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
         self.encoded = EncodedSplits.of(self.splits, list(encodings.values()), self.cache / "tokens")
         self.objective = self._objective()
 
@@ -66,7 +69,7 @@ class Job:
         config, method = self.config, self.config.method
         self.monitor = Monitor(output.path)
         self.trainer = Trainer(config.run, self.task, self.device, output.path, self.console, self.monitor, interrupts)
-        with attention(self.device, method.method):
+        with closing(self.monitor), attention(self.device, method.method):
             self.teachers = [
                 prepare(config, member, self.encoded, self.objective, self.trainer, self.cache)
                 for member in self.teacher_members
@@ -94,7 +97,6 @@ class Job:
         for split, values in logits.items():
             file = output.path / "predictions" / f"{split}.jsonl"
             report.write_predictions(file, getattr(self.splits, split), values, self.task)
-        self.monitor.close()
         output.write("summary.json", summary)
         self.trainer.file.unlink(missing_ok=True)
         if summary["source"] == "embedded":
@@ -127,8 +129,9 @@ class Job:
             asked = self.config.models.source == "embedded"
             why = "--source embedded was given" if asked else f"the hub cannot be reached ({hub.why})"
             self.console.banner("EMBEDDED DEMONSTRATION", f"{', '.join(embedded)}: {why}.\n{report.DEMONSTRATION}")
-        for source in sources:
-            self.console.say(f"{source.name}: {source.describe()}")
+        for i, source in enumerate(sources):
+            role = "Student" if i == len(sources) - 1 else "Teacher"
+            self.console.say(f"{role} {source.name}: {source.describe()}")
         if self.device.type == "cpu" and all(source.kind == "embedded" for source in sources):
             torch.set_num_threads(1)  # the miniatures' operations are too small to share
 

@@ -53,7 +53,7 @@ class ModelSource:
 
     def describe(self) -> str:
         return {"local": self.place, "hub": ALIASES.get(_alias(self.given)[0], self.given),
-                "embedded": f"embedded {self.place}"}[self.kind]  # fmt: skip
+                "embedded": f"embedded miniature of {ALIASES.get(self.place)}"}[self.kind]  # fmt: skip
 
 
 @dataclass
@@ -162,11 +162,11 @@ def _locate(item: str, alias: str | None, hub: Hub) -> tuple[str, str]:
 
 def _cached(repo: str) -> Path | None:
     """A complete snapshot of `repo` in the local hub cache, whichever revision it is."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return None
     for found in repos:

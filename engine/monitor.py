@@ -23,13 +23,19 @@ class Monitor:
             if isinstance(value, (int, float)):
                 self._events.add_scalar(f"{phase}/{name}", value, step)
 
-    def position(self) -> int:
-        return self._lines.tell()
-
-    def rewind(self, position: int) -> None:
-        self._lines.truncate(position)
-        self._lines.seek(0, 2)
+    def rewind(self, phase: str, step: int) -> None:
+        """Take back what was logged of `phase` after `step`: by a run that was killed later than its checkpoint."""
+        lines = Path(self._lines.name).read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and not _later(json.loads(line), phase, step)]
+        if kept != lines:
+            self._lines.truncate(0)
+            self._lines.write(b"".join(kept))
+            self._lines.flush()
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+
+
+def _later(record: dict[str, Any], phase: str, step: int) -> bool:
+    return record["phase"] == phase and record["step"] > step

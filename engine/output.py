@@ -24,13 +24,7 @@ class OutputDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file; give a directory.")
         self._refuse_used()
-        existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"--output {self.path} cannot be made: {existing} is a file; give another directory.")
-        if not os.access(existing, os.W_OK):
-            raise UserError(
-                f"--output {self.path} cannot be written: no permission for {existing}; give another directory."
-            )
+        require_directory(self.path, "--output")
 
     def create(self) -> None:
         """Make the directory; raises UserError where another process works in it."""
@@ -66,6 +60,15 @@ class OutputDirectory:
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.close()
+
+
+def require_directory(path: Path, flag: str) -> None:
+    """Raises UserError where `path` is not, and cannot be made, a directory to write to."""
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path} cannot be made: {existing} is a file; give another directory.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written: no permission for {existing}; give another directory.")
 
 
 def _fresh(parent: Path, method: str) -> Path:

@@ -122,17 +122,20 @@ class Trainer:
         run = _Run(phase, training_loader(phase.train, phase.batch_size, phase.seed, pin=self.device.type == "cuda"))
         if self.stands_in(phase.name):
             self._restore(run)
+        self.monitor.rewind(phase.name, run.progress.step)
         progress, plan = run.progress, phase.plan
         self.interrupts.deferring = True
         try:
             with self.console.progress(phase.name, plan.steps, progress.step) as show:
+                text = ""
                 for batches in self._rounds(run):
                     started = time.monotonic()
                     values = phase.step(phase.state, [batch.to(self.device) for batch in batches])
                     self._count(run, batches, values, started)
                     finished = progress.step == plan.steps
                     if finished or run.crossed(self.config.log_steps, len(batches)):
-                        show(progress.step, self._log(run))
+                        text = self._log(run)
+                    show(progress.step, text)
                     every = self.config.eval_steps or plan.batches
                     if finished or run.crossed(every, len(batches)):
                         self._validate(run)
@@ -212,7 +215,6 @@ class Trainer:
             "round": state.round,
             "schedules": [learner.schedule.last_epoch for learner in state.learners()],
             "loader": run.loader.state_dict(),
-            "metrics_position": self.monitor.position(),
         })  # fmt: skip
 
     def _restore(self, run: _Run) -> None:
@@ -226,7 +228,6 @@ class Trainer:
         run.progress = Progress(**saved["progress"])
         run.loader.load_state_dict(saved["loader"])
         state.round = saved["round"]
-        self.monitor.rewind(saved["metrics_position"])
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)

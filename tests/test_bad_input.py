@@ -118,12 +118,10 @@ def test_settings(refused, case):
 
 
 @pytest.mark.parametrize("words", [["--lr", ".inf"], ["--seed", str(2**64)]], ids=" ".join)
-@pytest.mark.xfail(strict=True, reason="engine.config has no check for infinity or for seeds beyond 64 bits")
 def test_numbers_that_no_machine_can_use(refused, words):
     refused([*flags("d.tsv", "out"), *words], f"{words[0]} is")
 
 
-@pytest.mark.xfail(strict=True, reason="engine.job does not check --cache-dir")
 def test_cache_that_is_a_file(refused):
     refused([*flags("d.tsv", "out"), "--cache-dir", "d.tsv"], "--cache-dir", "d.tsv", "file")
 

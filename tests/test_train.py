@@ -364,7 +364,6 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="engine.monitor keeps what was logged before a phase's first checkpoint")
 def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
