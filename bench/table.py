@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -47,29 +47,32 @@ def render(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         groups.setdefault((row["method"], len(row["teachers"])), []).append(row)
     lines = [
-        "| method | teachers | validation accuracy | test accuracy | parameters | times smaller | examples/s | training time | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | teachers | teachers after | validation accuracy | test accuracy | parameters | times smaller | examples/s | training time | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (method, teachers), rows in groups.items():
         phases = [row["phases"][method] for row in rows]
         lines.append(" | ".join([
-            f"| {method}", str(teachers), *(_accuracy(rows, split) for split in ("validation", "test")),
+            f"| {method}", str(teachers), _teachers(rows), *(_accuracy(rows, split) for split in ("validation", "test")),
             f"{rows[0]['student']['parameters']:,}",
             f"{rows[0]['times_smaller']:.2f}" if rows[0]["times_smaller"] else "",
-            f"{mean(p['examples_per_second'] for p in phases):.0f}",
-            f"{mean(p['seconds'] for p in phases):.0f} s",
-            f"{mean(row['peak_memory']['host'] for row in rows) / 2**30:.1f} GiB |",
+            _range([p["examples_per_second"] for p in phases]), f"{_range([p['seconds'] for p in phases])} s",
+            f"{median(row['peak_memory']['host'] for row in rows) / 2**30:.1f} GiB |",
         ]))  # fmt: skip
     first = results["rows"][0]
     seeds = sorted({row["seed"] for row in results["rows"]})
     hardware, versions, sizes = first["hardware"], first["versions"], first["sizes"]
+    over = (
+        f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    )
     most = max(results["rows"], key=lambda row: len(row["teachers"]))
     prepared = " and ".join(f"{100 * t['prepared']['validation']['accuracy']:.2f} %" for t in most["teachers"])
     lines += [
         "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; training on {sizes['train']:,} examples, "
+        f"Accuracy in %, {over}; training on {sizes['train']:,} examples, "
         f"quiz {sizes['quiz']}, validation {sizes['validation']}, test {sizes['test']:,}; the teachers were prepared "
-        f"once and reach {prepared} on validation. Training time is the student's alone. {hardware['name']}, "
+        f"once and reach {prepared} on validation. Speed and time are the student's training alone, median and extremes; the "
+        f"machine was shared with other work. {hardware['name']}, "
         f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, Python {versions['python']}.",
     ]
@@ -79,6 +82,17 @@ def render(results: dict[str, Any]) -> str:
 def _accuracy(rows: list[dict[str, Any]], split: str) -> str:
     values = [100 * row["student"]["metrics"][split]["accuracy"] for row in rows]
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def _teachers(rows: list[dict[str, Any]]) -> str:
+    """Mean validation accuracy of the teachers as the run left them: lower than prepared where teaching cost them."""
+    values = [100 * t["metrics"]["validation"]["accuracy"] for row in rows for t in row["teachers"]]
+    return f"{mean(values):.2f}" if values else ""
+
+
+def _range(values: list[float]) -> str:
+    """Median, and the extremes where there are several."""
+    return f"{median(values):.0f}" + (f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else "")
 
 
 def update(text: str) -> str:

@@ -101,8 +101,8 @@ class Job:
         self.trainer.file.unlink(missing_ok=True)
         if summary["source"] == "embedded":
             self.console.banner("EMBEDDED DEMONSTRATION", report.DEMONSTRATION)
-        self.console.table(**report.closing_table(summary))
         self.console.say(f"Results: {output.path} ({seconds:.0f} s)")
+        self.console.table(**report.closing_table(summary))
 
     def _warn_of_fallen(self, teachers: list[dict[str, Any]]) -> None:
         """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""

@@ -30,8 +30,8 @@ def test_collect_and_render(tmp_path):
     results = table.collect([str(tmp_path / str(i)) for i in range(3)])
     assert "/" not in json.dumps(results)
     lines = table.render(results).splitlines()
-    assert lines[2] == "| kd | 1 | 81.00 ± 1.41 | 81.00 ± 1.41 | 10 | 3.00 | 5 | 10 s | 1.0 GiB |"
-    assert lines[3] == "| finetune | 0 | 70.00 | 70.00 | 10 |  | 5 | 10 s | 1.0 GiB |"
+    assert lines[2] == "| kd | 1 | 81.00 | 81.00 ± 1.41 | 81.00 ± 1.41 | 10 | 3.00 | 5 (5-5) | 10 (10-10) s | 1.0 GiB |"
+    assert lines[3] == "| finetune | 0 |  | 70.00 | 70.00 | 10 |  | 5 | 10 s | 1.0 GiB |"
 
 
 def test_the_readmes_tables_are_made_from_the_results():
