@@ -24,20 +24,33 @@ FORMAT = 1
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write atomically. `state` must be JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may prepare one teacher
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(on_cpu, temporary, metadata={"format": str(FORMAT), "state": json.dumps(state)})
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(on_cpu, temporary, metadata={"format": str(FORMAT), "state": json.dumps(state)})
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check(path: Path) -> None:
+    """Raises UserError where `load` would, without reading the tensors."""
+    _read(path, with_tensors=False)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of `save`; raises UserError for a file that is damaged or of another format."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - safe_open cannot be iterated
+            names = f.keys() if with_tensors else []
+            tensors = {name: f.get_tensor(name) for name in names}
         if metadata.get("format") != str(FORMAT):
             raise UserError(f"Checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}; start a "
                             "new run in another --output.")  # fmt: skip

@@ -150,7 +150,7 @@ def _alike(given: str, prefix: str) -> str:
 def _saved_config(output: str | None) -> Path:
     if output is None:
         raise UserError("--resume needs --output with the directory of the interrupted run.")
-    saved = Path(output) / "config.yaml"
+    saved = Path(output).expanduser() / "config.yaml"
     if not saved.exists():
         raise UserError(f"--resume finds no run in {output}: there is no config.yaml; leave --resume out to start one.")
     return saved

@@ -16,7 +16,7 @@ from torchmetrics.functional import (
 from engine.data.batches import evaluation_batches
 from engine.data.encode import EncodedSplit
 from engine.data.splits import Task
-from engine.network import Network
+from engine.network import Network, attention
 
 EVALUATION_BATCH = 64
 
@@ -27,17 +27,13 @@ def predict(network: Network, split: EncodedSplit, device: torch.device) -> Tens
 
     So validation, export and a user's own float32 evaluation see the same numbers.
     """
-    logits, precision = None, network.precision
-    network.precision = "fp32"
-    try:
-        with network.in_mode(train=False):
-            for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
-                out = network(batch.to(device))
-                logits = out.new_empty(len(split), out.shape[1]) if logits is None else logits
-                logits[rows] = out
-    finally:
-        network.precision = precision
-    return logits.cpu()  # the one synchronisation of an evaluation
+    split, logits = split.only({network.encoding}), None
+    with network.in_mode(train=False), attention(device, derivatives=False):
+        for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
+            out = network(batch.to(device), precision="fp32")
+            logits = out.new_empty(len(split), out.shape[1]) if logits is None else logits
+            logits[torch.tensor(rows, device=device)] = out
+    return logits.cpu()  # sync: an evaluation's end
 
 
 def score(logits: Tensor, labels: Tensor, task: Task) -> dict[str, float]:

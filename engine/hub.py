@@ -50,14 +50,6 @@ class Hub:
                 self.why = _answers[endpoint]
         return self.why is None
 
-    def cached(self, repo_id: str, repo_type: str, filename: str) -> bool:
-        """Is this file of a hub repository on this machine already? Needs no network."""
-        try:
-            found = huggingface_hub.try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
-        except ValueError:  # not a valid repository name, so it cannot be in the cache
-            return False
-        return isinstance(found, str)
-
     def error(self, what: str, remedy: str) -> UserError:
         """The error for something that only an unreachable hub has. `what` begins the sentence."""
         return UserError(f"{what} cannot be loaded: the hub cannot be reached ({self.why}); {remedy}.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import report
 from engine.config import Config
@@ -23,8 +24,8 @@ from engine.evaluation import predict, primary, score
 from engine.hub import Hub
 from engine.interrupts import Interrupts
 from engine.metagrad import STRATEGIES
-from engine.methods import STEPS, State
-from engine.models import ModelSource, keep_layers, load_model, resolve_models
+from engine.methods import METHODS, State
+from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
 from engine.network import Learner, Network
 from engine.objectives import Objective
@@ -54,10 +55,14 @@ class Job:
         self.splits = load_splits(config.data, samples, hub, console.say)
         self.task = self.splits.task
         resolve_defaults(config, student_source, teacher_sources)
+        settle_source(config, [*teacher_sources, student_source], self.splits.source)
+        if self.device.type == "cpu" and all(s.kind == "embedded" for s in [*teacher_sources, student_source]):
+            torch.set_num_threads(1)  # the miniatures' operations are too small to share
         self._announce([*teacher_sources, student_source], hub)
         encodings: dict[str, Encoding] = {}
-        self.teacher_members = [self._member(s, config.run.teacher_seed, encodings) for s in teacher_sources]
-        self.student = self._member(student_source, config.run.seed, encodings, config.models.student_layers)
+        keep = not config.models.retrain_teachers
+        self.teacher_members = [self._member(s, config.run.teacher_seed, encodings, keep) for s in teacher_sources]
+        self.student = self._member(student_source, config.run.seed, encodings, True, config.models.student_layers)
         self._compare_sizes()
         texts = sum(map(len, [*self.splits.train, self.splits.quiz, self.splits.validation, self.splits.test]))
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
@@ -68,8 +73,17 @@ class Job:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""
         config, method = self.config, self.config.method
         self.monitor = Monitor(output.path)
-        self.trainer = Trainer(config.run, self.task, self.device, output.path, self.console, self.monitor, interrupts)
-        with closing(self.monitor), attention(self.device, method.method):
+        with closing(self.monitor):
+            self.trainer = Trainer(
+                config.run,
+                self.task,
+                self.device,
+                self._identity(),
+                output.path,
+                self.console,
+                self.monitor,
+                interrupts,
+            )
             self.teachers = [
                 prepare(config, member, self.encoded, self.objective, self.trainer, self.cache)
                 for member in self.teacher_members
@@ -116,10 +130,16 @@ class Job:
 
     def _sources(self, hub: Hub) -> tuple[list[ModelSource], ModelSource]:
         models, method = self.config.models, self.config.method.method
-        given = [item.strip() for item in models.teachers.split(",") if item.strip()] if method != "finetune" else []
-        if method != "finetune" and not given:
+        taught = METHODS[method].teachers != "none"
+        given = [item.strip() for item in models.teachers.split(",") if item.strip()] if taught else []
+        if taught and not given:
             raise UserError(f"--method {method} needs --teachers; name at least one.")
-        return resolve_models(given, hub), resolve_models([models.student], hub)[0]
+        (student,) = resolve_models([models.student], hub)
+        if student.sample:
+            raise UserError(
+                f"--student is {models.student!r}, but only teachers have further samples; leave the number out."
+            )
+        return resolve_models(given, hub), student
 
     def _announce(self, sources: list[ModelSource], hub: Hub) -> None:
         embedded = [source.given for source in sources if source.kind == "embedded"]
@@ -132,11 +152,9 @@ class Job:
         for i, source in enumerate(sources):
             role = "Student" if i == len(sources) - 1 else "Teacher"
             self.console.say(f"{role} {source.name}: {source.describe()}")
-        if self.device.type == "cpu" and all(source.kind == "embedded" for source in sources):
-            torch.set_num_threads(1)  # the miniatures' operations are too small to share
 
     def _member(
-        self, source: ModelSource, seed: int, encodings: dict[str, Encoding], layers: str | None = None
+        self, source: ModelSource, seed: int, encodings: dict[str, Encoding], keep_head: bool, layers: str | None = None
     ) -> Member:
         """Load a model; its encoding is added to `encodings`, which models with equal tokenizers share."""
 
@@ -144,7 +162,7 @@ class Job:
             sample = self.splits.train[0]
             return [*sample["text"], *(sample["pair"] if self.task.pair else [])]
 
-        loaded = load_model(source, self.task, texts, seed)
+        loaded = load_model(source, self.task, texts, seed, keep_head)
         name = source.name
         if layers is not None:
             keep_layers(loaded.module, _layer_numbers(layers))
@@ -170,42 +188,51 @@ class Job:
     def _objective(self) -> Objective:
         method = self.config.method
         regression = self.task.kind == "regression"
-        if regression and method.soft_loss != "mse_logits" and method.method != "finetune":
-            self.console.say(
-                f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead."
-            )
+        if regression and method.soft_loss != "mse_logits":
+            if METHODS[method.method].teachers != "none":
+                self.console.say(
+                    f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead."
+                )
             method.soft_loss = "mse_logits"
         return Objective(method.soft_loss, method.temperature, method.alpha, regression)
+
+    def _identity(self) -> str:
+        """What a checkpoint belongs to: every example and every weight that this run begins with."""
+        members = [content_hash(member.network.module) for member in [*self.teacher_members, self.student]]
+        return hashlib.sha256(json.dumps([self.encoded.hashes, members]).encode()).hexdigest()
 
     def _fit(self, phase_name: str, method: str, epochs: int, max_steps: int | None = None) -> None:
         config, train, student = self.config, self.encoded.train[0], self.student.network
         optim, settings = config.optim, config.method
-        meta = method == "metadistil"
-        plan = Plan(-(-len(train) // optim.batch_size), epochs, max_steps, settings.pilot_steps if meta else 1)
+        learning = METHODS[method].teachers == "learning"
+        plan = Plan(-(-len(train) // optim.batch_size), epochs, max_steps, settings.pilot_steps if learning else 1)
         common = {"warmup_ratio": optim.warmup_ratio, "weight_decay": optim.weight_decay,
                   "max_grad_norm": optim.max_grad_norm}  # fmt: skip
         state = State(Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common), self.objective)
         networks = [teacher.member.network for teacher in self.teachers]
-        if meta:
+        if learning:
             state.learning_teachers = [
                 Learner.adamw(network, lr=optim.teacher_lr, steps=plan.rounds, **common) for network in networks
             ]
             state.time_machine = TimeMachine(student.module.to(self.device))
             state.meta_gradient, state.pilot_lr = STRATEGIES[settings.meta_grad], settings.pilot_lr
             state.quiz = QuizBatches(
-                self.encoded.quiz, optim.batch_size, settings.quiz_batches, config.run.seed, self.device
+                self.encoded.quiz.only({student.encoding}),
+                optim.batch_size,
+                settings.quiz_batches,
+                config.run.seed,
+                self.device,
             )
-        elif method == "kd":
+        elif METHODS[method].teachers == "frozen":
             state.teachers = networks
         validation, seed = self.encoded.validation, config.run.seed
-        self.trainer.fit(Phase(phase_name, STEPS[method], state, train, validation, plan, optim.batch_size, seed))
+        self.trainer.fit(Phase(phase_name, METHODS[method], state, train, validation, plan, optim.batch_size, seed))
 
     def _measure(self, member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Name, source, parameters and metrics of a model, and its logits, by split."""
         network, splits = member.network, {"validation": self.encoded.validation, "test": self.encoded.test}
         network.module.to(self.device)
-        with attention(self.device, "evaluation"):
-            logits = {name: predict(network, split, self.device) for name, split in splits.items()}
+        logits = {name: predict(network, split, self.device) for name, split in splits.items()}
         metrics = {name: score(z, splits[name].labels, self.task) for name, z in logits.items()}
         entry = {"name": network.name, "source": member.source.describe(), "parameters": network.size()}
         return entry | {"metrics": metrics}, logits
@@ -256,6 +283,7 @@ def choose_device(given: str, precision: str) -> torch.device:
             raise UserError(f"--device is {given}, but torch finds no CUDA device; use --device cpu or auto.")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device is {given}, but there are only {torch.cuda.device_count()} CUDA devices.")
+        torch.cuda.set_device(device)  # pinned memory and generators would open a context on device 0 otherwise
         if precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise UserError("--precision is bf16, which this CUDA device cannot do; use --precision fp32.")
     return device
@@ -276,18 +304,19 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
         config.run.teacher_seed = config.run.seed
 
 
+def settle_source(config: Config, sources: Sequence[ModelSource], data: str) -> None:
+    """Record where everything came from, so that config.yaml and --resume do not take the other when the hub is back."""
+    named = {data, *(source.kind for source in sources)} - {"local"}
+    if len(named) == 1:
+        config.models.source = named.pop()
+
+
 def _defaults_for(sources: Sequence[ModelSource]) -> dict[str, float]:
     if not any(source.kind == "embedded" for source in sources):
         return PAPER
     from engine.embedded import DEFAULTS
 
     return DEFAULTS
-
-
-def attention(device: torch.device, method: str):
-    """Math attention where the derivatives need it (forward mode, double backward), and on the CPU, where it is the
-    faster one at short lengths; the fused kernels otherwise."""
-    return sdpa_kernel(SDPBackend.MATH) if method == "metadistil" or device.type == "cpu" else nullcontext()
 
 
 def _layer_numbers(given: str) -> list[int]:

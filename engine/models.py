@@ -86,10 +86,12 @@ def resolve_models(given: list[str], hub: Hub) -> list[ModelSource]:
     return sources
 
 
-def load_model(source: ModelSource, task: Task, texts: Callable[[], list[str]], seed: int) -> Loaded:
+def load_model(
+    source: ModelSource, task: Task, texts: Callable[[], list[str]], seed: int, keep_head: bool = True
+) -> Loaded:
     """The model of `source` for `task`; `seed` fixes the weights that are not in its files (a new head).
 
-    `texts` gives the training texts, which an embedded model's tokenizer is trained on. The global random state is left
+    Without `keep_head` a trained head counts as untrained. `texts` gives the training texts, which an embedded model's tokenizer is trained on. The global random state is left
     alone. Raises UserError for files that cannot be read.
     """
     if source.kind == "embedded":
@@ -99,7 +101,7 @@ def load_model(source: ModelSource, task: Task, texts: Callable[[], list[str]], 
         module, tokenizer = build(source.place, texts(), task.num_labels, seed, problem)
         trained = False
     else:
-        module, tokenizer, trained = _read(Path(source.place), task, seed)
+        module, tokenizer, trained = _read(Path(source.place), task, seed, keep_head)
     _name_labels(module, task)
     return Loaded(module, tokenizer, trained, _longest(module, tokenizer))
 
@@ -174,7 +176,10 @@ def _cached(repo: str) -> Path | None:
             revisions = sorted(found.revisions, key=lambda r: ("main" not in r.refs, -r.last_modified))
             for revision in revisions:
                 folder = Path(revision.snapshot_path)
-                if (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+                if all(
+                    any(map(folder.glob, patterns))
+                    for patterns in (["config.json"], ["model*.safetensors"], TOKENIZER_FILES)
+                ):
                     return folder
     return None
 
@@ -203,7 +208,7 @@ def _conversion(api, repo: str) -> str:
                     "directory.")  # fmt: skip
 
 
-def _read(folder: Path, task: Task, seed: int) -> tuple[nn.Module, object, bool]:
+def _read(folder: Path, task: Task, seed: int, keep_head: bool) -> tuple[nn.Module, object, bool]:
     """Module, tokenizer and whether the head is trained, from a Hugging Face directory."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is not a model directory: it has no config.json; give a Hugging Face directory.")
@@ -228,10 +233,26 @@ def _read(folder: Path, task: Task, seed: int) -> tuple[nn.Module, object, bool]
                         "weights, configuration and tokenizer of a model that transformers knows.") from e  # fmt: skip
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"The tokenizer in {folder} has no fast version (tokenizer.json); convert it first.")
-    trained = not info["missing_keys"] and not info["mismatched_keys"]
+    if tokenizer.pad_token_id is None or module.config.pad_token_id is None:
+        raise UserError(
+            f"The model in {folder} has no padding token; set pad_token_id in its configuration and tokenizer."
+        )
+    _refuse_lost_weights(folder, module, info)
+    trained = keep_head and not info["missing_keys"] and not info["mismatched_keys"]
     if trained:
         _check_label_order(folder, trained_labels, task)
     return module, tokenizer, trained
+
+
+def _refuse_lost_weights(folder: Path, module: nn.Module, info: dict) -> None:
+    """A new head (and pooler) is as it should be; an encoder that transformers filled up with random weights is not."""
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    inside = f"{module.base_model_prefix}."
+    lost = sorted(k for k in {*info["missing_keys"], *mismatched} if k.startswith(inside) and ".pooler." not in k)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"The weights in {folder} do not fit its config.json ({lost[0]}{more} missing or of another shape); "
+                        "give a directory whose configuration fits its weights.")  # fmt: skip
 
 
 def _check_label_order(folder: Path, trained_labels: dict | None, task: Task) -> None:
@@ -239,8 +260,8 @@ def _check_label_order(folder: Path, trained_labels: dict | None, task: Task) ->
     wanted = [name.lower() for name in task.label_names]
     if names != wanted and sorted(names) == sorted(wanted):
         raise UserError(
-            f"The trained head in {folder} orders the labels {names}, the data {wanted}; use --retrain-teachers or a "
-            "model directory with the data's order.")  # fmt: skip
+            f"The trained head in {folder} orders the labels {names}, the data {wanted}; give a model directory with "
+            "the data's order, or --retrain-teachers where it is a teacher.")  # fmt: skip
 
 
 def _name_labels(module: nn.Module, task: Task) -> None:

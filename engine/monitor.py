@@ -10,7 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Monitor:
-    """Appends records of plain numbers. A resumed run takes back what was logged after its checkpoint."""
+    """Appends records of plain numbers. A resumed run takes back the lines after its checkpoint; TensorBoard, which
+    cannot forget, shows that stretch twice."""
 
     def __init__(self, output: Path):
         self._lines = open(output / "metrics.jsonl", "ab")  # noqa: SIM115 - lives as long as the run

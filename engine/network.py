@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,11 +32,13 @@ class Network:
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
 
-    def __call__(self, batch: Batch, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(
+        self, batch: Batch, parameters: dict[str, Tensor] | None = None, precision: str | None = None
+    ) -> Tensor:
         inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
         if batch.labels.is_cuda and self._ready_mask:
             inputs["attention_mask"] = attention_mask(inputs["attention_mask"])
-        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=(precision or self.precision) == "bf16"):
             if parameters is None:
                 logits = self.module(**inputs).logits
             else:
@@ -59,6 +62,12 @@ class Network:
             yield
         finally:
             self.module.train(before)
+
+
+def attention(device: torch.device, derivatives: bool):
+    """Math attention where forward mode or a second derivative needs it, and on the CPU, where it is the faster one at
+    short lengths; the fused kernels otherwise."""
+    return sdpa_kernel(SDPBackend.MATH) if derivatives or device.type == "cpu" else nullcontext()
 
 
 def attention_mask(mask: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class Objective:
     alpha: float = 0.5
     regression: bool = False
 
+    def __post_init__(self):
+        if self.regression and self.soft_loss != "mse_logits":
+            raise ValueError(f"{self.soft_loss} is constant for the one output of a regression; use mse_logits.")
+
     def hard(self, student: Tensor, labels: Tensor) -> Tensor:
         """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]."""
         if self.regression:
@@ -39,7 +43,7 @@ class Objective:
 
     def distil(self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tensor:
         """The whole loss of student logits [B, C] given K teachers' logits [B, C]; differentiable twice in all of them."""
-        if self.soft_loss == "kl" and not self.regression:
+        if self.soft_loss == "kl":
             return kd_loss(student, teachers, labels, temperature=self.temperature, alpha=self.alpha)
         mean = mean_logits(teachers)
         if self.soft_loss == "mse_logits":
@@ -57,7 +61,7 @@ class Objective:
 
         The closed form for `kl`; for the others autograd at the head alone, on tensors of [B, C].
         """
-        if self.soft_loss == "kl" and not self.regression:
+        if self.soft_loss == "kl":
             return meta_cotangent(
                 student, teachers, tangent, temperature=self.temperature, alpha=self.alpha, pilot_lr=pilot_lr
             )

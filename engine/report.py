@@ -33,7 +33,6 @@ def summarise(
     overall = next(kind for kind in ("embedded", "hub", "local") if kind in kinds)
     for entry in [*teachers, student]:
         entry[metric] = entry["metrics"]["test"][metric]
-    last = list(phases.values())[-1]
     return {
         "method": config.method.method,
         "source": overall,
@@ -44,7 +43,7 @@ def summarise(
         "metric": metric,
         "metrics": student["metrics"],
         "task": {"kind": task.kind, "labels": list(task.label_names), "pair": task.pair},
-        "examples_per_second": last["examples_per_second"],
+        "examples_per_second": phases[config.method.method]["examples_per_second"],
         "phases": phases,
         **facts,
         "seed": config.run.seed,
@@ -120,7 +119,9 @@ def model_card(summary: dict[str, Any], entry: dict[str, Any], role: str, data: 
         for split, metrics in entry["metrics"].items() for name, value in metrics.items()
     ]  # fmt: skip
     teachers = ", ".join(f"{t['name']} ({t['parameters']:,} parameters)" for t in summary["teachers"]) or "none"
-    settings = "\n".join(f"- {k}: {v}" for k, v in summary["settings"].items() if v is not None and k != "output")
+    settings = "\n".join(
+        f"- {k}: {v}" for k, v in summary["settings"].items() if v is not None and k not in ("output", "cache_dir")
+    )
     demonstration = f"\n> {DEMONSTRATION}\n" if summary["source"] == "embedded" else ""
     return f"""---
 library_name: transformers

@@ -14,7 +14,7 @@ from engine.config import Config
 from engine.data.encode import EncodedSplits
 from engine.errors import UserError
 from engine.evaluation import predict, score
-from engine.methods import STEPS, State
+from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash
 from engine.network import Learner, Network
 from engine.objectives import Objective
@@ -43,17 +43,14 @@ class Teacher:
 def prepare(
     config: Config, member: Member, splits: EncodedSplits, objective: Objective, trainer: Trainer, cache: Path
 ) -> Teacher:
-    """Fine-tune `member` in place on its sample, or restore what the same job left in `cache`.
-
-    A trained head is kept as it is unless --retrain-teachers asks otherwise.
-    """
+    """Fine-tune `member` in place on its sample, or restore what the same job left in `cache`; a trained head is kept."""
     source, network, train, validation = (
         member.source,
         member.network,
         splits.train[member.source.sample],
         splits.validation,
     )
-    if member.trained_head and not config.models.retrain_teachers:
+    if member.trained_head:
         network.module.to(trainer.device)
         metrics = score(predict(network, validation, trainer.device), validation.labels, trainer.task)
         trainer.console.say(
@@ -65,14 +62,18 @@ def prepare(
     settings = {
         "engine": __version__, "torch": torch.__version__, "device": trainer.device.type, "seed": seed,
         "precision": config.run.precision, "max_length": config.data.max_length, "steps": plan.steps,
-        "eval_steps": config.run.eval_steps, "encoding": network.encoding, "data": (splits.sample_hashes[source.sample], splits.validation_hash),
+        "eval_steps": config.run.eval_steps, "encoding": network.encoding, "name": source.name,
+        "data": [splits.hashes[source.sample], splits.hashes[-2]],
+        "threads": torch.get_num_threads() if trainer.device.type == "cpu" else 0,  # sums depend on it
         "model": content_hash(network.module), "optim": {
             name: getattr(optim, name)
             for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     file = cache / "teachers" / f"{key}.safetensors"
+    phase_name = f"prepare {source.name}"
     if (progress := _reuse(file, network)) is not None:
+        trainer.skip(phase_name)
         trainer.console.say(f"Teacher {source.name}: reused, prepared before with the same data and settings ({file}).")
         network.module.to(trainer.device)
         return Teacher(member, "reused", progress)
@@ -81,7 +82,7 @@ def prepare(
         weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
     )  # fmt: skip
     phase = Phase(
-        f"prepare {source.name}", STEPS["finetune"], State(learner, objective), train, validation, plan,
+        phase_name, METHODS["finetune"], State(learner, objective), train, validation, plan,
         optim.batch_size, seed,
     )  # fmt: skip
     progress = trainer.fit(phase)

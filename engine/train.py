@@ -45,7 +45,7 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
 
     saved = output.path / "checkpoint.safetensors"
     if config.run.resume and saved.exists():
-        checkpoint.load(saved)  # refuses a damaged one before anything is written
+        checkpoint.check(saved)  # refuses a damaged one before anything is written
     job = Job(config, console)
     output.create()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from engine.data.splits import Task
 from engine.errors import UserError
 from engine.evaluation import predict, primary, score
 from engine.interrupts import Interrupted, Interrupts
-from engine.methods import State, Step
+from engine.methods import Method, State
 from engine.monitor import Monitor
+from engine.network import attention
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Phase:
     """One stretch of training: preparing a teacher, warming up the student, distilling it."""
 
     name: str
-    step: Step
+    method: Method
     state: State
     train: EncodedSplit
     validation: EncodedSplit
@@ -87,6 +89,7 @@ class _Run:
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights at progress.best_step
     sums: dict[str, Tensor] = field(default_factory=dict)  # device scalars since the last reading
     rounds: int = 0  # that `sums` covers
+    means: dict[str, float] = field(default_factory=dict)  # what was read last
 
     def crossed(self, every: int, taken: int) -> bool:
         """Whether the last `taken` steps reached a multiple of `every`."""
@@ -96,20 +99,28 @@ class _Run:
 class Trainer:
     """Fits phases one after another, each from its checkpoint where the interrupted run left one."""
 
-    def __init__(self, config: RunConfig, task: Task, device: torch.device, output: Path, console: Console,
-                 monitor: Monitor, interrupts: Interrupts):  # fmt: skip
-        self.config, self.task, self.device = config, task, device
+    def __init__(self, config: RunConfig, task: Task, device: torch.device, identity: str, output: Path,
+                 console: Console, monitor: Monitor, interrupts: Interrupts):  # fmt: skip
+        self.config, self.task, self.device, self.identity = config, task, device, identity
         self.console, self.monitor, self.interrupts = console, monitor, interrupts
         self.file = output / "checkpoint.safetensors"
         self.finished: dict[str, Progress] = {}
         self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         if self.file.exists():
             self._pending = checkpoint.load(self.file)
+            if self._pending[1]["identity"] != identity:
+                raise UserError("--resume finds other models or data than the run began with; start a new run in another "
+                                "--output.")  # fmt: skip
             self.finished = {name: Progress(**p) for name, p in self._pending[1]["finished"].items()}
 
     def stands_in(self, phase_name: str) -> bool:
         """Whether the checkpoint that this run continues was saved in `phase_name`."""
         return self._pending is not None and self._pending[1]["phase"] == phase_name
+
+    def skip(self, phase_name: str) -> None:
+        """Drop a checkpoint of a phase whose result is already there."""
+        if self.stands_in(phase_name):
+            self._pending = None
 
     def fit(self, phase: Phase) -> Progress:
         """Train to the end of the plan; then the student holds the weights that were best on validation.
@@ -119,33 +130,43 @@ class Trainer:
         torch.manual_seed(zlib.crc32(f"{phase.seed} {phase.name}".encode()))
         for network in phase.state.networks():
             network.module.to(self.device)
-        run = _Run(phase, training_loader(phase.train, phase.batch_size, phase.seed, pin=self.device.type == "cuda"))
+        train = phase.train.only({network.encoding for network in phase.state.networks()})
+        run = _Run(phase, training_loader(train, phase.batch_size, phase.seed, pin=self.device.type == "cuda"))
         if self.stands_in(phase.name):
             self._restore(run)
         self.monitor.rewind(phase.name, run.progress.step)
         progress, plan = run.progress, phase.plan
         self.interrupts.deferring = True
         try:
-            with self.console.progress(phase.name, plan.steps, progress.step) as show:
-                text = ""
+            with (
+                self.console.progress(phase.name, plan.steps, progress.step) as show,
+                attention(self.device, derivatives=phase.method.teachers == "learning"),
+            ):
+                text, started = "", time.monotonic()
                 for batches in self._rounds(run):
-                    started = time.monotonic()
-                    values = phase.step(phase.state, [batch.to(self.device) for batch in batches])
-                    self._count(run, batches, values, started)
-                    finished = progress.step == plan.steps
-                    if finished or run.crossed(self.config.log_steps, len(batches)):
+                    values = phase.method.step(phase.state, [batch.to(self.device) for batch in batches])
+                    self._count(run, batches, values)
+                    finished, taken = progress.step == plan.steps, len(batches)
+                    validate = finished or run.crossed(self.config.eval_steps or plan.batches, taken)
+                    log = validate or run.crossed(self.config.log_steps, taken)
+                    if log:
+                        self._read(run)
+                    progress.seconds += time.monotonic() - started
+                    if log:
                         text = self._log(run)
                     show(progress.step, text)
-                    every = self.config.eval_steps or plan.batches
-                    if finished or run.crossed(every, len(batches)):
+                    if validate:
                         self._validate(run)
                     stop = self.interrupts.requested
-                    if stop or (not finished and run.crossed(self.config.checkpoint_steps, len(batches))):
+                    if stop or finished or run.crossed(self.config.checkpoint_steps, taken):
                         self._save(run)
                     if stop:
-                        raise Interrupted(stop, saved=True)
+                        break
+                    started = time.monotonic()
         finally:
             self.interrupts.deferring = False
+        if self.interrupts.requested:  # also one that came after the last look
+            raise Interrupted(self.interrupts.requested, saved=True)
         checkpoint.restore_module(phase.state.student.network.module, run.best)
         self.finished[phase.name] = progress
         return progress
@@ -159,28 +180,31 @@ class Trainer:
             while batches := list(islice(epoch, min(plan.round_size, plan.steps - progress.step))):
                 yield batches
 
-    def _count(self, run: _Run, batches: list[Batch], values: dict[str, Tensor], started: float) -> None:
-        """Book a round; metrics stay on the device until `_log` reads them."""
+    def _count(self, run: _Run, batches: list[Batch], values: dict[str, Tensor]) -> None:
+        """Book a round; metrics stay on the device until `_read`."""
         for name, value in values.items():
             run.sums[name] = run.sums[name] + value if name in run.sums else value
         run.rounds += 1
         run.progress.step += len(batches)
         run.progress.examples += sum(len(batch.labels) for batch in batches)
-        run.progress.seconds += time.monotonic() - started
+
+    def _read(self, run: _Run) -> None:
+        """The means since the last reading: the one synchronisation of a logging step."""
+        values = torch.stack(list(run.sums.values())).tolist()  # sync: logging step
+        run.means = {name: value / run.rounds for name, value in zip(run.sums, values, strict=True)}
+        run.sums, run.rounds = {}, 0
 
     def _log(self, run: _Run) -> str:
-        """Read the means since the last reading (the one synchronisation of a logging step) and write them."""
-        started = time.monotonic()
-        means = {name: value.item() / run.rounds for name, value in run.sums.items()}  # sync: logging step
-        run.progress.seconds += time.monotonic() - started  # the device's work of the rounds before
-        progress, phase = run.progress, run.phase
-        if not all(value == value and abs(value) != float("inf") for value in means.values()):
+        """Write what was read; raises UserError where it is not finite."""
+        progress, phase, means = run.progress, run.phase, run.means
+        if not all(map(math.isfinite, means.values())):
             raise UserError(
                 f"The loss of '{phase.name}' is not finite by step {progress.step} ({means}); lower --lr, --teacher-lr, "
                 "--prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
-        run.sums, run.rounds = {}, 0
         speed = progress.examples_per_second()
-        rates = {f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in phase.state.learners()}
+        rates = {"lr": phase.state.student.schedule.get_last_lr()[0]} | {
+            f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in phase.state.learning_teachers
+        }
         self.monitor.log(
             phase.name, progress.step,
             {"epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, "examples_per_second": speed},
@@ -201,6 +225,8 @@ class Trainer:
         self.console.say(f"{phase.name}: step {progress.step}, validation {metric} {metrics[metric]:.4f}{note}")
 
     def _save(self, run: _Run) -> None:
+        if self._pending is not None:
+            return  # a lost teacher is being prepared again: the checkpoint of a later phase must outlive that
         state = run.phase.state
         tensors = checkpoint.prefixed("best", run.best) | {"random/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -209,6 +235,7 @@ class Trainer:
             tensors |= checkpoint.prefixed(f"{i}/weights", checkpoint.module_tensors(learner.network.module))
             tensors |= checkpoint.prefixed(f"{i}/optimizer", checkpoint.optimizer_tensors(learner.optimizer))
         checkpoint.save(self.file, tensors, {
+            "identity": self.identity,
             "phase": run.phase.name,
             "progress": asdict(run.progress),
             "finished": {name: asdict(p) for name, p in self.finished.items()},

@@ -51,6 +51,31 @@ def start(words: list[str], **options) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
 
 
+SIGNALLED = """
+import os, sys
+from engine.monitor import Monitor
+from engine.train import main
+
+phase, step, log = sys.argv[1], int(sys.argv[2]), Monitor.log
+signals = [int(number) for number in sys.argv[3].split(",")]
+
+def logged(self, name, at, values):
+    log(self, name, at, values)
+    while name == phase and at >= step and signals:
+        os.kill(os.getpid(), signals.pop(0))
+
+Monitor.log = logged
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+def run_signalled(words: list[str], phase: str, step: int, *numbers: int) -> subprocess.CompletedProcess:
+    """The command in a process of its own, which gets these signals right after it has logged `step` of `phase`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-c", SIGNALLED, phase, str(step), ",".join(str(int(n)) for n in numbers), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300, check=False)
+
+
 def weights(folder: Path) -> dict:
     return load_file(folder / "model.safetensors")
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from run_helpers import contents, flags, sentences, succeed, table
+from safetensors.torch import load_file, save_file
 
 from engine.train import main
 
@@ -260,6 +261,14 @@ def foreign_code(folder):
     (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass MineConfig: pass\nclass Mine: pass\n")
 
 
+def spoil_weights(change):
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return spoil
+
+
 SPOIL = {
     "damaged weights": (overwrite("model.safetensors", "not safetensors"), "Cannot read", "intact"),
     "weights cut short": (cut_short, "Cannot read", "intact"),
@@ -270,6 +279,12 @@ SPOIL = {
     "pickled weights only": (only_pickle, "no .safetensors weights", "convert"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "okenizer"),
     "damaged tokenizer": (overwrite("tokenizer.json", "{"), "Cannot read", "intact"),
+    "a layer missing": (spoil_weights(lambda w: {k: v for k, v in w.items() if ".layer.0." not in k}), "do not fit"),
+    "other names": (spoil_weights(lambda w: {"x" + k: v for k, v in w.items()}), "do not fit"),
+    "other width of words": (
+        spoil_weights(lambda w: {k: v[:, :-1].contiguous() if "word_embeddings" in k else v for k, v in w.items()}),
+        "do not fit",
+    ),
     "code of its own": (foreign_code, "Cannot read", "intact"),
 }
 
@@ -290,6 +305,10 @@ def test_trained_head_in_another_order(refused, place, made):
     config |= {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
     (place / "model" / "config.json").write_text(json.dumps(config))
     refused(flags("d.tsv", "out", teachers="./model"), "['1', '0']", "['0', '1']", "--retrain-teachers")
+
+
+def test_student_with_a_sample_number(refused):
+    refused(flags("d.tsv", "out", student="bert2"), "--student is 'bert2'")
 
 
 # Output directories

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_helpers import ROOT, contents, flags, sentences, start, succeed, table, weights
+from run_helpers import ROOT, contents, flags, run_signalled, sentences, start, succeed, table, weights
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.train import main
@@ -176,7 +177,7 @@ def test_metrics_and_tensorboard(finished):
         "quiz_loss",
         "examples_per_second",
         "epoch",
-        "lr/distilbert",
+        "lr",
         "lr/bert",
     } <= last.keys()
     assert len(list((finished / "tensorboard").glob("events.*"))) == 1
@@ -310,6 +311,12 @@ def uninterrupted(data, tmp_path_factory):
     return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG)
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal. Python has none for SIGTERM, so it is ours."""
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def wait_for(run: Path, process: subprocess.Popen, phase: str, step: int) -> None:
     """Until the run has logged a step of a phase."""
     deadline = time.monotonic() + 120
@@ -352,10 +359,7 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache of the whole"))
     whole = succeed(data, tmp_path / "whole", **settings)
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    process = start(flags(data, run, **settings))
-    wait_for(run, process, phase, step)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert run_signalled(flags(data, run, **settings), phase, step, signal.SIGKILL).returncode == -signal.SIGKILL
     assert not (run / "summary.json").exists()
     capsys.readouterr()
     assert main(["--resume", "--output", str(run)]) == 0
@@ -367,10 +371,8 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
 def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
-    process = start(flags(data, run, **LONG | {"checkpoint_steps": 1000}))
-    wait_for(run, process, "metadistil", 5)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
+    assert run_signalled(words, "metadistil", 5, signal.SIGKILL).returncode == -signal.SIGKILL
     assert main(["--resume", "--output", str(run)]) == 0
     assert_as_if_nothing_had_happened(run, uninterrupted)
 
@@ -380,13 +382,10 @@ def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninter
 def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "a run's output"  # a name that a shell has to be told about
-    process = start(flags(data, run, **LONG | {"checkpoint_steps": 1000}))
-    wait_for(run, process, "metadistil", 5)
-    os.kill(process.pid, number)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in error
-    last = out.strip().splitlines()[-1]
+    stopped = run_signalled(flags(data, run, **LONG | {"checkpoint_steps": 1000}), "metadistil", 5, number)
+    assert stopped.returncode == 128 + number
+    assert "Traceback" not in stopped.stderr
+    last = stopped.stdout.strip().splitlines()[-1]
     assert last.startswith(f"Stopped by {number.name}; the checkpoint is saved. Resume with: ")
     command = last.split("Resume with: ")[1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -399,14 +398,10 @@ def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninte
 @pytest.mark.slow
 def test_a_second_signal_does_not_wait_and_the_run_can_still_be_resumed(data, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    process = start(flags(data, run, **LONG))
-    wait_for(run, process, "metadistil", 9)
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode in (130, 143)
-    assert "Traceback" not in error
-    assert "Resume with: python -m engine.train --resume --output" in out.splitlines()[-1]
+    stopped = run_signalled(flags(data, run, **LONG), "metadistil", 9, signal.SIGINT, signal.SIGTERM)
+    assert stopped.returncode == 143
+    assert "Traceback" not in stopped.stderr
+    assert "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
     assert main(["--resume", "--output", str(run)]) == 0
     assert_same_models(run, uninterrupted)
 
@@ -414,13 +409,57 @@ def test_a_second_signal_does_not_wait_and_the_run_can_still_be_resumed(data, tm
 @pytest.mark.slow
 def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path):
     process = start(flags(data, tmp_path / "run"))
-    time.sleep(1)  # it imports for longer than that, and has taken over the signals by then
+    while not catches(process.pid, signal.SIGTERM):
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in error
     assert out.splitlines()[-1] == "Stopped by SIGINT; nothing was written."
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_with_the_last_step_keeps_the_finished_phase(data, tmp_path, uninterrupted):
+    """A stop while everything is trained but nothing exported: nothing is trained again."""
+    run = tmp_path / "run"
+    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
+    stopped = run_signalled(words, "metadistil", 40, signal.SIGTERM)
+    assert stopped.returncode == 143 and not (run / "summary.json").exists()
+    again = run_signalled(["--resume", "--output", str(run)], "metadistil", 1, signal.SIGKILL)
+    assert again.returncode == 0, again.stderr  # no step of it was logged again
+    assert_as_if_nothing_had_happened(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_resume_without_the_cache_prepares_the_teachers_again(data, tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    run_signalled(flags(data, run, **LONG), "metadistil", 13, signal.SIGKILL)
+    shutil.rmtree(tmp_path / "cache")
+    assert main(["--resume", "--output", str(run)]) == 0
+    assert_same_models(run, uninterrupted)
+
+
+def test_resume_refuses_data_that_changed(data, tmp_path, capsys):
+    copy, run = tmp_path / "d.tsv", tmp_path / "run"
+    copy.write_bytes(Path(data).read_bytes())
+    stopped = run_signalled(flags(copy, run, max_steps=40, log_steps=1), "metadistil", 3, signal.SIGINT)
+    assert stopped.returncode == 130
+    copy.write_text(copy.read_text().replace("The", "A"))
+    assert main(["--resume", "--output", str(run)]) == 2
+    assert "other models or data" in capsys.readouterr().err
+
+
+def test_a_teacher_is_the_same_beside_whatever_other(data, tmp_path, monkeypatch):
+    """Neither the cache nor the company of a teacher with another tokenizer changes its bits."""
+    prepared = []
+    for name, teachers in {"alone": "bert", "beside": "roberta,bert"}.items():
+        run = succeed(
+            data, tmp_path / name, teachers=teachers, method="kd", max_steps=1, cache_dir=tmp_path / f"c-{name}"
+        )
+        prepared.append(weights(run / "teachers" / "bert"))
+    assert all(torch.equal(prepared[0][name], prepared[1][name]) for name in prepared[0])
 
 
 @pytest.mark.slow

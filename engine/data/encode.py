@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class EncodedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def only(self, keys: set[str]) -> EncodedSplit:
+        """The same rows in these encodings alone, so that batches do not depend on what other models read."""
+        part = copy.copy(self)
+        part.tables = [table for table in self.tables if table.encoding.key in keys]
+        part.lengths = np.max([table.lengths for table in part.tables], axis=0)
+        return part
+
     def batch(self, rows: list[int]) -> Batch:
         index = np.asarray(rows)
         return Batch(self.labels[index], {t.encoding.key: t.pad(index) for t in self.tables})
@@ -103,15 +111,14 @@ class EncodedSplits:
     quiz: EncodedSplit
     validation: EncodedSplit
     test: EncodedSplit
-    sample_hashes: list[str]
-    validation_hash: str
+    hashes: list[str]  # of each training sample, then quiz, validation and test
 
     @classmethod
     def of(cls, splits: Splits, encodings: list[Encoding], cache: Path) -> EncodedSplits:
         datasets = [*splits.train, splits.quiz, splits.validation, splits.test]
         hashes = [content_hash(dataset) for dataset in datasets]
         encoded = [EncodedSplit(d, encodings, h, cache) for d, h in zip(datasets, hashes, strict=True)]
-        return cls(encoded[:-3], *encoded[-3:], hashes[:-3], hashes[-2])
+        return cls(encoded[:-3], *encoded[-3:], hashes)
 
 
 def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> Dataset:

@@ -167,7 +167,7 @@ def embedded(samples: int, say: Say) -> Found:
         part: Table(
             f"embedded {part}",
             ["text", "label"],
-            {"text": [text for text, _ in rows], "label": [_as_id(label) for _, label in rows]}.__getitem__,
+            {"text": [text for text, _ in rows], "label": [label for _, label in rows]}.__getitem__,
             range(1, len(rows) + 1),
             "row",
             names,
@@ -177,7 +177,3 @@ def embedded(samples: int, say: Say) -> Found:
     block = len(tables["train"]) // samples
     say(f"The embedded corpus is generated text for demonstrations: {block:,} training examples a sample.")
     return Found("embedded", tables, block)
-
-
-def _as_id(label: int | str) -> int:
-    return {"negative": 0, "positive": 1}[label] if isinstance(label, str) else label

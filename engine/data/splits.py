@@ -48,8 +48,6 @@ def load_splits(config: DataConfig, samples: int, hub: Hub, say: Callable[[str],
         say(message)
 
     assert samples >= 1, samples
-    if config.split_seed < 0:
-        raise UserError(f"--split-seed is {config.split_seed}; it must be at least 0.")
     found = find(config.data, samples, hub, tell)
     columns = find_columns(found.tables["train"], config)
     parts, labels = _checked_rows(found, columns, config, tell)

@@ -1,12 +1,14 @@
 """The methods: one file each, a step function over state and batches that returns device scalars.
 
-Adding a method is its file and one row of `STEPS`. Steps know nothing of epochs, logging, checkpoints or graphs; the
-trainer wraps them.
+Adding a method is its file, one row of `METHODS` and its name in `engine.config`. Steps know nothing of epochs, logging,
+checkpoints or graphs; the trainer wraps them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,6 +18,19 @@ from engine.methods.state import State
 
 Step = Callable[[State, Sequence[Batch]], dict[str, Tensor]]
 
-STEPS: dict[str, Step] = {"finetune": finetune.step, "kd": kd.step, "metadistil": metadistil.step}
 
-__all__ = ["STEPS", "State", "Step"]
+@dataclass(frozen=True)
+class Method:
+    """A step, and what it needs of its teachers: none, frozen ones, or ones that learn (and the meta-step's parts)."""
+
+    step: Step
+    teachers: Literal["none", "frozen", "learning"]
+
+
+METHODS: dict[str, Method] = {
+    "finetune": Method(finetune.step, "none"),
+    "kd": Method(kd.step, "frozen"),
+    "metadistil": Method(metadistil.step, "learning"),
+}
+
+__all__ = ["METHODS", "Method", "State", "Step"]

@@ -14,9 +14,8 @@ from engine.network import Network
 
 def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
     state.student.network.module.train()
-    for batch in batches:
-        loss = distil(state, state.teachers, batch)
-    return {"loss": loss}
+    losses = [distil(state, state.teachers, batch) for batch in batches]
+    return {"loss": torch.stack(losses).mean()}
 
 
 def distil(state: State, teachers: Sequence[Network], batch: Batch) -> Tensor:

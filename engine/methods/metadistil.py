@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from engine.batch import Batch
@@ -27,6 +28,5 @@ def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
     for learner in state.learning_teachers:
         learner.update()
     state.round += 1
-    for batch in batches:
-        loss = distil(state, teachers, batch)
-    return {"loss": loss, "pilot_loss": losses.pilot, "quiz_loss": losses.quiz}
+    real = [distil(state, teachers, batch) for batch in batches]
+    return {"loss": torch.stack(real).mean(), "pilot_loss": losses.pilot, "quiz_loss": losses.quiz}
