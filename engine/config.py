@@ -99,12 +99,16 @@ class MethodConfig(_Section):
 class OptimConfig(_Section):
     """optimisation"""
 
-    lr: float | None = option(None, "peak learning rate of the student (default: 6e-5)", 0.0)
-    teacher_lr: float | None = option(None, "peak learning rate of the teachers' meta-updates (default: 1e-5)", 0.0)
-    prepare_lr: float | None = option(None, "peak learning rate of the teachers' fine-tuning (default: 6e-5)", 0.0)
+    lr: float | None = option(None, "peak learning rate of the student (default: 6e-5; miniatures 1e-3)", 0.0)
+    teacher_lr: float | None = option(
+        None, "peak learning rate of the teachers' meta-updates (default: 1e-5; miniatures 3e-5)", 0.0
+    )
+    prepare_lr: float | None = option(
+        None, "peak learning rate of the teachers' fine-tuning (default: 6e-5; miniatures 1e-3)", 0.0
+    )
     batch_size: int = option(32, "examples a batch", 1)
     epochs: int | None = option(None, "epochs of the student (default: 3)", 1)
-    prepare_epochs: int | None = option(None, "epochs of the teachers' fine-tuning (default: 3)", 1)
+    prepare_epochs: int | None = option(None, "epochs of the teachers' fine-tuning (default: 3; miniatures 4)", 1)
     max_steps: int | None = option(None, "stop the student after this many optimizer steps, whatever --epochs says", 1)
     warmup_ratio: float = option(0.1, "part of the steps over which the learning rate rises from 0", 0.0, 1.0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none", 0.0)
