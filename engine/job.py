@@ -37,8 +37,6 @@ from engine.trainer import Phase, Plan, Trainer
 # The papers' settings. For the teachers' meta-updates MetaDistil's 1e-5, not the 6e-5 of its extension: AdamW takes the
 # scale out of the meta-gradient, and at 6e-5 a teacher loses its task while the student is new (docs/log.md).
 PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
-
-
 FALLEN = 0.05  # a loss of the primary metric worth a warning
 
 
@@ -146,8 +144,9 @@ class Job:
         if self.splits.source == "embedded":
             embedded.append(f"data {self.config.data.data}")
         if embedded:
-            asked = self.config.models.source == "embedded"
-            why = "--source embedded was given" if asked else f"the hub cannot be reached ({hub.why})"
+            why = (
+                "--source embedded was given" if hub.source == "embedded" else f"the hub cannot be reached ({hub.why})"
+            )
             self.console.banner("EMBEDDED DEMONSTRATION", f"{', '.join(embedded)}: {why}.\n{report.DEMONSTRATION}")
         for i, source in enumerate(sources):
             role = "Student" if i == len(sources) - 1 else "Teacher"

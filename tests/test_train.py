@@ -477,3 +477,12 @@ def test_an_output_is_for_one_process(data, tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_what_stood_in_is_recorded_and_repeated(data, tmp_path, monkeypatch, capsys):
+    """Defaults for miniatures must not meet the real models when the hub is back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = succeed(data, tmp_path / "run", source="auto", method="finetune")
+    assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in " ".join(capsys.readouterr().out.split())
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["source"] == "embedded" and saved["lr"] == 1e-3
