@@ -66,12 +66,14 @@ def render(results: dict[str, Any]) -> str:
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     )
     most = max(results["rows"], key=lambda row: len(row["teachers"]))
-    prepared = " and ".join(f"{100 * t['prepared']['validation']['accuracy']:.2f} %" for t in most["teachers"])
+    prepared = [t["prepared"] for t in most["teachers"]]
+    reached = " and ".join(f"{100 * p['validation']['accuracy']:.2f} %" for p in prepared)
+    took = " and ".join(f"{p['seconds']:.0f} s" for p in prepared)
     lines += [
         "",
         f"Accuracy in %, {over}; training on {sizes['train']:,} examples, "
         f"quiz {sizes['quiz']}, validation {sizes['validation']}, test {sizes['test']:,}; the teachers were prepared "
-        f"once and reach {prepared} on validation. Speed and time are the student's training alone, median and extremes; the "
+        f"once, in {took}, and reach {reached} on validation. Speed and time are the student's training alone, median and extremes; the "
         f"machine was shared with other work. {hardware['name']}, "
         f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, Python {versions['python']}.",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 def run(method: str, seed: int, accuracy: float, teachers: int) -> dict:
     metrics = {split: {"accuracy": accuracy} for split in ("validation", "test")}
     teacher = {"name": "t", "source": "/somewhere", "sample": 0, "origin": "fine-tuned", "parameters": 30,
-               "metrics": metrics, "prepared": {"validation": {"accuracy": 0.9}}}  # fmt: skip
+               "metrics": metrics, "prepared": {"validation": {"accuracy": 0.9}, "seconds": 7.0}}  # fmt: skip
     return {
         "method": method, "seed": seed, "teachers": [teacher] * teachers, "times_smaller": 3.0 if teachers else None,
         "student": {"name": "s", "source": "/somewhere", "parameters": 10, "metrics": metrics, "best_step": 1},
