@@ -132,12 +132,12 @@ class Job:
         given = [item.strip() for item in models.teachers.split(",") if item.strip()] if taught else []
         if taught and not given:
             raise UserError(f"--method {method} needs --teachers; name at least one.")
-        (student,) = resolve_models([models.student], hub)
+        teachers, (student,) = resolve_models(given, hub), resolve_models([models.student], hub)
         if student.sample:
             raise UserError(
                 f"--student is {models.student!r}, but only teachers have further samples; leave the number out."
             )
-        return resolve_models(given, hub), student
+        return teachers, student
 
     def _announce(self, sources: list[ModelSource], hub: Hub) -> None:
         embedded = [source.given for source in sources if source.kind == "embedded"]
