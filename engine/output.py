@@ -36,6 +36,8 @@ class OutputDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
+            self._lock.close()  # not ours: `close` must leave the other's file alone
+            self._lock = None
             raise UserError(f"--output {self.path} is in use by another process; wait for it or stop it.") from e
         self._refuse_used()  # by a process that came and went while this one was loading
 

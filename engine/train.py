@@ -47,8 +47,8 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
     if config.run.resume and saved.exists():
         checkpoint.check(saved)  # refuses a damaged one before anything is written
     job = Job(config, console)
-    output.create()
     try:
+        output.create()
         output.write("config.yaml", cli.dump(config))
         job.run(output, interrupts)
         job.close(output, time.monotonic() - started)

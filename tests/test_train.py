@@ -420,8 +420,9 @@ def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_with_the_last_step_keeps_the_finished_phase(data, tmp_path, uninterrupted):
+def test_a_signal_with_the_last_step_keeps_the_finished_phase(data, tmp_path, uninterrupted, monkeypatch):
     """A stop while everything is trained but nothing exported: nothing is trained again."""
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
     stopped = run_signalled(words, "metadistil", 40, signal.SIGTERM)
