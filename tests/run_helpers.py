@@ -1,10 +1,12 @@
 """What the tests of the command share: tiny data, the flags of a run of under a second, and how to start one."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from engine.embedded import generate
@@ -83,3 +85,21 @@ def weights(folder: Path) -> dict:
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every path below `folder`, with the bytes of each file."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_models(one: Path, two: Path) -> None:
+    names = ["student", *(f"teachers/{p.name}" for p in sorted((one / "teachers").glob("*")))]
+    assert names == ["student", *(f"teachers/{p.name}" for p in sorted((two / "teachers").glob("*")))]
+    for name in names:
+        first, second = weights(one / name), weights(two / name)
+        assert first.keys() == second.keys()
+        different = [key for key in first if not torch.equal(first[key], second[key])]
+        assert not different, (name, different)

@@ -1,58 +1,16 @@
-"""Whole jobs on tiny data: what they leave behind, that they repeat themselves, and that an interruption costs nothing."""
+"""Whole jobs on tiny data: what they leave behind, and that they repeat themselves."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from run_helpers import ROOT, contents, flags, run_signalled, sentences, start, succeed, table, weights
+from run_helpers import assert_same_models, flags, metrics, sentences, succeed, summary, table, weights
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.train import main
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METADISTIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return table(tmp_path_factory.mktemp("data") / "reviews.tsv", sentences(200))
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """One run of MetaDistil with two unlike teachers, looked at from many sides."""
-    return succeed(data, tmp_path_factory.mktemp("runs") / "finished", teachers="bert,roberta", seed=1, log_steps=2)
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_models(one: Path, two: Path) -> None:
-    names = ["student", *(f"teachers/{p.name}" for p in sorted((one / "teachers").glob("*")))]
-    assert names == ["student", *(f"teachers/{p.name}" for p in sorted((two / "teachers").glob("*")))]
-    for name in names:
-        first, second = weights(one / name), weights(two / name)
-        assert first.keys() == second.keys()
-        different = [key for key in first if not torch.equal(first[key], second[key])]
-        assert not different, (name, different)
-
 
 # Jobs
 
@@ -291,167 +249,6 @@ def test_a_loss_that_is_not_finite_is_an_error(data, tmp_path, capsys):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-# Resume
-
-
-def test_a_finished_run_says_so(finished, capsys):
-    before = contents(finished)
-    assert main(["--resume", "--output", str(finished)]) == 0
-    out = capsys.readouterr().out
-    assert "is finished" in out and str(finished / "summary.json") in out
-    assert contents(finished) == before
-
-
-LONG = {"max_steps": 40, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 7}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG)
-
-
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal. Python has none for SIGTERM, so it is ours."""
-    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
-    return bool(int(mask, 16) >> (number - 1) & 1)
-
-
-def wait_for(run: Path, process: subprocess.Popen, phase: str, step: int) -> None:
-    """Until the run has logged a step of a phase."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        file = run / "metrics.jsonl"
-        lines = file.read_bytes().decode().split("\n")[:-1] if file.exists() else []
-        if any(line["phase"] == phase and line["step"] >= step for line in map(json.loads, lines)):
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{phase} never reached step {step}")
-
-
-def assert_as_if_nothing_had_happened(run: Path, whole: Path) -> None:
-    assert_same_models(run, whole)
-    keys = [[(line["phase"], line["step"], "loss" in line) for line in metrics(r)] for r in (run, whole)]
-    assert keys[0] == keys[1]
-    values = [[line.get("loss") for line in metrics(r)] for r in (run, whole)]
-    assert values[0] == values[1]
-    assert summary(run)["metrics"] == summary(whole)["metrics"]
-    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
-
-
-# Phase and step at which the process is killed, and flags that differ from LONG. The whole run has a cache of its own, so
-# that a teacher that was half prepared is not found there.
-KILLS = {
-    "distilling": ("metadistil", 13, {}),
-    "pilots of two": ("metadistil", 13, {"pilot_steps": 2}),
-    "preparing the second": ("prepare roberta", 7, {"prepare_epochs": 8}),
-    "warming up": ("warm up", 7, {"student_warmup_epochs": 8}),
-    "kd": ("kd", 13, {"method": "kd", "max_steps": 120}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KILLS)
-def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
-    phase, step, changes = KILLS[name]
-    run, settings = tmp_path / "run", LONG | changes
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache of the whole"))
-    whole = succeed(data, tmp_path / "whole", **settings)
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    assert run_signalled(flags(data, run, **settings), phase, step, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert not (run / "summary.json").exists()
-    capsys.readouterr()
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert f"Resuming '{phase}' after step" in capsys.readouterr().out
-    assert_as_if_nothing_had_happened(run, whole)
-
-
-@pytest.mark.slow
-def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
-    assert run_signalled(words, "metadistil", 5, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "a run's output"  # a name that a shell has to be told about
-    stopped = run_signalled(flags(data, run, **LONG | {"checkpoint_steps": 1000}), "metadistil", 5, number)
-    assert stopped.returncode == 128 + number
-    assert "Traceback" not in stopped.stderr
-    last = stopped.stdout.strip().splitlines()[-1]
-    assert last.startswith(f"Stopped by {number.name}; the checkpoint is saved. Resume with: ")
-    command = last.split("Resume with: ")[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_second_signal_does_not_wait_and_the_run_can_still_be_resumed(data, tmp_path, uninterrupted):
-    run = tmp_path / "run"
-    stopped = run_signalled(flags(data, run, **LONG), "metadistil", 9, signal.SIGINT, signal.SIGTERM)
-    assert stopped.returncode == 143
-    assert "Traceback" not in stopped.stderr
-    assert "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert_same_models(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path):
-    process = start(flags(data, tmp_path / "run"))
-    while not catches(process.pid, signal.SIGTERM):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error
-    assert out.splitlines()[-1] == "Stopped by SIGINT; nothing was written."
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_signal_with_the_last_step_keeps_the_finished_phase(data, tmp_path, uninterrupted, monkeypatch):
-    """A stop while everything is trained but nothing exported: nothing is trained again."""
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
-    stopped = run_signalled(words, "metadistil", 40, signal.SIGTERM)
-    assert stopped.returncode == 143 and not (run / "summary.json").exists()
-    again = run_signalled(["--resume", "--output", str(run)], "metadistil", 1, signal.SIGKILL)
-    assert again.returncode == 0, again.stderr  # no step of it was logged again
-    assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_resume_without_the_cache_prepares_the_teachers_again(data, tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    run_signalled(flags(data, run, **LONG), "metadistil", 13, signal.SIGKILL)
-    shutil.rmtree(tmp_path / "cache")
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert_same_models(run, uninterrupted)
-
-
-def test_resume_refuses_data_that_changed(data, tmp_path, capsys):
-    copy, run = tmp_path / "d.tsv", tmp_path / "run"
-    copy.write_bytes(Path(data).read_bytes())
-    stopped = run_signalled(flags(copy, run, max_steps=40, log_steps=1), "metadistil", 3, signal.SIGINT)
-    assert stopped.returncode == 130
-    copy.write_text(copy.read_text().replace("The", "A"))
-    assert main(["--resume", "--output", str(run)]) == 2
-    assert "other models or data" in capsys.readouterr().err
-
-
 def test_a_teacher_is_the_same_beside_whatever_other(data, tmp_path, monkeypatch):
     """Neither the cache nor the company of a teacher with another tokenizer changes its bits."""
     prepared = []
@@ -461,23 +258,6 @@ def test_a_teacher_is_the_same_beside_whatever_other(data, tmp_path, monkeypatch
         )
         prepared.append(weights(run / "teachers" / "bert"))
     assert all(torch.equal(prepared[0][name], prepared[1][name]) for name in prepared[0])
-
-
-@pytest.mark.slow
-def test_an_output_is_for_one_process(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    process = start(flags(data, run, **LONG | {"max_steps": 100_000, "eval_steps": 100_000}))
-    try:
-        wait_for(run, process, "metadistil", 2)
-        assert main(flags(data, run, **LONG)) == 2
-        assert f"--output {run} is in use" in capsys.readouterr().err
-        assert main(["--resume", "--output", str(run)]) == 2
-        assert f"--output {run} is in use by another process; wait for it or stop it." in capsys.readouterr().err
-        before = len(metrics(run))
-        wait_for(run, process, "metadistil", before + 2)  # and the first one goes on
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_what_stood_in_is_recorded_and_repeated(data, tmp_path, monkeypatch, capsys):

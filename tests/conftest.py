@@ -1,0 +1,23 @@
+"""What tests of whole runs share."""
+
+import pytest
+from run_helpers import sentences, succeed, table
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own for a module's runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METADISTIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, cache):
+    return table(tmp_path_factory.mktemp("data") / "reviews.tsv", sentences(200))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory, cache):
+    """One run of MetaDistil with two unlike teachers, looked at from many sides."""
+    return succeed(data, tmp_path_factory.mktemp("runs") / "finished", teachers="bert,roberta", seed=1, log_steps=2)
