@@ -87,8 +87,10 @@ class MethodConfig(_Section):
     soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
         "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits"
     )
-    meta_grad: Literal["exact", "double_backward"] = option(
-        "exact", "how metadistil differentiates the quiz loss through the pilot step; same result up to rounding"
+    meta_grad: Literal["exact", "double_backward", "finite_difference"] = option(
+        "exact",
+        "how metadistil differentiates the quiz loss through the pilot step: exact and double_backward agree to rounding; "
+        "finite_difference is approximate and needs no forward-mode derivatives of the student",
     )
     pilot_lr: float | None = option(None, "step size of the pilot's SGD step (default: --lr)", 0.0)
     pilot_steps: int = option(1, "pilot batches a round", 1)

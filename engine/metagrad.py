@@ -10,14 +10,19 @@ forwards left them. `STRATEGIES` holds them behind one signature:
                          dq/dtheta_k += J_k^T c_k                              one ordinary backward of each teacher
                          v_{j-1} = v_j - eta H_j v_j                           forward over reverse, only while j > 1
                      No second-order graph; activations are those of one step, whatever M is.
+    finite_difference  the same walk, u_j and H_j v_j by central differences: (f(phi + eps v) - f(phi - eps v)) / 2 eps with
+                     eps = 0.01 / |v|, two forwards (and backwards, while j > 1) instead of the forward-mode pass.
+                     For students whose operations have no forward-mode derivatives; approximate.
     double_backward  q differentiated through `create_graph=True` pilots. The oracle, and what published code does.
 
-Source: MetaDistil (Zhou, Xu and McAuley, ACL 2022); the walk back as in MixFlow-MG (Kemaev et al., ICML 2025).
+Source: MetaDistil (Zhou, Xu and McAuley, ACL 2022); the walk back as in MixFlow-MG (Kemaev et al., ICML 2025); the
+choice of eps from DARTS (Liu et al., ICLR 2019).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,7 +47,12 @@ Strategy = Callable[
 ]
 
 
-def exact(
+# forward, student, pilot loss (None where no H v is needed), v, time machine -> logits [B, C], J v [B, C], H v
+Directional = Callable[..., tuple[Tensor, Tensor, list[Tensor] | None]]
+
+
+def _walk_back(
+    directional: Directional,
     student: Network,
     teachers: Sequence[Network],
     time_machine: TimeMachine,
@@ -51,7 +61,7 @@ def exact(
     objective: Objective,
     pilot_lr: float,
 ) -> Losses:
-    """First-order memory, exact to rounding. Needs forward-mode derivatives of the student (math attention has them)."""
+    """First-order memory: the pilot steps forward, then back through the snapshots with `directional` derivatives."""
     weights = list(student.trainable().values())
     devices = [p.device for p in weights]
     masks, pilot_losses, last = [], [], len(pilots) - 1
@@ -71,11 +81,12 @@ def exact(
         quiz_loss, v = _quiz(student, weights, quizzes, objective)
         for j in range(last, -1, -1):
             time_machine.rewind(j)
-            masks[j].restore()
             if last > 0:
                 teacher_logits = [teacher(pilots[j]) for teacher in teachers]
             detached = [z.detach() for z in teacher_logits]
-            student_logits, u, hv = _directional(student, pilots[j], detached, objective, v, curvature=j > 0)
+            loss = partial(objective.distil, teachers=detached, labels=pilots[j].labels)
+            forward = partial(_with_masks, masks[j], student, pilots[j])
+            student_logits, u, hv = directional(forward, student, loss if j > 0 else None, v, time_machine)
             cotangents = objective.cotangents(student_logits, detached, pilots[j].labels, u, pilot_lr)
             torch.autograd.backward(teacher_logits, cotangents)
             if j > 0:
@@ -109,7 +120,10 @@ def double_backward(
     return Losses(torch.stack(pilot_losses).mean(), quiz_loss.detach())
 
 
-STRATEGIES: dict[str, Strategy] = {"exact": exact, "double_backward": double_backward}
+def _with_masks(masks: RandomState, student: Network, batch: Batch, parameters: dict[str, Tensor] | None = None):
+    """The student's logits with the dropout masks that the pilot drew."""
+    masks.restore()
+    return student(batch, parameters)
 
 
 def _quiz(student: Network, weights: list[Tensor], quizzes: Sequence[Batch], objective: Objective):
@@ -124,23 +138,17 @@ def _quiz(student: Network, weights: list[Tensor], quizzes: Sequence[Batch], obj
     return total, v
 
 
-def _directional(
-    student: Network,
-    batch: Batch,
-    teacher_logits: Sequence[Tensor],
-    objective: Objective,
-    v: Sequence[Tensor],
-    curvature: bool,
+def _forward_mode(
+    forward: Callable[..., Tensor], student: Network, loss: Callable[[Tensor], Tensor] | None, v: Sequence[Tensor], _
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """Student logits, their tangent u = J v and, if asked, H v of the pilot loss, in one forward-mode pass along v."""
-    with torch.set_grad_enabled(curvature), forward_ad.dual_level():
-        primals = {name: p.detach().requires_grad_(curvature) for name, p in student.trainable().items()}
+    """Student logits, their tangent u = J v and, with a loss, its H v, in one forward-mode pass along v."""
+    with torch.set_grad_enabled(loss is not None), forward_ad.dual_level():
+        primals = {name: p.detach().requires_grad_(loss is not None) for name, p in student.trainable().items()}
         duals = {name: forward_ad.make_dual(p, t) for (name, p), t in zip(primals.items(), v, strict=True)}
-        logits = student(batch, duals)
+        logits = forward(duals)
         hv = None
-        if curvature:
-            loss = objective.distil(logits, teacher_logits, batch.labels)
-            gradients = _gradients(loss, list(duals.values()))
+        if loss is not None:
+            gradients = _gradients(loss(logits), list(duals.values()))
             hv = [
                 torch.zeros_like(t) if (g := forward_ad.unpack_dual(d).tangent) is None else g.detach()
                 for d, t in zip(gradients, v, strict=True)
@@ -149,6 +157,45 @@ def _directional(
         return primal.detach(), tangent.detach(), hv
 
 
+def _central_difference(
+    forward: Callable[..., Tensor],
+    student: Network,
+    loss: Callable[[Tensor], Tensor] | None,
+    v: Sequence[Tensor],
+    time_machine: TimeMachine,
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    """What `_forward_mode` gives, from the student's logits (and gradients) a little ahead and behind along v."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(v))))
+    eps = 0.01 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    logits, gradients = [], []
+    for side in (eps, -eps):
+        with time_machine.perturbed(v, side), torch.set_grad_enabled(loss is not None):
+            out = forward()
+            if loss is not None:
+                gradients.append(_gradients(loss(out), list(student.trainable().values())))
+            logits.append(out.detach())
+    ahead, behind = logits
+    hv = None if loss is None else torch._foreach_div(torch._foreach_sub(*gradients), 2 * eps)
+    return (ahead + behind) / 2, (ahead - behind) / (2 * eps), hv
+
+
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
     """d loss / d inputs, zeros for an input that the loss does not depend on (an unused pooler, say)."""
     return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+
+
+def exact(*problem) -> Losses:
+    """Exact to rounding. Needs forward-mode derivatives of the student (math attention has them)."""
+    return _walk_back(_forward_mode, *problem)
+
+
+def finite_difference(*problem) -> Losses:
+    """Approximate, to about 1e-3 relative; needs nothing but the student's forward and backward."""
+    return _walk_back(_central_difference, *problem)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "exact": exact,
+    "double_backward": double_backward,
+    "finite_difference": finite_difference,
+}

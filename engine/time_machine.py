@@ -39,6 +39,17 @@ class TimeMachine:
         torch._foreach_add_([p.data for p in self._parameters], list(gradients), alpha=-lr)
 
     @contextmanager
+    def perturbed(self, direction: Sequence[Tensor], scale: Tensor):
+        """phi + scale * direction for the body, bit for bit phi again behind it. `scale` is a device scalar."""
+        self.snapshot(-1)
+        with torch.no_grad():
+            torch._foreach_add_([p.data for p in self._parameters], torch._foreach_mul(list(direction), scale))
+        try:
+            yield
+        finally:
+            self.rewind(-1)
+
+    @contextmanager
     def excursion(self):
         """Snapshot (slot 0), run the body, rewind to it, also when the body raises."""
         self.snapshot(0)

@@ -206,7 +206,7 @@ def test_kd(size):
     assert schedule_positions(setting.state) == [3 * size]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["exact", "double_backward"])
 @pytest.mark.parametrize(("teachers", "size"), [(1, 1), (2, 1), (2, 2), (1, 3)])
 def test_metadistil(teachers, size, strategy):
     """Pilot, quiz, teachers' update, rewind, real steps on the pilot's batches from the updated teachers."""

@@ -128,3 +128,17 @@ def test_random_state_replays_dropout(module, x):
     assert torch.equal(torch.get_rng_state(), after)
     state.restore()  # it can be used again
     assert torch.equal(module(x), first)
+
+
+def test_perturbed_goes_along_and_comes_back_bit_for_bit():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = [t.detach().clone() for t in [*module.parameters(), *module.buffers()]]
+    direction = [torch.randn_like(p) for p in module.parameters()]
+    machine = TimeMachine(module)
+    with pytest.raises(ZeroDivisionError), machine.perturbed(direction, torch.tensor(0.3)):
+        for p, b, d in zip(module.parameters(), before, direction, strict=False):
+            assert torch.equal(p, b + 0.3 * d)
+        module(torch.randn(3, 4))  # moves the running statistics
+        raise ZeroDivisionError
+    assert all(torch.equal(t, b) for t, b in zip([*module.parameters(), *module.buffers()], before, strict=True))
