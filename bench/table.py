@@ -38,10 +38,48 @@ def collect(directories: list[str]) -> dict[str, Any]:
             "versions": summary["versions"],
             "settings": {k: v for k, v in settings.items() if k not in ("teachers", "student", "data", "output", "cache_dir")},
         })  # fmt: skip
-    return {"rows": rows}
+    return {"kind": "runs", "rows": rows}
 
 
 def render(results: dict[str, Any]) -> str:
+    """The table of a file of results, by its kind."""
+    return {"runs": render_runs, "meta-step": render_meta_step}[results["kind"]](results)
+
+
+def render_meta_step(results: dict[str, Any]) -> str:
+    """A line a strategy, a column a shape: median time of the gradient, and memory growth, with ratios to plain KD."""
+    rows = {(row["strategy"], row["length"], row["pilots"]): row for row in results["rows"]}
+    shapes = sorted({key[1:] for key in rows})
+    lines = [
+        "| strategy | " + " | ".join(f"L {length}, M {pilots}" for length, pilots in shapes) + " |",
+        "|---|" + "---|" * len(shapes),
+    ]
+    for strategy in dict.fromkeys(row["strategy"] for row in results["rows"]):
+        cells = []
+        for shape in shapes:
+            row, plain = rows[strategy, *shape], rows["kd", *shape]
+            ratio = "" if strategy == "kd" else f" ({row['seconds'] / plain['seconds']:.1f} x)"
+            cells.append(f"{row['seconds']:.2f} s{ratio}, {row['growth'] / 2**20:,.0f} MiB")
+        lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
+    spread = max((row["slowest"] - row["fastest"]) / row["seconds"] for row in results["rows"])
+    hardware, versions = results["hardware"], results["versions"]
+    lines += [
+        "",
+        f"Median of three, times KD's in brackets, then memory growth. Spread (slowest less fastest) at most "
+        f"{100 * spread:.0f} % of the median. {_machine(hardware, versions)}",
+    ]
+    return "\n".join(lines)
+
+
+def _machine(hardware: dict[str, Any], versions: dict[str, str]) -> str:
+    threads = hardware["threads"]
+    return (
+        f"{hardware['name']}, {threads} thread{'s' * (threads != 1)}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, Python {versions['python']}."
+    )
+
+
+def render_runs(results: dict[str, Any]) -> str:
     """One line a kind of run: mean and spread over seeds of the student's accuracy, size, time and memory."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -74,9 +112,7 @@ def render(results: dict[str, Any]) -> str:
         f"Accuracy in %, {over}; training on {sizes['train']:,} examples, "
         f"quiz {sizes['quiz']}, validation {sizes['validation']}, test {sizes['test']:,}; the teachers were prepared "
         f"once, in {took}, and reach {reached} on validation. Speed and time are the student's training alone, median and extremes; the "
-        f"machine was shared with other work. {hardware['name']}, "
-        f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, Python {versions['python']}.",
+        f"machine was shared with other work. {_machine(hardware, versions)}",
     ]
     return "\n".join(lines)
 
