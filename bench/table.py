@@ -34,6 +34,7 @@ def collect(directories: list[str]) -> dict[str, Any]:
             "sizes": summary["sizes"],
             "padding_waste": summary["padding_waste"],
             "peak_memory": summary["peak_memory"],
+            "git_commit": summary["git_commit"],
             "hardware": summary["device"],
             "versions": summary["versions"],
             "settings": {k: v for k, v in settings.items() if k not in ("teachers", "student", "data", "output", "cache_dir")},
@@ -103,6 +104,7 @@ def render_runs(results: dict[str, Any]) -> str:
     over = (
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     )
+    commits = ", ".join(sorted({(row["git_commit"] or "unknown")[:7] for row in results["rows"]}))
     most = max(results["rows"], key=lambda row: len(row["teachers"]))
     prepared = [t["prepared"] for t in most["teachers"]]
     reached = " and ".join(f"{100 * p['validation']['accuracy']:.2f} %" for p in prepared)
@@ -112,7 +114,7 @@ def render_runs(results: dict[str, Any]) -> str:
         f"Accuracy in %, {over}; training on {sizes['train']:,} examples, "
         f"quiz {sizes['quiz']}, validation {sizes['validation']}, test {sizes['test']:,}; the teachers were prepared "
         f"once, in {took}, and reach {reached} on validation. Speed and time are the student's training alone, median and extremes; the "
-        f"machine was shared with other work. {_machine(hardware, versions)}",
+        f"machine was shared with other work. Commit {commits}. {_machine(hardware, versions)}",
     ]
     return "\n".join(lines)
 

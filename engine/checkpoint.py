@@ -25,6 +25,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write atomically. `state` must be JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may prepare one teacher
+    # sync: a checkpoint is written between steps
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(on_cpu, temporary, metadata={"format": str(FORMAT), "state": json.dumps(state)})

@@ -220,6 +220,7 @@ class Trainer:
         better = not progress.best or metrics[metric] > progress.best[metric]
         if better:
             progress.best, progress.best_step = metrics, progress.step
+            # sync: a validation has just waited for the device anyway
             run.best = {n: t.detach().cpu().clone() for n, t in checkpoint.module_tensors(student.module).items()}
         note = "" if better else f" (best {progress.best[metric]:.4f} at step {progress.best_step})"
         self.console.say(f"{phase.name}: step {progress.step}, validation {metric} {metrics[metric]:.4f}{note}")

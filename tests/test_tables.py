@@ -18,7 +18,7 @@ def run(method: str, seed: int, accuracy: float, teachers: int) -> dict:
         "phases": {method: {"seconds": 10.0, "steps": 1, "examples_per_second": 5.0}}, "seconds": 20.0,
         "sizes": {"train": 1000, "quiz": 100, "validation": 872, "test": 2000}, "padding_waste": 0.1,
         "peak_memory": {"host": 2**30}, "device": {"device": "cpu", "name": "a processor", "threads": 1},
-        "versions": {"torch": "1", "transformers": "2", "python": "3"},
+        "git_commit": "abcdef0123", "versions": {"torch": "1", "transformers": "2", "python": "3"},
         "settings": {"teachers": "/somewhere", "student": "/s", "data": "/d", "output": "/o", "cache_dir": None, "lr": 1.0},
     }  # fmt: skip
 
