@@ -1,10 +1,40 @@
-"""Which folders are installed, and under which names; everything else about the distribution is in pyproject.toml."""
+"""Which folders are installed, and under which names, and the native operations; the rest is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import runpy
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+try:
+    BUILD = runpy.run_path("engine/native_build.py")  # which imports nothing of the engine
+except ImportError:  # an isolated build has no torch to build for: the operations are compiled at their first use
+    BUILD = None
+
+
+class BuildNative(build_ext):
+    """One shared library beside the package, named after the torch that it fits; it is no Python module."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")[:-1], BUILD["library_name"]()))
+
+    def build_extension(self, ext):
+        try:
+            BUILD["Toolchain"]().build(Path(self.get_ext_fullpath(ext.name)).absolute())
+        except BUILD["BuildError"] as error:
+            raise CompileError(str(error)) from error
+
+
+# Neither folder has an __init__.py. kernels/ must not shadow Hugging Face's package of that name, and is installed under
+# our own name only; csrc/ is what is compiled at a first use. In a checkout links in engine/ lead to the same folders.
+FOLDERS = {"engine.kernels.ops": "kernels", "engine.csrc": "csrc", "engine.csrc.cuda": "csrc/cuda"}
 
 setup(
-    # kernels/ has no __init__.py, so that the folder never shadows Hugging Face's package of that name, and it is
-    # installed under our own name only. In a checkout the link engine/kernels/ops leads to the same folder.
-    packages=[*find_packages(include=["engine", "engine.*"]), "engine.kernels.ops"],
-    package_dir={"engine.kernels.ops": "kernels"},
+    packages=[*find_packages(include=["engine", "engine.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={"engine.csrc": ["*"], "engine.csrc.cuda": ["*"]},
+    # optional: without a compiler the package is installed all the same
+    ext_modules=[Extension("engine._native", sources=[], optional=True)] if BUILD else [],
+    cmdclass={"build_ext": BuildNative},
 )

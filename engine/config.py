@@ -87,13 +87,41 @@ class MethodConfig(_Section):
     soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
         "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits"
     )
-    meta_grad: Literal["exact", "double_backward", "finite_difference"] = option(
+    feature_loss: Literal["none", "patient"] = option(
+        "none", "patient adds --beta times the mean squared difference of the inner layers' normalised first states"
+    )
+    feature_map: Literal["skip", "last"] = option(
+        "skip", "which teacher layers the student's inner layers are matched with: evenly spread, or the last ones"
+    )
+    beta: float = option(100.0, "weight of the feature loss", 0.0)
+    teacher_weights: str | None = option(
+        None,
+        "weights of the teachers' logits in their mean, as in 0.7,0.3, or learned, by the meta-gradient (default: equal)",
+    )
+    weights_lr: float = option(0.01, "learning rate of learned teacher weights (AdamW on their logarithms)", 0.0)
+    meta_grad: Literal["exact", "double_backward", "finite_difference", "first_order"] = option(
         "exact",
         "how metadistil differentiates the quiz loss through the pilot step: exact and double_backward agree to rounding; "
-        "finite_difference is approximate and needs no forward-mode derivatives of the student",
+        "finite_difference is approximate and needs no forward-mode derivatives of the student; first_order sees the "
+        "student's last layer only",
     )
-    pilot_lr: float | None = option(None, "step size of the pilot's SGD step (default: --lr)", 0.0)
+    checkpointing: Literal["none", "student", "teachers", "both", "selective"] = option(
+        "none", "recompute activations layer by layer in the meta-gradient's backward passes, for memory; selective is "
+        "refused: it has no second derivatives")  # fmt: skip
+    pilot_optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer"
+    )
+    pilot_lr: float | None = option(None, "step size of the pilot's step (default: --lr)", 0.0)
     pilot_steps: int = option(1, "pilot batches a round", 1)
+    independent_masks: bool = option(
+        False, "draw new dropout masks for the real step; otherwise it has the pilot's, and shares its forward"
+    )
+    snapshot_store: Literal["device", "pinned"] = option(
+        "device", "where the time machine keeps the student's weights: on the device, or in pinned host memory"
+    )
+    teacher_params: str = option(
+        "all", "which of a teacher's weights the meta-updates train: all, head, last-N (encoder layers and head), or lora:R "
+        "(adapters of rank R and head; needs peft)")  # fmt: skip
     quiz_batches: int = option(1, "quiz batches a round, drawn at random", 1)
 
 

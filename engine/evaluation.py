@@ -16,7 +16,7 @@ from torchmetrics.functional import (
 from engine.data.batches import evaluation_batches
 from engine.data.encode import EncodedSplit
 from engine.data.splits import Task
-from engine.network import Network, attention
+from engine.network import Network
 
 EVALUATION_BATCH = 64
 
@@ -28,9 +28,9 @@ def predict(network: Network, split: EncodedSplit, device: torch.device) -> Tens
     So validation, export and a user's own float32 evaluation see the same numbers.
     """
     split, logits = split.only({network.encoding}), None
-    with network.in_mode(train=False), attention(device, derivatives=False):
+    with network.in_mode(train=False):
         for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
-            out = network(batch.to(device), precision="fp32")
+            out = network(batch.to(device), precision="fp32").logits
             logits = out.new_empty(len(split), out.shape[1]) if logits is None else logits
             logits[torch.tensor(rows, device=device)] = out
     return logits.cpu()  # sync: an evaluation's end

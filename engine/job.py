@@ -21,18 +21,20 @@ from engine.data.encode import EncodedSplits, Encoding
 from engine.data.splits import load_splits
 from engine.errors import UserError
 from engine.evaluation import predict, primary, score
+from engine.features import layers_to_match
 from engine.hub import Hub
 from engine.interrupts import Interrupts
-from engine.metagrad import STRATEGIES
+from engine.learner import Learner
+from engine.meta_step import MetaStep
 from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
-from engine.network import Learner, Network
+from engine.network import Encoder, Network, describe_attention
 from engine.objectives import Objective
 from engine.output import OutputDirectory, require_directory
 from engine.teachers import Member, Teacher, prepare
-from engine.time_machine import TimeMachine
 from engine.trainer import Phase, Plan, Trainer
+from engine.weights import TeacherWeights
 
 # The papers' settings. For the teachers' meta-updates MetaDistil's 1e-5, not the 6e-5 of its extension: AdamW takes the
 # scale out of the meta-gradient, and at 6e-5 a teacher loses its task while the student is new (docs/log.md).
@@ -66,6 +68,7 @@ class Job:
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
         self.encoded = EncodedSplits.of(self.splits, list(encodings.values()), self.cache / "tokens")
         self.objective = self._objective()
+        self.given_weights = self._given_weights()
 
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""
@@ -173,7 +176,7 @@ class Job:
             )
         encoding = Encoding.of(loaded.tokenizer, length)
         encodings.setdefault(encoding.key, encoding)
-        network = Network(name, loaded.module, encoding.key, self.config.run.precision)
+        network = Encoder(name, loaded.module, encoding.key, self.config.run.precision)
         return Member(source, network, loaded.tokenizer, loaded.trained_head)
 
     def _compare_sizes(self) -> None:
@@ -193,7 +196,49 @@ class Job:
                     f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead."
                 )
             method.soft_loss = "mse_logits"
-        return Objective(method.soft_loss, method.temperature, method.alpha, regression)
+        features = method.feature_loss if METHODS[method.method].teachers != "none" else "none"
+        if features != "none":
+            self._match_features()
+        return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
+
+    def _match_features(self) -> None:
+        """Which hidden states each model gives; raises UserError where two models' states cannot be compared."""
+        student = self.student.network
+        for teacher in (member.network for member in self.teacher_members):
+            widths = [network.module.config.hidden_size for network in (student, teacher)]
+            if widths[0] != widths[1]:
+                raise UserError(
+                    f"--feature-loss patient compares states of one width, but the student {student.name} has {widths[0]} "
+                    f"and {teacher.name} {widths[1]}; use --feature-loss none, or models of equal width.")  # fmt: skip
+            if teacher.encoding != student.encoding:
+                raise UserError(
+                    f"--feature-loss patient compares states of the same tokens, but {teacher.name} has another tokenizer "
+                    f"than the student {student.name}; use --feature-loss none.")  # fmt: skip
+            depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
+            student.feature_layers, teacher.feature_layers = map(
+                tuple, layers_to_match(*depths, self.config.method.feature_map)
+            )
+
+    def _given_weights(self) -> list[float] | str | None:
+        """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
+        given, method, teachers = (
+            self.config.method.teacher_weights,
+            self.config.method.method,
+            len(self.teacher_members),
+        )
+        if given is None or given == "learned":
+            if given and METHODS[method].teachers != "learning":
+                raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; give "
+                                "numbers, or --method metadistil.")  # fmt: skip
+            return given
+        try:
+            weights = [float(part) for part in str(given).split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != teachers or not all(0 < w < float("inf") for w in weights):
+            raise UserError(f"--teacher-weights is {given!r}; give {teachers} positive number{'s' * (teachers != 1)}, one a "
+                            "teacher, as in 0.7,0.3, or learned.")  # fmt: skip
+        return weights
 
     def _identity(self) -> str:
         """What a checkpoint belongs to: every example and every weight that this run begins with."""
@@ -207,14 +252,13 @@ class Job:
         plan = Plan(-(-len(train) // optim.batch_size), epochs, max_steps, settings.pilot_steps if learning else 1)
         common = {"warmup_ratio": optim.warmup_ratio, "weight_decay": optim.weight_decay,
                   "max_grad_norm": optim.max_grad_norm}  # fmt: skip
-        state = State(Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common), self.objective)
         networks = [teacher.member.network for teacher in self.teachers]
+        for network in [student, *networks]:
+            network.module.to(self.device)  # before its weights are flattened
+        state = State(Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common), self.objective)
         if learning:
-            state.learning_teachers = [
-                Learner.adamw(network, lr=optim.teacher_lr, steps=plan.rounds, **common) for network in networks
-            ]
-            state.time_machine = TimeMachine(student.module.to(self.device))
-            state.meta_gradient, state.pilot_lr = STRATEGIES[settings.meta_grad], settings.pilot_lr
+            learners = [Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks]
+            state.meta_step = self._meta_step(state.student, networks, learners)
             state.quiz = QuizBatches(
                 self.encoded.quiz.only({student.encoding}),
                 optim.batch_size,
@@ -224,8 +268,27 @@ class Job:
             )
         elif METHODS[method].teachers == "frozen":
             state.teachers = networks
+            weights = self._teacher_weights()
+            state.weights = None if weights is None else weights.module().detach()
         validation, seed = self.encoded.validation, config.run.seed
         self.trainer.fit(Phase(phase_name, METHODS[method], state, train, validation, plan, optim.batch_size, seed))
+
+    def _meta_step(self, student: Learner, teachers: list[Network], learners: list[Learner]) -> MetaStep:
+        settings, weights = self.config.method, self._teacher_weights()
+        if weights is not None and weights.trainable():
+            learners = [*learners, Learner.constant(weights, settings.weights_lr)]
+        low_precision = self.config.run.precision == "bf16"
+        self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
+        return MetaStep.of(
+            student, teachers, learners, weights, self.objective, pilot_lr=settings.pilot_lr,
+            pilot_optimizer=settings.pilot_optimizer, strategy=settings.meta_grad, checkpointing=settings.checkpointing,
+            independent_masks=settings.independent_masks, store=settings.snapshot_store,
+        )  # fmt: skip
+
+    def _teacher_weights(self) -> Network | None:
+        like = next(self.student.network.module.parameters())
+        weights = TeacherWeights.of(self.given_weights, len(self.teacher_members), like)
+        return None if weights is None else Network(weights, name="teacher weights")
 
     def _measure(self, member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Name, source, parameters and metrics of a model, and its logits, by split."""

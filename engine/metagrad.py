@@ -1,18 +1,22 @@
 """The meta-gradient: how a quiz loss taken after the student's pilot steps moves every teacher.
 
-With pilot loss l, pilot steps phi_j = phi_{j-1} - eta grad_phi l(phi_{j-1}; x_j) and quiz loss q(phi_M), each strategy
-leaves dq/dtheta_k in the teachers' `.grad`, the student as it found it, and the random generators where the pilot's
-forwards left them. `STRATEGIES` holds them behind one signature:
+With pilot loss l, pilot steps phi_j = update(phi_{j-1}, grad_phi l(phi_{j-1}; x_j)) and quiz loss q(phi_M), each strategy
+leaves dq/dtheta_k in the teachers' `.grad` (and dq/dw in that of learned teacher weights), the student as it found it, and
+the random generators where the pilot's forwards left them. `STRATEGIES` holds them behind one signature:
 
     exact            v_M = grad q(phi_M), then for j = M..1, at phi_{j-1} on batch j with its dropout masks:
-                         u_j = J_S v_j                                         forward mode
-                         c_k = -eta d/dz_k < dl/dz_S, u_j >                    at the loss head, [B, C]
+                         d_j = (d update / d g)^T v_j                          closed form (engine.pilot); SGD: -eta v_j
+                         u_j = J_S d_j                                         forward mode
+                         c_k = d/do_k < dl/do_S, u_j >                         at the loss head, o the models' outputs
                          dq/dtheta_k += J_k^T c_k                              one ordinary backward of each teacher
-                         v_{j-1} = v_j - eta H_j v_j                           forward over reverse, only while j > 1
+                         v_{j-1} = (d update / d phi)^T v_j + H_j d_j          forward over reverse, only while j > 1
                      No second-order graph; activations are those of one step, whatever M is.
-    finite_difference  the same walk, u_j and H_j v_j by central differences: (f(phi + eps v) - f(phi - eps v)) / 2 eps with
-                     eps = 0.01 / |v|, two forwards (and backwards, while j > 1) instead of the forward-mode pass.
-                     For students whose operations have no forward-mode derivatives; approximate.
+    finite_difference  the same walk, u_j and H_j d_j by central differences: (f(phi + eps d) - f(phi - eps d)) / 2 eps with
+                     eps = 0.01 / |d|, in float32 at least; two forwards (and backwards, while j > 1) instead of the
+                     forward-mode pass. For students whose operations have no forward-mode derivatives; approximate.
+    first_order      the same walk with all of the student's weights but those of its last layer held constant in the
+                     teachers: only what the pilot step does to the logits' own layer is differentiated. Neither the quiz
+                     loss nor the forward-mode pass then goes through the encoder. The cheapest; biased.
     double_backward  q differentiated through `create_graph=True` pilots. The oracle, and what published code does.
 
 Source: MetaDistil (Zhou, Xu and McAuley, ACL 2022); the walk back as in MixFlow-MG (Kemaev et al., ICML 2025); the
@@ -22,161 +26,316 @@ choice of eps from DARTS (Liu et al., ICLR 2019).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.batch import Batch
-from engine.network import Network
+from engine.checkpointing import checkpointed
+from engine.errors import UserError
+from engine.flat import Lookups, Vector
+from engine.network import Network, Outputs
 from engine.objectives import Objective
+from engine.pilot import Pilot
+from engine.tape import Tape, UnrecordedRandomness
 from engine.time_machine import RandomState, TimeMachine
 
 
-class Losses(NamedTuple):
-    """Detached device scalars."""
+@dataclass
+class Problem:
+    """What a strategy differentiates. `weights` gives [K] teacher weights, its parameters learned; None for the mean."""
 
-    pilot: Tensor
-    quiz: Tensor
+    student: Network
+    teachers: Sequence[Network]
+    objective: Objective
+    pilot: Pilot
+    time_machine: TimeMachine
+    weights: Network | None = None
+    checkpointing: str = "none"  # student, teachers, both: whose activations are recomputed, layer by layer
+    keep: bool = False  # whether the graph of a single pilot's forward is kept for the real step
 
 
-Strategy = Callable[
-    [Network, Sequence[Network], TimeMachine, Sequence[Batch], Sequence[Batch], Objective, float], Losses
-]
+class Kept(NamedTuple):
+    """A forward of the student at the weights it is rewound to, with its graph."""
+
+    outputs: Outputs
+    lookups: Lookups
+    buffers: list[Tensor]  # what the forward left the module's buffers at
 
 
-# forward, student, pilot loss (None where no H v is needed), v, time machine -> logits [B, C], J v [B, C], H v
-Directional = Callable[..., tuple[Tensor, Tensor, list[Tensor] | None]]
+class Meta(NamedTuple):
+    """Detached device scalars, the random state before each pilot's forward, and the pilot's graph where it was kept."""
+
+    pilot_loss: Tensor
+    quiz_loss: Tensor
+    masks: list[RandomState]
+    kept: Kept | None = None
+
+
+Strategy = Callable[[Problem, Sequence[Batch], Sequence[Batch]], Meta]
+Loss = Callable[[Outputs], Tensor]
+
+# problem, forward of the student (parameters, precision), direction, the weights' names it is limited to, loss (None where
+# no H d is needed), tape -> outputs, J d, H d
+Directional = Callable[..., tuple[Outputs, Outputs, Vector | None]]
+
+
+class _Taught(NamedTuple):
+    """The teachers' forwards on one batch."""
+
+    outputs: list[Outputs]
+    lookups: list[Lookups]
+    weights: Tensor | None  # [K]
+
+
+def _teach(problem: Problem, batch: Batch) -> _Taught:
+    """With graph where gradients are enabled."""
+    outputs, lookups = [], []
+    for teacher in problem.teachers:
+        with teacher.flat.lookups() as found, _recomputed(problem, teacher, "teachers"):
+            outputs.append(teacher(batch))
+        lookups.append(found)
+    return _Taught(outputs, lookups, None if problem.weights is None else problem.weights.module())
+
+
+def _recomputed(problem: Problem, network: Network, role: str):
+    """Activation checkpointing where it was asked for and a graph is recorded."""
+    wanted = problem.checkpointing in (role, "both") and torch.is_grad_enabled()
+    return checkpointed(network.module) if wanted else nullcontext()
+
+
+def _accumulate(network: Network, outputs: list[Tensor], cotangents: list[Tensor], lookups: Lookups) -> None:
+    if outputs:
+        network.flat.accumulate(network.flat.gradients_of(outputs, cotangents, network.leaves(), lookups))
 
 
 def _walk_back(
-    directional: Directional,
-    student: Network,
-    teachers: Sequence[Network],
-    time_machine: TimeMachine,
-    pilots: Sequence[Batch],
-    quizzes: Sequence[Batch],
-    objective: Objective,
-    pilot_lr: float,
-) -> Losses:
+    directional: Directional, problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch], taped: bool = False,
+    only: Callable[[Network, Outputs], list[str]] | None = None,
+) -> Meta:  # fmt: skip
     """First-order memory: the pilot steps forward, then back through the snapshots with `directional` derivatives."""
-    weights = list(student.trainable().values())
-    devices = [p.device for p in weights]
-    masks, pilot_losses, last = [], [], len(pilots) - 1
+    student, objective, pilot, time_machine = problem.student, problem.objective, problem.pilot, problem.time_machine
+    flat, leaves = student.flat, student.leaves()
+    masks, losses, last, kept = [], [], len(pilots) - 1, None
+    # with checkpointing the recorded pass would have to be recomputed as it was recorded, which it is not
+    tape = Tape() if taped and last == 0 and problem.checkpointing not in ("student", "both") else None
     with time_machine.excursion():
+        pilot.begin()
         for j, batch in enumerate(pilots):
-            if j > 0:  # the excursion holds slot 0
-                time_machine.snapshot(j)
-            masks.append(RandomState(devices))
             # With a single pilot the graph of the teachers is kept for their backward; the walk back over several
             # recomputes it instead, so that activation memory does not grow with M.
             with torch.set_grad_enabled(last == 0):
-                teacher_logits = [teacher(batch) for teacher in teachers]
-            loss = objective.distil(student(batch), [z.detach() for z in teacher_logits], batch.labels)
-            time_machine.advance(_gradients(loss, weights), pilot_lr)
-            pilot_losses.append(loss.detach())
-        after_pilots = RandomState(devices)
-        quiz_loss, v = _quiz(student, weights, quizzes, objective)
+                taught = _teach(problem, batch)
+            masks.append(RandomState(devices(student)))
+            keep = problem.keep and last == 0
+            recording = nullcontext() if tape is None else tape.recording()
+            with flat.lookups() as lookups, _recomputed(problem, student, "student"), recording:
+                outputs = student(batch, higher=True)
+            if keep:
+                kept = Kept(outputs, lookups, [b.clone() for b in student.module.buffers()])
+            loss, slopes = objective.slopes(outputs, taught.outputs, batch.labels, taught.weights)
+            gradient = flat.gradients_of(outputs.given(), slopes, leaves, lookups, retain_graph=keep)
+            losses.append(loss)
+            names = None if only is None else only(student, outputs)
+            del outputs, lookups
+            pilot.advance(j, gradient, time_machine)
+        after = RandomState(devices(student))
+        quiz_loss, v = _quiz(problem, quizzes, names)
         for j in range(last, -1, -1):
             time_machine.rewind(j)
+            direction, carried = pilot.pull_back(j, v)
             if last > 0:
-                teacher_logits = [teacher(pilots[j]) for teacher in teachers]
-            detached = [z.detach() for z in teacher_logits]
-            loss = partial(objective.distil, teachers=detached, labels=pilots[j].labels)
-            forward = partial(_with_masks, masks[j], student, pilots[j])
-            student_logits, u, hv = directional(forward, student, loss if j > 0 else None, v, time_machine)
-            cotangents = objective.cotangents(student_logits, detached, pilots[j].labels, u, pilot_lr)
-            torch.autograd.backward(teacher_logits, cotangents)
+                with torch.no_grad():
+                    taught = _teach(problem, pilots[j])
+            weights = None if taught.weights is None else taught.weights.detach()
+            given = [o.detached() for o in taught.outputs]
+
+            def loss(outputs: Outputs, given=given, weights=weights, labels=pilots[j].labels) -> Tensor:
+                return objective.distil(outputs, given, labels, weights)
+
+            outputs, tangents, hd = directional(
+                problem, pilots[j], masks[j], direction, names, loss if j > 0 else None, tape
+            )
             if j > 0:
-                v = torch._foreach_sub(v, hv, alpha=pilot_lr)
-        after_pilots.restore()
-    return Losses(torch.stack(pilot_losses).mean(), quiz_loss)
+                v = carried.plus(hd)
+            if last > 0:
+                taught = _teach(problem, pilots[j])
+            cotangents, weights = objective.cotangents(
+                outputs, taught.outputs, pilots[j].labels, tangents, taught.weights
+            )
+            for teacher, o, c, found in zip(problem.teachers, taught.outputs, cotangents, taught.lookups, strict=True):
+                # an output without graph: a teacher whose trained weights it does not depend on
+                pairs = [(t, g) for t, g in zip(o.given(), c.given(), strict=False) if t.requires_grad]
+                _accumulate(teacher, [t for t, _ in pairs], [g for _, g in pairs], found)
+            if weights is not None:
+                _accumulate(problem.weights, [taught.weights], [weights], Lookups())
+            del taught
+        after.restore()
+    return Meta(torch.stack(losses).mean(), quiz_loss, masks, kept)
 
 
-def double_backward(
-    student: Network,
-    teachers: Sequence[Network],
-    time_machine: TimeMachine,
-    pilots: Sequence[Batch],
-    quizzes: Sequence[Batch],
-    objective: Objective,
-    pilot_lr: float,
-) -> Losses:
+def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
     """Autograd through the pilot steps: memory grows with M and with every activation of student and teachers."""
-    weights = dict(student.trainable())
-    pilot_losses = []
-    with time_machine.excursion():  # the weights are not written here, but buffers may be
-        for batch in pilots:
-            loss = objective.distil(student(batch, weights), [t(batch) for t in teachers], batch.labels)
+    student, objective, pilot = problem.student, problem.objective, problem.pilot
+    weights, losses, masks, taught = dict(student.flat.parameters), [], [], []
+    with problem.time_machine.excursion():  # the weights are not written here, but buffers may be
+        pilot.begin()
+        for j, batch in enumerate(pilots):
+            taught.append(_teach(problem, batch))
+            masks.append(RandomState(devices(student)))
+            with _recomputed(problem, student, "student"):
+                outputs = student(batch, weights, higher=True)
+            loss = objective.distil(outputs, taught[j].outputs, batch.labels, taught[j].weights)
             gradients = _gradients(loss, list(weights.values()), create_graph=True)
-            weights = {name: p - pilot_lr * g for (name, p), g in zip(weights.items(), gradients, strict=True)}
-            pilot_losses.append(loss.detach())
-        with student.in_mode(train=False):
-            quiz_loss = sum(objective.hard(student(b, weights), b.labels) for b in quizzes) / len(quizzes)
-        targets = [p for teacher in teachers for p in teacher.trainable().values()]
-        quiz_loss.backward(inputs=targets)
-    return Losses(torch.stack(pilot_losses).mean(), quiz_loss.detach())
+            weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
+            losses.append(loss.detach())
+        with student.in_mode(train=False), _recomputed(problem, student, "student"):
+            quiz_loss = sum(objective.hard(student(b, weights).logits, b.labels) for b in quizzes) / len(quizzes)
+        _to_teachers(problem, quiz_loss, taught)
+    return Meta(torch.stack(losses).mean(), quiz_loss.detach(), masks)
 
 
-def _with_masks(masks: RandomState, student: Network, batch: Batch, parameters: dict[str, Tensor] | None = None):
-    """The student's logits with the dropout masks that the pilot drew."""
-    masks.restore()
-    return student(batch, parameters)
+def _to_teachers(problem: Problem, quiz_loss: Tensor, taught: list[_Taught]) -> None:
+    """dq/dtheta_k and dq/dw in one backward."""
+    learners = [(t, [each.lookups[k] for each in taught]) for k, t in enumerate(problem.teachers)]
+    if problem.weights is not None and problem.weights.trainable():
+        learners.append((problem.weights, []))
+    inputs = [
+        [*network.leaves().values(), *(leaf for found in lookups for leaf in found.leaves)]
+        for network, lookups in learners
+    ]
+    found = iter(torch.autograd.grad(quiz_loss, [t for each in inputs for t in each], allow_unused=True))
+    for (network, lookups), each in zip(learners, inputs, strict=True):
+        gradients = [next(found) for _ in each]
+        names = list(network.leaves())
+        together = Lookups(
+            {i for f in lookups for i in f.hooked},
+            [i for f in lookups for i in f.ids],
+            [t for f in lookups for t in f.leaves],
+        )
+        by_name = dict(zip(names, gradients, strict=False))
+        network.flat.accumulate(network.flat.vector(by_name, together, gradients[len(names) :]))
 
 
-def _quiz(student: Network, weights: list[Tensor], quizzes: Sequence[Batch], objective: Objective):
+def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -> tuple[Tensor, Vector]:
     """Mean quiz loss with dropout off, and its gradient v; one batch's activations at a time."""
-    total, v = 0.0, None
+    student, flat, total, v = problem.student, problem.student.flat, 0.0, None
+    leaves = student.leaves()
+    if names is not None:  # only these, and nothing below them records a graph
+        alone = {n: t.detach().requires_grad_(n in names) for n, t in leaves.items()}
+        leaves = {n: alone[n] for n in names}
     with student.in_mode(train=False):
         for batch in quizzes:
-            loss = objective.hard(student(batch), batch.labels) / len(quizzes)
-            gradients = _gradients(loss, weights)
-            v = gradients if v is None else torch._foreach_add(v, gradients)
+            if names is None:
+                with flat.lookups() as lookups, _recomputed(problem, student, "student"):
+                    outputs = student(batch)
+            else:
+                outputs, lookups = student(batch, alone), Lookups()
+            loss = problem.objective.hard(outputs.logits, batch.labels) / len(quizzes)
+            gradient = flat.gradients_of([loss], None, leaves, lookups)
+            v = gradient if v is None else v.plus(gradient)
             total = total + loss.detach()
+            del outputs, loss
     return total, v
 
 
 def _forward_mode(
-    forward: Callable[..., Tensor], student: Network, loss: Callable[[Tensor], Tensor] | None, v: Sequence[Tensor], _
-) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """Student logits, their tangent u = J v and, with a loss, its H v, in one forward-mode pass along v."""
-    with torch.set_grad_enabled(loss is not None), forward_ad.dual_level():
-        primals = {name: p.detach().requires_grad_(loss is not None) for name, p in student.trainable().items()}
-        duals = {name: forward_ad.make_dual(p, t) for (name, p), t in zip(primals.items(), v, strict=True)}
-        logits = forward(duals)
-        hv = None
-        if loss is not None:
-            gradients = _gradients(loss(logits), list(duals.values()))
-            hv = [
-                torch.zeros_like(t) if (g := forward_ad.unpack_dual(d).tangent) is None else g.detach()
-                for d, t in zip(gradients, v, strict=True)
-            ]
-        primal, tangent = forward_ad.unpack_dual(logits)
-        return primal.detach(), tangent.detach(), hv
+    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: list[str] | None, loss: Loss | None,
+    tape: Tape | None,
+) -> tuple[Outputs, Outputs, Vector | None]:  # fmt: skip
+    """Student outputs, their tangents J d and, with a loss, its H d, in one forward-mode pass along d."""
+    student, second = problem.student, loss is not None
+    flat, leaves = student.flat, student.leaves()
+    dtype = next(iter(leaves.values())).dtype
+    masks.restore()
+    try:
+        with torch.set_grad_enabled(second), forward_ad.dual_level():
+            tangents = flat.tangents(direction, names, dtype)
+            duals = {n: forward_ad.make_dual(leaves[n].detach().requires_grad_(second), t) for n, t in tangents.items()}
+            by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())
+            with by_rows as lookups:
+                try:
+                    with nullcontext() if tape is None else tape.replaying():
+                        outputs = student(batch, duals, higher=True)
+                except UnrecordedRandomness:  # the tape knows not every random operation of this model: all of it again
+                    masks.restore()
+                    lookups.ids.clear(), lookups.leaves.clear()
+                    outputs = student(batch, duals, higher=True)
+            hd = None
+            if second:
+                inputs = [*duals.values(), *lookups.leaves]
+                found = [_tangent(g) for g in torch.autograd.grad(loss(outputs), inputs, allow_unused=True)]
+                hd = flat.vector(dict(zip(duals, found, strict=False)), lookups, found[len(duals) :])
+            unpacked = [None if t is None else forward_ad.unpack_dual(t) for t in outputs]
+            return (
+                Outputs(*(None if t is None else t.primal.detach() for t in unpacked)),
+                Outputs(*(None if t is None else _or_zeros(t.tangent, t.primal) for t in unpacked)),
+                hd,
+            )
+    except NotImplementedError as e:
+        raise UserError(
+            f"the student {student.name} has an operation without forward-mode derivatives "
+            f"({str(e).splitlines()[0]}); use --meta-grad double_backward, or finite_difference (approximate).") from e  # fmt: skip
+
+
+def _tangent(gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    tangent = forward_ad.unpack_dual(gradient).tangent
+    return None if tangent is None else tangent.detach()
+
+
+def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
+    return torch.zeros_like(primal) if tangent is None else tangent.detach()
 
 
 def _central_difference(
-    forward: Callable[..., Tensor],
-    student: Network,
-    loss: Callable[[Tensor], Tensor] | None,
-    v: Sequence[Tensor],
-    time_machine: TimeMachine,
-) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """What `_forward_mode` gives, from the student's logits (and gradients) a little ahead and behind along v."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(v))))
+    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: None, loss: Loss | None, tape: None
+) -> tuple[Outputs, Outputs, Vector | None]:
+    """What `_forward_mode` gives, from the student's outputs (and gradients) a little ahead and behind along d.
+
+    In float32 also where training is in bf16: the differences are below what bf16 weights can hold.
+    """
+    student, flat = problem.student, problem.student.flat
+    norm = direction.norm()
     eps = 0.01 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    logits, gradients = [], []
+    sides, gradients = [], []
     for side in (eps, -eps):
-        with time_machine.perturbed(v, side), torch.set_grad_enabled(loss is not None):
-            out = forward()
+        masks.restore()
+        with problem.time_machine.perturbed(direction, side), torch.set_grad_enabled(loss is not None):
+            with flat.lookups() as lookups:
+                out = student(batch, higher=True, precision="fp32")
             if loss is not None:
-                gradients.append(_gradients(loss(out), list(student.trainable().values())))
-            logits.append(out.detach())
-    ahead, behind = logits
-    hv = None if loss is None else torch._foreach_div(torch._foreach_sub(*gradients), 2 * eps)
-    return (ahead + behind) / 2, (ahead - behind) / (2 * eps), hv
+                gradients.append(flat.gradients_of([loss(out)], None, flat.parameters, lookups))
+            sides.append(out.detached())
+    ahead, behind = sides
+    mean = Outputs(*(None if a is None else (a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
+    slope = Outputs(*(None if a is None else (a - b) / (2 * eps) for a, b in zip(ahead, behind, strict=True)))
+    hd = None if loss is None else gradients[0].plus(gradients[1], -1.0).scaled(1 / (2 * eps))
+    return mean, slope, hd
+
+
+def last_layer(student: Network, outputs: Outputs) -> list[str]:
+    """Names of the trained weights of the layer that gives the logits: the last `nn.Linear` of C outputs.
+
+    Raises UserError where the student has none.
+    """
+    classes = outputs.logits.shape[-1]
+    found = [n for n, m in student.module.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    names = [n for n in student.flat.parameters if found and n.rpartition(".")[0] == found[-1]]
+    if not names:
+        raise UserError(
+            f"first_order needs a last layer that is a trained nn.Linear of {classes} outputs; the student {student.name} "
+            "has none. Use --meta-grad exact.")  # fmt: skip
+    return names
+
+
+def devices(network: Network) -> set[torch.device]:
+    return {p.device for p in network.module.parameters()}
 
 
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
@@ -184,18 +343,24 @@ def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -
     return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
 
 
-def exact(*problem) -> Losses:
+def exact(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
     """Exact to rounding. Needs forward-mode derivatives of the student (math attention has them)."""
-    return _walk_back(_forward_mode, *problem)
+    return _walk_back(_forward_mode, problem, pilots, quizzes, taped=True)
 
 
-def finite_difference(*problem) -> Losses:
+def finite_difference(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
     """Approximate, to about 1e-3 relative; needs nothing but the student's forward and backward."""
-    return _walk_back(_central_difference, *problem)
+    return _walk_back(_central_difference, problem, pilots, quizzes)
+
+
+def first_order(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
+    """Exact in the student's last layer, blind to all others."""
+    return _walk_back(_forward_mode, problem, pilots, quizzes, taped=True, only=last_layer)
 
 
 STRATEGIES: dict[str, Strategy] = {
     "exact": exact,
     "double_backward": double_backward,
     "finite_difference": finite_difference,
+    "first_order": first_order,
 }

@@ -1,49 +1,86 @@
-"""A module bound to its inputs (`Network`), and to the optimizer that trains it (`Learner`)."""
+"""A module bound to how it reads a batch: `Network` for any module, `Encoder` for the classifiers of transformers."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from engine.batch import Batch
+from engine.flat import TABLE_ROWS, FlatParameters
 
 # transformers looks at the values of a 2-D mask, a host synchronisation in every forward on a GPU; these families take
 # a ready 4-D mask as it is
 READY_MASKS = {"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
 
 
+class Outputs(NamedTuple):
+    """All that a loss sees of a model."""
+
+    logits: Tensor  # [B, C]
+    features: Tensor | None = None  # [B, layers, H], states to be matched with another model's
+
+    def given(self) -> list[Tensor]:
+        return [t for t in self if t is not None]
+
+    def detached(self, requires_grad: bool = False) -> Outputs:
+        return Outputs(*(t if t is None else t.detach().requires_grad_(requires_grad) for t in self))
+
+    @classmethod
+    def of(cls, given: Any) -> Outputs:
+        """From what a module returns: logits, (logits, features), or an object with `.logits`."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Tensor):
+            return cls(given)
+        return cls(given.logits) if hasattr(given, "logits") else cls(*given)
+
+
 class Network:
-    """A classifier that reads its own encoding of a batch and gives float32 logits [B, C].
+    """Any module, reading a batch through `call(module, batch)`, by default `module(batch.inputs)`.
 
     `parameters` may stand in for the module's own weights (name -> tensor), which is how pilot weights and forward-mode
     tangents pass through a model without touching it.
     """
 
-    def __init__(self, name: str, module: nn.Module, encoding: str, precision: str = "fp32"):
-        self.name, self.module, self.encoding, self.precision = name, module, encoding, precision
-        self._inputs = set(inspect.signature(module.forward).parameters)
-        self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
+    encoding: str | None = None  # which of a batch's encodings it reads, where there are several
+    precision = "fp32"
+
+    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None, name: str = "model"):
+        self.name, self.module = name, module
+        self._bound = _Bound(module, call or (lambda module, batch: module(batch.inputs)))
+        self._flat: FlatParameters | None = None
 
     def __call__(
-        self, batch: Batch, parameters: dict[str, Tensor] | None = None, precision: str | None = None
-    ) -> Tensor:
-        inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
-        if batch.labels.is_cuda and self._ready_mask:
-            inputs["attention_mask"] = attention_mask(inputs["attention_mask"])
-        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=(precision or self.precision) == "bf16"):
-            if parameters is None:
-                logits = self.module(**inputs).logits
-            else:
-                logits = functional_call(self.module, parameters, (), inputs).logits
-        return logits if logits.dtype == torch.float64 else logits.float()
+        self, batch: Any, parameters: dict[str, Tensor] | None = None, *, higher: bool = False, precision: str | None = None
+    ) -> Outputs:  # fmt: skip
+        """Outputs in the weights' dtype. `higher` where this forward is differentiated twice, by forward mode, or
+        repeated with the same random numbers."""
+        if parameters is None:
+            return Outputs.of(self._bound(batch))
+        # a stranger's module may use fused attention, which has neither second derivatives nor forward mode
+        with sdpa_kernel(SDPBackend.MATH) if higher else nullcontext():
+            return Outputs.of(functional_call(self._bound, {f"module.{n}": t for n, t in parameters.items()}, (batch,)))
+
+    @property
+    def flat(self) -> FlatParameters:
+        """The trainable weights, flattened when first asked for and again when others are trainable."""
+        trainable = self.trainable()
+        if self._flat is None or trainable.keys() != self._flat.parameters.keys():
+            self._flat = FlatParameters(self.module, self.table_rows)
+        return self._flat
+
+    table_rows = TABLE_ROWS
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that gradients of a forward are taken against, by name."""
+        return self.flat.leaves(low_precision=self.precision == "bf16")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights that take gradients, by name, a tied weight once."""
@@ -56,63 +93,122 @@ class Network:
     @contextmanager
     def in_mode(self, train: bool):
         """Dropout and its like switched for the body, and back as they were."""
-        before = self.module.training
+        before = [(m, m.training) for m in self.module.modules()]
         self.module.train(train)
         try:
             yield
         finally:
-            self.module.train(before)
+            for m, mode in before:
+                m.training = mode
 
 
-def attention(device: torch.device, derivatives: bool):
-    """Math attention where forward mode or a second derivative needs it, and on the CPU, where it is the faster one at
-    short lengths; the fused kernels otherwise."""
-    return sdpa_kernel(SDPBackend.MATH) if derivatives or device.type == "cpu" else nullcontext()
+class Encoder(Network):
+    """A classifier of transformers. It reads its own encoding of a batch and gives float32 logits (float64 if it is that).
+
+    In bf16 the forward runs on a bf16 copy of the weights, logits and losses are float32. `feature_layers` are the hidden
+    states (0 is the embedding's output) whose first position becomes `features`.
+    """
+
+    def __init__(self, name: str, module: nn.Module, encoding: str, precision: str = "fp32"):
+        super().__init__(module, name=name)
+        self.encoding, self.precision = encoding, precision
+        self.feature_layers: tuple[int, ...] = ()
+        self._inputs = set(inspect.signature(module.forward).parameters)
+        self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
+        self._frozen: tuple[int, dict[str, Tensor]] | None = None
+
+    def __call__(
+        self, batch: Batch, parameters: dict[str, Tensor] | None = None, *, higher: bool = False, precision: str | None = None
+    ) -> Outputs:  # fmt: skip
+        inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
+        low = (precision or self.precision) == "bf16"
+        if low:
+            given = {n: t.to(torch.bfloat16) for n, t in (parameters or {}).items()}
+            parameters = {**self._frozen_copies(), **self.flat.leaves(low_precision=True), **given}
+        dropout = self.module.training and self._drops_attention()
+        kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, higher)
+        if self._ready_mask:
+            dtype = torch.bfloat16 if low else next(self.module.parameters()).dtype
+            inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
+        if self.feature_layers:
+            inputs["output_hidden_states"] = True
+        math = sdpa_kernel(SDPBackend.MATH) if higher else nullcontext()  # where a model knows no other attention
+        with _attending(self.module, kind), math:
+            out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
+        features = None
+        if self.feature_layers:
+            features = _full(torch.stack([out.hidden_states[i][:, 0] for i in self.feature_layers], 1))
+        return Outputs(_full(out.logits), features)
+
+    def _drops_attention(self) -> bool:
+        config = getattr(self.module, "config", None)
+        return any(
+            getattr(config, name, 0.0) > 0
+            for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attention_dropout_prob")
+        )
+
+    def _frozen_copies(self) -> dict[str, Tensor]:
+        """bf16 copies of the weights that are not trained, made again when one was written to."""
+        frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        stamp = sum(p._version for p in frozen.values()) + len(frozen)
+        if self._frozen is None or self._frozen[0] != stamp:
+            self._frozen = stamp, {n: p.detach().to(torch.bfloat16) for n, p in frozen.items()}
+        return self._frozen[1]
 
 
-def attention_mask(mask: Tensor) -> Tensor:
-    """[B, L] of 0 and 1 -> bool [B, 1, L, L], true where a query may look at a key."""
-    return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+def attention(device: torch.device, length: int, low_precision: bool, dropout: bool, higher: bool) -> str:
+    """Which attention of transformers a pass over `length` tokens takes: "eager" or "sdpa" (fused).
+
+    Fused kernels have neither forward mode nor second derivatives, and a repeated pass would see other dropout masks
+    (`higher`). On the CPU none does dropout, and plain matrix products are the faster ones in bf16 and below 64 tokens
+    (docs/log.md).
+    """
+    if higher:
+        return "eager"
+    return "eager" if device.type == "cpu" and (low_precision or dropout or length < 64) else "sdpa"
 
 
-@dataclass
-class Learner:
-    """A network with the optimizer and schedule that train it."""
+def describe_attention(device: torch.device, low_precision: bool) -> str:
+    """What `attention` chooses in a meta-step, for a reader."""
+    if device.type == "cpu" and low_precision:
+        return "plain in every pass"
+    longer = "for 64 tokens and more" if device.type == "cpu" else "in every other pass"
+    return f"plain in the student's pilot and its forward-mode pass, fused {longer}"
 
-    network: Network
-    optimizer: Optimizer
-    schedule: LambdaLR
-    max_grad_norm: float
 
-    def update(self) -> None:
-        """Clip the gradients to a global norm, take an optimizer step and a step of the schedule, drop the gradients."""
-        nn.utils.clip_grad_norm_(self.network.module.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+def attention_mask(mask: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """[B, L] of 0 and 1 -> what that attention takes as it is: bool [B, 1, L, L], true where a query may look at a key, or
+    for "eager" what is added to the scores, [B, 1, 1, L]."""
+    if kind == "sdpa":
+        return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    return (1 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
 
-    def resume_schedule(self, steps: int) -> None:
-        """Set the schedule to where it stood after `steps` steps."""
-        self.schedule.last_epoch = steps
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(steps)
 
-    @classmethod
-    def adamw(
-        cls, network: Network, *, lr: float, steps: int, warmup_ratio: float, weight_decay: float, max_grad_norm: float
-    ) -> Learner:
-        """AdamW with linear warm-up over `warmup_ratio * steps` and linear decay to 0 at `steps`."""
-        matrices = [p for p in network.trainable().values() if p.ndim >= 2]
-        vectors = [p for p in network.trainable().values() if p.ndim < 2]  # biases and norms: no decay
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
-        warmup = int(warmup_ratio * steps)
+@contextmanager
+def _attending(module: nn.Module, kind: str):
+    config = getattr(module, "config", None)
+    before = getattr(config, "_attn_implementation", kind)
+    if before == kind:
+        yield
+        return
+    config._attn_implementation = kind
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)  # never 0: a first step that does nothing would waste its batch
-            return max(0.0, (steps - step) / max(1, steps - warmup))
 
-        return cls(network, optimizer, LambdaLR(optimizer, factor), max_grad_norm)
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Bound(nn.Module):
+    """`call` as a module's forward, for `functional_call`."""
+
+    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any]):
+        super().__init__()
+        self.module = module
+        self._call = call
+
+    def forward(self, batch: Any) -> Any:
+        return self._call(self.module, batch)

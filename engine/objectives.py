@@ -1,4 +1,4 @@
-"""The losses a student is trained on: hard (labels), soft (averaged teacher logits), and both (methods 1 and 3)."""
+"""The losses a student is trained on: hard (labels), soft (averaged teacher logits), features, and their sum."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import kd_loss, mean_logits, meta_cotangent
+from engine.network import Outputs
 
 SoftLoss = Literal["kl", "mse_prob", "mse_logits"]
+FeatureLoss = Literal["none", "patient"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """L = alpha soft(student, mean of teachers) + (1 - alpha) hard(student, labels), mean over the batch.
+    """L = alpha soft(student, mean of teachers) + (1 - alpha) hard(student, labels) + beta features, mean over the batch.
 
     kl          T^2 KL(softmax(zbar/T) || softmax(z_S/T)), summed over classes     (Hinton et al. 2015)
     mse_prob    T^2 mean_{B,C} (softmax(zbar/T) - softmax(z_S/T))^2                 (MetaDistil's public code)
     mse_logits  mean_{B,C} (zbar - z_S)^2
 
-    hard is cross-entropy, or the squared error of the one output in a regression.
+    with zbar = sum_k w_k z_k, w_k = 1/K unless given. hard is cross-entropy, or the squared error of the one output in a
+    regression. Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H]:
+
+    patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2
     """
 
     soft_loss: SoftLoss = "kl"
     temperature: float = 5.0
     alpha: float = 0.5
     regression: bool = False
+    feature_loss: FeatureLoss = "none"
+    beta: float = 100.0
 
     def __post_init__(self):
         if self.regression and self.soft_loss != "mse_logits":
@@ -41,35 +48,81 @@ class Objective:
             return _mean_square(student.squeeze(-1) - labels)
         return F.cross_entropy(student, labels)
 
-    def distil(self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The whole loss of student logits [B, C] given K teachers' logits [B, C]; differentiable twice in all of them."""
+    def distil(
+        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """The whole loss of a student given K teachers, differentiable twice in all of them and in `weights` [K].
+
+        Raises ValueError where features are wanted and a model gives none, or theirs do not have one shape.
+        """
+        logits = [teacher.logits for teacher in teachers]
         if self.soft_loss == "kl":
-            return kd_loss(student, teachers, labels, temperature=self.temperature, alpha=self.alpha)
-        mean = mean_logits(teachers)
-        if self.soft_loss == "mse_logits":
-            soft = _mean_square(student - mean)
+            loss = kd_loss(
+                student.logits, logits, labels, temperature=self.temperature, alpha=self.alpha, weights=weights
+            )
         else:
-            scale = self.temperature**2
-            student_p, mean_p = F.softmax(student / self.temperature, -1), F.softmax(mean / self.temperature, -1)
-            soft = scale * _mean_square(student_p - mean_p)
-        return self.alpha * soft + (1 - self.alpha) * self.hard(student, labels)
+            mean = mean_logits(logits, weights)
+            if self.soft_loss == "mse_logits":
+                soft = _mean_square(student.logits - mean)
+            else:
+                student_p = F.softmax(student.logits / self.temperature, -1)
+                soft = self.temperature**2 * _mean_square(student_p - F.softmax(mean / self.temperature, -1))
+            loss = self.alpha * soft + (1 - self.alpha) * self.hard(student.logits, labels)
+        if self.feature_loss == "none":
+            return loss
+        return loss + self.beta * self._patient(student, teachers, weights)
+
+    def _patient(self, student: Outputs, teachers: Sequence[Outputs], weights: Tensor | None) -> Tensor:
+        shapes = [None if each.features is None else tuple(each.features.shape) for each in (student, *teachers)]
+        if None in shapes or len(set(shapes)) > 1:
+            raise ValueError(
+                f"the feature loss compares states of one shape [B, layers, H]; student and teachers give {shapes}. Use "
+                "feature_loss='none' (--feature-loss none).")  # fmt: skip
+        if weights is None:
+            weights = [1 / len(teachers)] * len(teachers)
+        states = _unit(student.features)
+        return sum(w * _mean_square(states - _unit(t.features)) for w, t in zip(weights, teachers, strict=True))
+
+    def slopes(
+        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and its gradient to each of the student's outputs: the head alone, detached from every model."""
+        with torch.enable_grad():
+            head = student.detached(requires_grad=True)
+            weights = None if weights is None else weights.detach()
+            loss = self.distil(head, [t.detached() for t in teachers], labels, weights)
+            return loss.detach(), _gradients(loss, head.given())
 
     def cotangents(
-        self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor, tangent: Tensor, pilot_lr: float
-    ) -> list[Tensor]:
-        """c_k = -pilot_lr d/dz_k < dL/dz_S, u > for every teacher's logits [B, C], u the student's tangent [B, C].
+        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, tangents: Outputs, weights: Tensor | None = None
+    ) -> tuple[list[Outputs], Tensor | None]:  # fmt: skip
+        """c = d/d o < dL/do_S, u > for every output o of every teacher, and for `weights` where they require gradient.
 
-        The closed form for `kl`; for the others autograd at the head alone, on tensors of [B, C].
+        u are the student's tangents, of its outputs' shapes. The closed form for `kl`; for the others autograd at the head
+        alone, on tensors of [B, C] and [B, layers, H].
         """
-        if self.soft_loss == "kl":
-            return meta_cotangent(
-                student, teachers, tangent, temperature=self.temperature, alpha=self.alpha, pilot_lr=pilot_lr
-            )
+        learned = weights is not None and weights.requires_grad
+        if self.soft_loss == "kl" and self.feature_loss == "none" and not learned:
+            logits = [t.logits for t in teachers]
+            settings = {"temperature": self.temperature, "alpha": self.alpha, "weights": weights}
+            return [Outputs(c) for c in meta_cotangent(student.logits, logits, tangents.logits, **settings)], None
         with torch.enable_grad():
-            student = student.detach().requires_grad_()
-            teachers = [z.detach().requires_grad_() for z in teachers]
-            (slope,) = torch.autograd.grad(self.distil(student, teachers, labels), student, create_graph=True)
-            return list(torch.autograd.grad((slope * tangent).sum() * -pilot_lr, teachers))
+            student = student.detached(requires_grad=True)
+            teachers = [t.detached(requires_grad=True) for t in teachers]
+            w = weights.detach().requires_grad_() if learned else weights
+            slopes = _gradients(self.distil(student, teachers, labels, w), student.given(), create_graph=True)
+            inner = sum((s * u).sum() for s, u in zip(slopes, tangents.given(), strict=True))
+            found = iter(_gradients(inner, [*(t for o in teachers for t in o.given()), *([w] if learned else [])]))
+            cotangents = [Outputs(*(None if t is None else next(found) for t in o)) for o in teachers]
+            return cotangents, next(found) if learned else None
+
+
+def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from engine.config import Config
 from engine.data.encode import EncodedSplits
 from engine.errors import UserError
 from engine.evaluation import predict, score
+from engine.learner import Learner
 from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash
-from engine.network import Learner, Network
+from engine.network import Network
 from engine.objectives import Objective
 from engine.trainer import Phase, Plan, Progress, Trainer
 
@@ -77,6 +78,7 @@ def prepare(
         trainer.console.say(f"Teacher {source.name}: reused, prepared before with the same data and settings ({file}).")
         network.module.to(trainer.device)
         return Teacher(member, "reused", progress)
+    network.module.to(trainer.device)  # before its weights are flattened
     learner = Learner.adamw(
         network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
         weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,

@@ -27,7 +27,6 @@ from engine.evaluation import predict, primary, score
 from engine.interrupts import Interrupted, Interrupts
 from engine.methods import Method, State
 from engine.monitor import Monitor
-from engine.network import attention
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,7 @@ class Trainer:
         progress, plan = run.progress, phase.plan
         self.interrupts.deferring = True
         try:
-            with (
-                self.console.progress(phase.name, plan.steps, progress.step) as show,
-                attention(self.device, derivatives=phase.method.teachers == "learning"),
-            ):
+            with self.console.progress(phase.name, plan.steps, progress.step) as show:
                 text, started = "", time.monotonic()
                 for batches in self._rounds(run):
                     values = phase.method.step(phase.state, [batch.to(self.device) for batch in batches])
@@ -202,9 +198,9 @@ class Trainer:
                 f"The loss of '{phase.name}' is not finite by step {progress.step} ({means}); lower --lr, --teacher-lr, "
                 "--prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
         speed = progress.examples_per_second()
-        rates = {"lr": phase.state.student.schedule.get_last_lr()[0]} | {
-            f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in phase.state.learning_teachers
-        }
+        student, *others = phase.state.learners()
+        rates = {"lr": student.schedule.get_last_lr()[0]}
+        rates |= {f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in others}
         self.monitor.log(
             phase.name, progress.step,
             {"epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, "examples_per_second": speed},

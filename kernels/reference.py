@@ -73,16 +73,16 @@ def kd_loss(
 def meta_cotangent(
     student: Tensor,  # [B, C] logits; unused by the KL's closed form, part of the signature for losses that need it
     teachers: Sequence[Tensor],  # K x [B, C] logits
-    tangent: Tensor,  # [B, C] u = J_S v, the change of the student's logits along the quiz gradient
+    tangent: Tensor,  # [B, C] u = J_S d, the change of the student's logits as its weights move along d
     *,
     temperature: float,
     alpha: float,
-    pilot_lr: float,
     weights: Sequence[float] | Tensor | None = None,
 ) -> list[Tensor]:
-    """c_k = pilot_lr alpha w_k / B p (u - <p, u>): what the quiz loss sends back to each teacher's logits [B, C].
+    """c_k = d/dz_k < dloss/dz_S, u > = -alpha w_k / B p (u - <p, u>): the gradient to each teacher's logits [B, C].
 
-    It is -pilot_lr d/dz_k < dloss/dz_S, u > of `kd_loss` with the mean over B rows; the cross-entropy carries none.
+    `loss` is `kd_loss` with the mean over B rows; its cross-entropy carries none. For a pilot step phi - eta dloss/dphi
+    and a quiz gradient v, the direction is d = -eta v.
     """
     mean = mean_logits(teachers, weights)
     if temperature <= 0:
@@ -93,7 +93,7 @@ def meta_cotangent(
         weights = [1 / len(teachers)] * len(teachers)
     p = torch.softmax(mean / temperature, -1)
     u = _compute(tangent)
-    common = (pilot_lr * alpha / p.shape[0]) * p * (u - (p * u).sum(-1, keepdim=True))
+    common = (-alpha / p.shape[0]) * p * (u - (p * u).sum(-1, keepdim=True))
     return [w * common for w in weights]
 
 

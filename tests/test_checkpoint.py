@@ -10,7 +10,8 @@ from torch import nn
 
 from engine import checkpoint
 from engine.errors import UserError
-from engine.network import Learner, Network
+from engine.learner import Learner
+from engine.network import Encoder
 from engine.trainer import Plan, Trainer
 
 
@@ -33,7 +34,7 @@ class Tied(nn.Module):
 
 
 def learner(seed):
-    network = Network("tied", Tied(seed).train(), "words")
+    network = Encoder("tied", Tied(seed).train(), "words")
     return Learner.adamw(network, lr=0.05, steps=10, warmup_ratio=0.3, weight_decay=0.1, max_grad_norm=1.0)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from engine.batch import Batch
 from engine.data.splits import Task
 from engine.evaluation import predict, primary, score
-from engine.network import Network
+from engine.network import Encoder
 
 BINARY = SimpleNamespace(kind="classification", num_labels=2)
 THREE = SimpleNamespace(kind="classification", num_labels=3)
@@ -112,7 +112,7 @@ class Rows:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_predict(precision, train):
-    split, network = Rows(150), Network("student", Sums().train(train), "words", precision)
+    split, network = Rows(150), Encoder("student", Sums().train(train), "words", precision)
     state = torch.get_rng_state()
     got = predict(network, split, torch.device("cpu"))
     assert torch.equal(got, torch.tensor([[ids.sum(), len(ids)] for ids in split.ids], dtype=torch.float32))
@@ -125,7 +125,7 @@ def test_predict(precision, train):
 
 
 def test_predict_restores_after_an_error():
-    network = Network("student", Sums().train(), "words", "bf16")
+    network = Encoder("student", Sums().train(), "words", "bf16")
     with pytest.raises(RuntimeError, match="broken"):
         predict(network, Rows(150, break_at=149), torch.device("cpu"))
     assert network.precision == "bf16" and network.module.training

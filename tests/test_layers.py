@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A unit is a module of engine/ or a whole package in it; it imports only from its own layer and lower ones.
 LAYERS = [
     {"__init__", "errors"},
-    {"batch", "config", "console", "hub", "interrupts", "output", "checkpoint", "monitor", "embedded", "kernels"},
+    {"batch", "config", "console", "hub", "interrupts", "output", "checkpoint", "monitor", "embedded", "kernels"}
+    | {"native", "native_build", "native_reference"},
     {"data"},
-    {"objectives", "network", "time_machine", "models", "evaluation"},
+    {"objectives", "network", "time_machine", "tape", "models", "evaluation", "checkpointing", "teacher_params"},
     {"metagrad"},
     {"methods"},
     {"trainer"},

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from engine.batch import Batch
 from engine.metagrad import STRATEGIES
 from engine.methods import METHODS, State
-from engine.network import Learner, Network
+from engine.learner import Learner
+from engine.network import Encoder
 from engine.objectives import Objective
 from engine.time_machine import TimeMachine
 
@@ -60,8 +61,8 @@ class Setting:
     """A state, and copies of its models from before."""
 
     def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact"):
-        student = Network("student", Toy(5, seed=0).double(), "words")
-        networks = [Network(f"teacher{k}", Toy(6, seed=k + 1, norm=False).double(), "words") for k in range(teachers)]
+        student = Encoder("student", Toy(5, seed=0).double(), "words")
+        networks = [Encoder(f"teacher{k}", Toy(6, seed=k + 1, norm=False).double(), "words") for k in range(teachers)]
         self.batches = [[make_batch(10 * r + j) for j in range(size)] for r in range(rounds)]
         common = {"warmup_ratio": WARMUP, "weight_decay": DECAY, "max_grad_norm": CLIP}
         self.student_steps, self.teacher_steps = rounds * size, rounds

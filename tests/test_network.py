@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.embedded import build
-from engine.network import Learner, Network, attention_mask
+from engine.learner import Learner
+from engine.network import Encoder, attention_mask
 
 TEXTS = ["the plot was superb", "the soup is awful and the rice was late", "a camera"]
 
@@ -25,7 +26,7 @@ def test_a_ready_mask_gives_the_same_logits(alias):
 def test_schedule_rises_from_above_zero_and_falls_to_zero():
     module, _ = build("tinybert", TEXTS, 2, 0)
     learner = Learner.adamw(
-        Network("t", module, "e"), lr=1.0, steps=20, warmup_ratio=0.25, weight_decay=0.01, max_grad_norm=1.0
+        Encoder("t", module, "e"), lr=1.0, steps=20, warmup_ratio=0.25, weight_decay=0.01, max_grad_norm=1.0
     )
     rates = []
     for _ in range(20):
@@ -39,7 +40,7 @@ def test_schedule_rises_from_above_zero_and_falls_to_zero():
 def test_decay_is_for_matrices_alone():
     module, _ = build("bert", TEXTS, 2, 0)
     learner = Learner.adamw(
-        Network("t", module, "e"), lr=1.0, steps=2, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1.0
+        Encoder("t", module, "e"), lr=1.0, steps=2, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1.0
     )
     decay = {id(p): group["weight_decay"] for group in learner.optimizer.param_groups for p in group["params"]}
     for name, p in module.named_parameters():

@@ -78,11 +78,13 @@ def test_transformers_finds_the_other_package_of_the_name_kernels(tmp_path):
     assert ours.resolve() == ROOT / "kernels" / "reference.py"
 
 
-def test_folder_kernels_is_plain_and_linked():
-    assert not list((ROOT / "kernels").rglob("__init__.py"))
-    link = ROOT / "engine" / "kernels" / "ops"
-    assert os.readlink(link) == "../../kernels"  # relative, so that it holds in every clone
-    assert link.resolve() == ROOT / "kernels"
+@pytest.mark.parametrize(("folder", "place", "target"), [
+    ("kernels", "engine/kernels/ops", "../../kernels"), ("csrc", "engine/csrc", "../csrc"),
+])  # fmt: skip
+def test_folder_is_plain_and_linked(folder, place, target):
+    assert not list((ROOT / folder).rglob("__init__.py"))
+    assert os.readlink(ROOT / place) == target  # relative, so that it holds in every clone
+    assert (ROOT / place).resolve() == ROOT / folder
 
 
 # What is installed
@@ -90,6 +92,7 @@ def test_folder_kernels_is_plain_and_linked():
 
 def test_setup_names_every_package(arguments_of_setup):
     folders = {file.parent for top in ("engine", "kernels") for file in (ROOT / top).rglob("*.py")}
+    folders |= {file.parent for file in (ROOT / "csrc").rglob("*") if file.is_file()}
     paths = {folder.relative_to(ROOT).as_posix() for folder in folders}
     mapped, listed = arguments_of_setup["package_dir"], arguments_of_setup["packages"]
     assert {mapped.get(package, package.replace(".", "/")) for package in listed} == paths

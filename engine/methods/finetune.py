@@ -12,11 +12,12 @@ from engine.methods.state import State
 
 
 def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    state.student.network.module.train()
-    losses = []
+    student, losses = state.student, []
+    student.network.module.train()
     for batch in batches:
-        loss = state.objective.hard(state.student.network(batch), batch.labels)
-        loss.backward()
-        state.student.update()
+        outputs, lookups = student.forward(batch)
+        loss = state.objective.hard(outputs.logits, batch.labels)
+        student.backward([loss], None, lookups)
+        student.update()
         losses.append(loss.detach())
     return {"loss": torch.stack(losses).mean()}

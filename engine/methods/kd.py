@@ -9,25 +9,23 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.methods.state import State
-from engine.network import Network
+from engine.network import Network, Outputs
 
 
 def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    state.student.network.module.train()
-    losses = [distil(state, state.teachers, batch) for batch in batches]
+    student, losses = state.student, []
+    student.network.module.train()
+    for batch in batches:
+        with torch.no_grad():
+            taught = [_evaluate(teacher, batch) for teacher in state.teachers]
+        outputs, lookups = student.forward(batch)
+        loss, slopes = state.objective.slopes(outputs, taught, batch.labels, state.weights)
+        student.backward(outputs.given(), slopes, lookups)
+        student.update()
+        losses.append(loss)
     return {"loss": torch.stack(losses).mean()}
 
 
-def distil(state: State, teachers: Sequence[Network], batch: Batch) -> Tensor:
-    """One optimizer step of the student on the soft and hard loss, teachers in eval mode and without gradient."""
-    with torch.no_grad():
-        teacher_logits = [_evaluate(teacher, batch) for teacher in teachers]
-    loss = state.objective.distil(state.student.network(batch), teacher_logits, batch.labels)
-    loss.backward()
-    state.student.update()
-    return loss.detach()
-
-
-def _evaluate(teacher: Network, batch: Batch) -> Tensor:
+def _evaluate(teacher: Network, batch: Batch) -> Outputs:
     with teacher.in_mode(train=False):
         return teacher(batch)

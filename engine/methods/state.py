@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from engine.batch import Batch
-from engine.metagrad import Strategy
-from engine.network import Learner, Network
+from engine.learner import Learner
+from engine.meta_step import MetaStep
+from engine.network import Network
 from engine.objectives import Objective
-from engine.time_machine import TimeMachine
 
 
 @dataclass
 class State:
-    """The student and, by method, frozen teachers (`teachers`) or teachers that learn (`learning_teachers`)."""
+    """The student and, by method, frozen teachers (`teachers`, `weights` [K]) or a meta-step with teachers that learn."""
 
     student: Learner
     objective: Objective
     teachers: Sequence[Network] = ()
-    learning_teachers: Sequence[Learner] = ()
-    time_machine: TimeMachine | None = None
-    meta_gradient: Strategy | None = None
-    pilot_lr: float = 0.0
+    weights: Tensor | None = None
+    meta_step: MetaStep | None = None
     quiz: Callable[[int], list[Batch]] | None = None  # round -> quiz batches, a pure function of the round
     round: int = 0
 
     def learners(self) -> list[Learner]:
-        return [self.student, *self.learning_teachers]
+        return [self.student, *(self.meta_step.learners if self.meta_step else ())]
 
     def networks(self) -> list[Network]:
-        return [*(learner.network for learner in self.learners()), *self.teachers]
+        """All that read batches."""
+        return [self.student.network, *self.teachers, *(self.meta_step.problem.teachers if self.meta_step else ())]

@@ -1,0 +1,1 @@
+"""Independent implementations to measure the engine against."""

@@ -1,0 +1,331 @@
+"""Flat parameters: every trainable weight of a module in one contiguous buffer, and vectors of the same shape.
+
+The parameters become views into the buffer, so `state_dict` and `save_pretrained` are what they were, while a snapshot is
+one copy, a pilot step one pass and a norm one reduction. The layout is
+
+    [ vectors (biases, norms: no weight decay) | matrices | embedding tables ]        each at a multiple of ALIGNMENT
+
+and everything before the tables is `dense`. A batch touches a few hundred of a table's thousands of rows, so the gradient
+of a table is kept as `Rows`: the looked-up rows are the leaves that autograd differentiates, not the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+ALIGNMENT = 16  # elements: 64 bytes of float32, what vector loads like
+TABLE_ROWS = 2048  # an embedding with fewer rows is not worth the book-keeping
+
+
+class Rows(NamedTuple):
+    """A [V, H] matrix that is zero but for some rows."""
+
+    rows: Tensor  # [n] int64, sorted, each once
+    values: Tensor  # [n, H]
+
+    def dense(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like).index_copy_(0, self.rows, self.values)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """[...] int64 -> [..., H]"""
+        if not len(self.rows):
+            return self.values.new_zeros(*ids.shape, self.values.shape[1])
+        at = torch.searchsorted(self.rows, ids).clamp_(max=len(self.rows) - 1)
+        return torch.where((self.rows[at] == ids).unsqueeze(-1), self.values[at], 0)
+
+    @classmethod
+    def summed(cls, rows: Tensor, values: Tensor) -> Rows:
+        """From rows that may repeat: [m], [m, H]; the order of the sums is fixed."""
+        unique, inverse = rows.unique(return_inverse=True)
+        return cls(unique, values.new_zeros(len(unique), values.shape[1]).index_add_(0, inverse, values))
+
+
+@dataclass
+class Vector:
+    """A direction in the space of a module's trainable weights: a gradient, or a tangent."""
+
+    dense: Tensor  # [dense]
+    tables: list[Rows | Tensor]  # a table: its non-zero rows, or all of [V, H]
+
+    def scaled(self, factor: float | Tensor) -> Vector:
+        return Vector(
+            self.dense * factor,
+            [Rows(t.rows, t.values * factor) if isinstance(t, Rows) else t * factor for t in self.tables],
+        )
+
+    def plus(self, other: Vector, factor: float = 1.0) -> Vector:
+        """self + factor * other"""
+        tables = []
+        for a, b in zip(self.tables, other.tables, strict=True):
+            if isinstance(a, Rows) and isinstance(b, Rows):
+                tables.append(Rows.summed(torch.cat([a.rows, b.rows]), torch.cat([a.values, b.values * factor])))
+            elif isinstance(b, Rows):
+                tables.append(a.index_add(0, b.rows, b.values, alpha=factor))
+            else:
+                tables.append(b.mul(factor).index_add_(0, a.rows, a.values) if isinstance(a, Rows) else a + factor * b)
+        return Vector(torch.add(self.dense, other.dense, alpha=factor), tables)
+
+    def norm(self) -> Tensor:
+        parts = [self.dense, *(t.values if isinstance(t, Rows) else t for t in self.tables)]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+
+
+@dataclass
+class Table:
+    """An embedding whose weight is looked up by rows."""
+
+    name: str
+    modules: list[nn.Embedding]
+    weight: Tensor  # [V, H], the view into the flat buffer
+    row_wise: bool = True
+
+
+@dataclass
+class Lookups:
+    """What a forward looked up: the leaves to differentiate in the tables' stead."""
+
+    hooked: set[int] = field(default_factory=set)  # the tables that were looked up by rows
+    ids: list[tuple[int, Tensor, int | None]] = field(default_factory=list)  # table, ids [...], padding id
+    leaves: list[Tensor] = field(default_factory=list)  # [..., H]
+
+
+class FlatParameters:
+    """The trainable weights of `module` in `weights` [N], a bf16 `shadow` [N] on demand, gradients in `gradients` [N].
+
+    Raises ValueError for a module without trainable weights, or whose weights differ in dtype or device. Move the module
+    to its device before: `check` raises RuntimeError where the parameters no longer are views into the buffer.
+    """
+
+    def __init__(self, module: nn.Module, table_rows: int = TABLE_ROWS):
+        self.module = module
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        kinds = {(p.dtype, p.device) for p in self.parameters.values()}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{d} on {device}" for d, device in kinds)) or "none"
+            raise ValueError(f"flat parameters need trainable weights of one dtype on one device; found {found}.")
+        embeddings = self._tables(table_rows)
+        vectors = [n for n, p in self.parameters.items() if p.ndim < 2]
+        matrices = [n for n, p in self.parameters.items() if p.ndim >= 2 and n not in embeddings]
+        self.offsets, total = {}, 0
+        bounds = []
+        for names in (vectors, matrices, embeddings):
+            for name in names:
+                self.offsets[name] = total
+                total += -(-self.parameters[name].numel() // ALIGNMENT) * ALIGNMENT
+            bounds.append(total)
+        self.no_decay, self.dense = bounds[0], bounds[1]  # elements before the matrices, before the tables
+        ((dtype, device),) = kinds
+        self.weights = torch.zeros(total, dtype=dtype, device=device)
+        for name, view in self.views(self.weights).items():
+            p = self.parameters[name]
+            view.copy_(p.data)
+            p.data = view
+        self.tables = [Table(n, modules, self.parameters[n].data) for n, modules in embeddings.items()]
+        self.dense_names = [name for name in self.offsets if name not in embeddings]
+        self._gradients: Tensor | None = None
+        self._touched: list[list[Tensor]] = [[] for _ in self.tables]
+        self._shadow: Tensor | None = None
+        self._stamp = -1
+
+    def _tables(self, table_rows: int) -> dict[str, list[nn.Embedding]]:
+        """Big weights that only embeddings hold. One that a forward also uses otherwise is found out by `vector`."""
+        holders: dict[int, list[nn.Module]] = {}
+        for module in self.module.modules():
+            for p in module._parameters.values():
+                holders.setdefault(id(p), []).append(module)
+        return {
+            name: holders[id(p)]
+            for name, p in self.parameters.items()
+            if p.ndim == 2
+            and p.shape[0] >= table_rows
+            and all(type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq for m in holders[id(p)])
+        }
+
+    def views(self, flat: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """`flat` [N] (or [dense]) cut into the parameters' shapes."""
+        shapes = {n: self.parameters[n] for n in (names or self.offsets)}
+        return {n: flat[self.offsets[n] :][: p.numel()].view(p.shape) for n, p in shapes.items()}
+
+    def check(self) -> None:
+        """RuntimeError where something else gave a parameter new storage, as `module.to(device)` does."""
+        base, size = self.weights.data_ptr(), self.weights.element_size()
+        for name, p in self.parameters.items():
+            if p.data_ptr() != base + size * self.offsets[name]:
+                raise RuntimeError(
+                    f"{name} has left the flat buffer; move the module to its device before flattening it."
+                )
+
+    # --- what gradients are taken against
+
+    def leaves(self, low_precision: bool = False) -> dict[str, Tensor]:
+        """The tensors a forward runs on, by name: the parameters, or the bf16 shadow's views."""
+        return self._shadow_leaves() if low_precision else self.parameters
+
+    @property
+    def shadow(self) -> Tensor | None:
+        """bf16 copy of `weights` [N], once `leaves(low_precision=True)` has been asked for."""
+        return self._shadow
+
+    def _shadow_leaves(self) -> dict[str, Tensor]:
+        # Writes through the flat buffer keep the shadow themselves; any other in-place write moves a version counter.
+        stamp = sum(p._version for p in self.parameters.values())
+        if self._shadow is None:
+            self._shadow = self.weights.to(torch.bfloat16)
+            # `.data`: with a version counter of their own, so that a refresh leaves recorded graphs valid
+            self._leaves = {n: v.data.requires_grad_() for n, v in self.views(self._shadow).items()}
+        elif stamp != self._stamp:
+            with torch.no_grad():
+                self._shadow.copy_(self.weights)
+        self._stamp = stamp
+        return self._leaves
+
+    @contextmanager
+    def lookups(self, tangents: Vector | None = None, differentiate: bool = True):
+        """Row-wise tables for the forwards of the body: yields `Lookups`; with `tangents` the looked-up rows are duals.
+
+        The rows a table's embedding returns are detached from the table and, with `differentiate`, require gradient.
+        """
+        found, handles = Lookups(), []
+
+        def hook(table: int, padding: int | None) -> Callable:
+            def looked_up(module, args, kwargs, out):
+                leaf, ids = out.detach().requires_grad_(differentiate), (args[0] if args else kwargs["input"]).long()
+                found.ids.append((table, ids, padding))
+                if tangents is not None:
+                    leaf = forward_ad.make_dual(leaf, tangents.tables[table].lookup(ids).to(leaf.dtype))
+                found.leaves.append(leaf)
+                return leaf
+
+            return looked_up
+
+        try:
+            for i, table in enumerate(self.tables):
+                if table.row_wise and (tangents is None or isinstance(tangents.tables[i], Rows)):
+                    found.hooked.add(i)
+                    handles += [
+                        m.register_forward_hook(hook(i, m.padding_idx), with_kwargs=True) for m in table.modules
+                    ]
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradients_of(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None] | None, leaves: dict[str, Tensor],
+        lookups: Lookups, retain_graph: bool = False,
+    ) -> Vector:  # fmt: skip
+        """J^T cotangents as a vector, zero where nothing depends on a weight, or where `leaves` does not name it."""
+        names = [n for n in (*self.dense_names, *(t.name for t in self.tables)) if n in leaves]
+        found = torch.autograd.grad(
+            outputs, [*(leaves[n] for n in names), *lookups.leaves], cotangents, retain_graph=retain_graph, allow_unused=True
+        )  # fmt: skip
+        return self.vector(dict(zip(names, found, strict=False)), lookups, found[len(names) :])
+
+    @torch.no_grad()
+    def vector(
+        self, gradients: dict[str, Tensor | None], lookups: Lookups, looked_up: Sequence[Tensor | None]
+    ) -> Vector:
+        """One vector from the gradients of the weights, by name, and those of the rows looked up."""
+        dense = self.weights.new_zeros(self.dense)
+        given = [n for n in self.dense_names if gradients.get(n) is not None]
+        if given:
+            torch._foreach_copy_(list(self.views(dense, given).values()), [gradients[n] for n in given])
+        return Vector(dense, [self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])
+
+    def _table(self, i: int, table: Table, gradients, lookups: Lookups, looked_up) -> Rows | Tensor:
+        full, dtype = gradients.get(table.name), self.weights.dtype
+        rows, values = [], []
+        for (number, ids, padding), gradient in zip(lookups.ids, looked_up, strict=True):
+            if number == i and gradient is not None:
+                gradient = gradient.to(dtype)
+                if padding is not None:  # an embedding gives its padding row no gradient
+                    gradient = gradient.masked_fill((ids == padding).unsqueeze(-1), 0)
+                rows.append(ids.reshape(-1))
+                values.append(gradient.reshape(-1, table.weight.shape[1]))
+        if full is not None:
+            if i in lookups.hooked:
+                # the forward also uses the table whole (a tied output, say): by rows it would be wrong from here on
+                table.row_wise = False
+            full = full.to(dtype)
+            return full.index_add(0, torch.cat(rows), torch.cat(values)) if rows else full
+        if not rows:
+            empty = torch.empty(0, dtype=torch.int64, device=self.weights.device)
+            return Rows(empty, self.weights.new_zeros(0, table.weight.shape[1]))
+        return Rows.summed(torch.cat(rows), torch.cat(values))
+
+    def tangents(self, direction: Vector, names: Iterable[str] | None = None, dtype: torch.dtype | None = None):
+        """`direction` by name, in `dtype`; a table is there only where `lookups` does not look it up by rows."""
+        dense = direction.dense if dtype is None else direction.dense.to(dtype)
+        found = self.views(dense, self.dense_names if names is None else names)
+        for table, part in zip(self.tables, direction.tables, strict=True) if names is None else ():
+            if isinstance(part, Tensor):
+                found[table.name] = part if dtype is None else part.to(dtype)
+            elif not table.row_wise and len(part.rows):
+                raise RuntimeError(f"{table.name} is used whole, its direction is given by rows")
+        return found
+
+    # --- gradients for an optimizer
+
+    @property
+    def gradients(self) -> Tensor:
+        """[N], what `accumulate` or a plain `backward()` added since `clear_gradients`; every `.grad` is a view into it."""
+        if self._gradients is None:
+            self._gradients = torch.zeros_like(self.weights)
+            # `.data`: with version counters of their own, which tell when somebody else writes
+            self._views = {name: view.data for name, view in self.views(self._gradients).items()}
+            self._written = [self._views[t.name]._version for t in self.tables]
+        for name, p in self.parameters.items():
+            view = self._views[name]
+            if p.grad is not view:  # new, dropped by `zero_grad`, or made by a `backward()` that found none
+                with torch.no_grad():
+                    view.zero_() if p.grad is None else view.copy_(p.grad)
+                p.grad = view
+        for i, table in enumerate(self.tables):
+            if self._views[table.name]._version != self._written[i]:
+                self._touch(i, torch.arange(len(table.weight), device=self.weights.device))
+        return self._gradients
+
+    def _touch(self, table: int, rows: Tensor) -> None:
+        self._touched[table].append(rows)
+        self._written[table] = self._views[self.tables[table].name]._version
+
+    @torch.no_grad()
+    def accumulate(self, vector: Vector) -> None:
+        """Add to the gradients."""
+        self.gradients[: self.dense] += vector.dense
+        for i, (table, part) in enumerate(zip(self.tables, vector.tables, strict=True)):
+            grad = self._views[table.name]
+            if isinstance(part, Rows):
+                grad.index_add_(0, part.rows, part.values)
+                self._touch(i, part.rows)
+            else:
+                grad += part
+                self._touch(i, torch.arange(len(grad), device=grad.device))
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Of everything accumulated; device scalar."""
+        parts = [self.gradients[: self.dense]]
+        for table, touched in zip(self.tables, self._touched, strict=True):
+            if touched:
+                rows = touched[0] if len(touched) == 1 else torch.cat(touched).unique()
+                parts.append(self._views[table.name][rows])
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+
+    @torch.no_grad()
+    def clear_gradients(self) -> None:
+        """Zero again: the dense part, and the rows that were touched."""
+        self.gradients[: self.dense].zero_()
+        for i, table in enumerate(self.tables):
+            grad = self._views[table.name]
+            for rows in self._touched[i]:
+                grad.index_fill_(0, rows, 0)
+            self._touched[i].clear()
+            self._written[i] = grad._version

@@ -1,0 +1,190 @@
+"""The meta-step for any modules: pilot, quiz, meta-gradient to every teacher, rewind, real step.
+
+    step = MetaStep(student, [teacher], Objective(temperature=4.0), student_optimizer=..., teacher_optimizers=[...])
+    losses = step([(x, y)], [(x_quiz, y_quiz)])
+
+The engine's own `metadistil` is this object, given the encoders of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.batch import Batch
+from engine.checkpointing import CHOICES, REFUSED
+from engine.learner import Learner
+from engine.metagrad import STRATEGIES, Kept, Meta, Problem, devices
+from engine.network import Network
+from engine.objectives import Objective
+from engine.pilot import SGD, AdamW
+from engine.time_machine import RandomState, Store, TimeMachine
+from engine.weights import TeacherWeights
+
+
+class MetaStep:
+    """One round of MetaDistil (Zhou, Xu and McAuley, ACL 2022), teachers' logits averaged before the softmax.
+
+    `student` and `teachers` are modules that map `batch.inputs` to logits [B, C] (or to logits and features, or to an
+    object with `.logits`), or `Network`s that say how a module reads a batch. The student's and teachers' trainable
+    weights are flattened in place: `state_dict` stays as it was, but move modules to their device before. Batches are
+    `(inputs, labels)` pairs or objects with `.inputs` and `.labels`.
+
+    Optimizers are torch's, over the modules' parameters; whoever schedules them calls their schedulers. Without them only
+    `meta_gradient` can be used. `teacher_weights` is None (the mean), K numbers, or "learned": K weights that start equal
+    and follow the same meta-gradient at `weights_lr` (AdamW on their logarithms).
+
+    Raises ValueError for settings that do not fit; UserError in a step whose model has no forward-mode derivatives.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | Network,
+        teachers: Sequence[nn.Module | Network],
+        objective: Objective | None = None,
+        *,
+        student_optimizer: Optimizer | None = None,
+        teacher_optimizers: Sequence[Optimizer] = (),
+        pilot_lr: float = 1e-3,
+        pilot_optimizer: str = "sgd",
+        strategy: str = "exact",
+        teacher_weights: Sequence[float] | str | None = None,
+        weights_lr: float = 0.01,
+        checkpointing: str = "none",
+        independent_masks: bool = False,
+        max_grad_norm: float | None = 1.0,
+        store: Store = "device",
+    ):
+        student, teachers = _network(student, "student"), [_network(t, f"teacher {k}") for k, t in enumerate(teachers)]
+        if len(teacher_optimizers) not in (0, len(teachers)):
+            raise ValueError(f"got {len(teacher_optimizers)} optimizers for {len(teachers)} teachers.")
+        if not student.trainable():
+            raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
+                             "student.requires_grad_().")  # fmt: skip
+        learner = student if student_optimizer is None else Learner(student, student_optimizer, None, max_grad_norm)
+        learners = [Learner(t, o, None, max_grad_norm) for t, o in zip(teachers, teacher_optimizers, strict=False)]
+        weights = TeacherWeights.of(teacher_weights, len(teachers), student.flat.weights)
+        network = None if weights is None else Network(weights, name="teacher weights")
+        if weights is not None and weights.learned:
+            learners.append(Learner(network, torch.optim.AdamW(weights.parameters(), lr=weights_lr, weight_decay=0.0)))
+        self._set_up(
+            learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
+            checkpointing, independent_masks, store,
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
+        objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str = "exact",
+        checkpointing: str = "none", independent_masks: bool = False, store: Store = "device",
+    ) -> MetaStep:  # fmt: skip
+        """From learners that bring their schedules; `learners` are those of the teachers and of learned `weights`."""
+        step = cls.__new__(cls)
+        step._set_up(
+            student, teachers, learners, weights, objective, pilot_lr, pilot_optimizer, strategy, checkpointing,
+            independent_masks, store,
+        )  # fmt: skip
+        return step
+
+    def _set_up(
+        self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
+        objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str, checkpointing: str,
+        independent_masks: bool, store: Store,
+    ) -> None:  # fmt: skip
+        if not teachers:
+            raise ValueError("a meta-step needs at least one teacher; got none.")
+        _choice("strategy", strategy, STRATEGIES)
+        _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+        if checkpointing in REFUSED:
+            raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
+        _choice("checkpointing", checkpointing, CHOICES)
+        self.learner = student if isinstance(student, Learner) else None
+        self.learners, self.independent_masks = list(learners), independent_masks
+        network = student.network if isinstance(student, Learner) else student
+        if pilot_optimizer == "adamw":
+            if self.learner is None:
+                raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
+            pilot = AdamW(pilot_lr, network.flat, self.learner.optimizer)
+        else:
+            pilot = SGD(pilot_lr)
+        keep = strategy in ("exact", "first_order", "finite_difference") and not independent_masks
+        self.problem = Problem(
+            network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
+            keep and self.learner is not None,
+        )  # fmt: skip
+        self.strategy = STRATEGIES[strategy]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """[K] of the teachers, on their device; None where their logits are simply averaged."""
+        network = self.problem.weights
+        return None if network is None else network.module().detach()
+
+    def __call__(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
+        """Pilot, quiz, a step of every teacher, and the student's real steps; device scalars `loss`, `pilot_loss`, `quiz_loss`.
+
+        The student is put in train mode, the teachers in eval mode, with gradient.
+        """
+        if self.learner is None or not self.learners:
+            raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
+        batches, quizzes = list(map(_batch, batches)), list(map(_batch, quizzes))
+        meta = self._meta(batches, quizzes)
+        for learner in self.learners:
+            learner.update()
+        real = [self._real(batch, meta, j) for j, batch in enumerate(batches)]
+        return {"loss": torch.stack(real).mean(), "pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+
+    def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
+        """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
+        meta = self._meta(list(map(_batch, batches)), list(map(_batch, quizzes)))
+        return {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+
+    def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
+        self.problem.student.module.train()
+        for teacher in self.problem.teachers:
+            teacher.module.eval()
+        return self.strategy(self.problem, batches, quizzes)
+
+    def _real(self, batch: Batch, meta: Meta, number: int) -> Tensor:
+        """The student's step on `batch` from the updated teachers, with the pilot's dropout masks unless independent."""
+        student, problem = self.learner, self.problem
+        with torch.no_grad():
+            taught, weights = [teacher(batch) for teacher in problem.teachers], self.weights
+        if meta.kept is not None:
+            outputs, lookups = _resumed(problem.student, meta.kept)
+        elif self.independent_masks:
+            outputs, lookups = student.forward(batch)
+        else:
+            after = RandomState(devices(problem.student))
+            meta.masks[number].restore()
+            outputs, lookups = student.forward(batch, higher=True)
+            after.restore()
+        loss, slopes = problem.objective.slopes(outputs, taught, batch.labels, weights)
+        student.backward(outputs.given(), slopes, lookups)
+        student.update()
+        return loss
+
+
+def _resumed(network: Network, kept: Kept):
+    """The pilot's forward stands for the real one: same weights, batch and masks. Buffers are set to what it left."""
+    with torch.no_grad():
+        for buffer, value in zip(network.module.buffers(), kept.buffers, strict=True):
+            buffer.data.copy_(value)
+    return kept.outputs, kept.lookups
+
+
+def _network(given: nn.Module | Network, name: str) -> Network:
+    return given if isinstance(given, Network) else Network(given, name=name)
+
+
+def _batch(given: Any) -> Any:
+    return given if hasattr(given, "labels") else Batch(labels=given[1], inputs=given[0])
+
+
+def _choice(name: str, given: str, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}.")

@@ -1,0 +1,161 @@
+"""The pilot's update rule, and its derivative: how the student moves before the quiz, and how the quiz loss walks back.
+
+Both rules are elementwise in the gradient g, phi' = phi - eta a(g), so the derivative of a step is closed:
+
+    sgd     a = g                                   v_phi = v' + H d,                      d = -eta v'
+    adamw   m' = b1 m + (1 - b1) g, s' = b2 s + (1 - b2) g^2, with r = sqrt(s'/c2) + eps, c1 = 1 - b1^t, c2 = 1 - b2^t:
+            phi' = (1 - eta w) phi - eta m' / (c1 r)                                       (w the weight decay)
+            v_m' = v_m - eta v' / (c1 r)
+            v_s' = v_s + eta v' m' / (2 c1 r^2 sqrt(c2 s'))
+            d    = (1 - b1) v_m' + 2 (1 - b2) g v_s'
+            v_phi = (1 - eta w) v' + H d,  v_m = b1 v_m',  v_s = b2 v_s'
+
+where v' is the cotangent of phi', H the Hessian of the pilot loss, and d the direction along which the student's
+forward-mode pass goes. AdamW's moments start from those of the student's own optimizer, as in MetaDistil's Figure 2;
+there is no clipping in a pilot step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.flat import FlatParameters, Rows, Vector
+from engine.time_machine import TimeMachine
+
+PilotOptimizer = Literal["sgd", "adamw"]
+KNOWN = ("AdamW", "Adam", "FlatAdamW", "FusedAdam")  # whose state is exp_avg, exp_avg_sq, step
+
+
+class Pilot(Protocol):
+    """An update rule, for a round of steps."""
+
+    def begin(self) -> None:
+        """A new round, from the student's present state."""
+
+    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
+        """phi' = update(phi, g), phi kept in the time machine under `step`."""
+
+    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
+        """(d, carried) for the cotangent v of phi' behind `step`, the last step first; then v_phi = carried + H d."""
+
+    def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same step as differentiable operations on tensors by name."""
+
+
+class SGD:
+    """phi' = phi - lr g."""
+
+    def __init__(self, lr: float):
+        self.lr = lr
+
+    def begin(self) -> None:
+        pass
+
+    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
+        time_machine.advance(gradient, -self.lr, step)
+
+    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
+        return v.scaled(-self.lr), v
+
+    def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: p - self.lr * gradients[name] for name, p in weights.items()}
+
+
+class AdamW:
+    """AdamW as the student's optimizer would step, without clipping; every row of every table moves."""
+
+    def __init__(self, lr: float, flat: FlatParameters, optimizer: torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        if kind not in KNOWN:
+            raise ValueError(
+                f"an adamw pilot steps with the student's own optimizer, and the derivative of {kind}'s update is not "
+                f"known here ({', '.join(KNOWN)} are); use --pilot-optimizer sgd (pilot_optimizer='sgd').")  # fmt: skip
+        self.lr, self.flat, self.optimizer = lr, flat, optimizer
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        flat = self.flat
+        m, s, steps = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights), 0
+        m_views, s_views = flat.views(m), flat.views(s)
+        self.decay = torch.zeros_like(flat.weights)
+        decay_views = flat.views(self.decay)
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, p in flat.parameters.items():
+            group, state = groups[id(p)], self.optimizer.state.get(p, {})
+            self.betas, self.eps = group["betas"], group["eps"]
+            decay_views[name].fill_(group.get("weight_decay", 0.0))
+            if "exp_avg" in state:
+                m_views[name].copy_(state["exp_avg"])
+                s_views[name].copy_(state["exp_avg_sq"])
+                steps = max(steps, int(state.get("step", group.get("step", 0))))
+        if type(self.optimizer).__name__ == "Adam" and self.decay.any():
+            raise ValueError("Adam's weight decay is not decoupled; use AdamW or --pilot-optimizer sgd.")
+        self._moments, self._steps, self._kept = (m, s), steps, []
+        self._cotangents: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
+        (b1, b2), g = self.betas, self._whole(gradient)
+        m = torch.lerp(g, self._moments[0], b1)
+        s = (b2 * self._moments[1]).addcmul_(g, g, value=1 - b2)
+        c1, r = self._corrections(step, s)
+        move = (m / (c1 * r)).addcmul_(self.decay, self.flat.weights)
+        self._moments = m, s
+        self._kept.append((g, m, s))
+        time_machine.advance(self._vector(move), -self.lr, step)
+
+    @torch.no_grad()
+    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
+        (b1, b2), (g, m, s) = self.betas, self._kept.pop()
+        v = self._whole(v)
+        v_m, v_s = self._cotangents or (torch.zeros_like(v), torch.zeros_like(v))
+        c1, r = self._corrections(step, s)
+        c2 = 1 - b2 ** (self._steps + step + 1)
+        v_m = v_m - self.lr * v / (c1 * r)
+        root = (c2 * s).sqrt()
+        curve = self.lr * v * m / (2 * c1 * r.square() * root)
+        v_s = v_s + torch.where(root > 0, curve, 0)  # g = 0 and s = 0: what it is multiplied with is 0
+        self._cotangents = b1 * v_m, b2 * v_s
+        direction = (1 - b1) * v_m + 2 * (1 - b2) * g * v_s
+        return self._vector(direction), self._vector(v * (1 - self.lr * self.decay))
+
+    def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        (b1, b2), flat = self.betas, self.flat
+        if step == 0:
+            self._named = flat.views(self._moments[0]), flat.views(self._moments[1])
+        decay, moved, ms, ss = flat.views(self.decay), {}, {}, {}
+        for name, p in weights.items():
+            g = gradients[name]
+            ms[name] = m = b1 * self._named[0][name] + (1 - b1) * g
+            ss[name] = s = b2 * self._named[1][name] + (1 - b2) * g.square()
+            c1, c2 = (1 - b ** (self._steps + step + 1) for b in (b1, b2))
+            positive = s > 0  # the root's slope at 0 is infinite; there m is 0 and stays it
+            root = torch.where(positive, torch.where(positive, s / c2, 1).sqrt(), 0)
+            moved[name] = (1 - self.lr * decay[name]) * p - self.lr * m / (c1 * (root + self.eps))
+        self._named = ms, ss
+        return moved
+
+    def _corrections(self, step: int, s: Tensor) -> tuple[float, Tensor]:
+        """c1, and r [N]"""
+        b1, b2 = self.betas
+        t = self._steps + step + 1
+        return 1 - b1**t, (s / (1 - b2**t)).sqrt_().add_(self.eps)
+
+    def _whole(self, vector: Vector) -> Tensor:
+        """[N]"""
+        flat = torch.zeros_like(self.flat.weights)
+        flat[: self.flat.dense] = vector.dense
+        views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
+        for table, part in zip(self.flat.tables, vector.tables, strict=True):
+            if isinstance(part, Rows):
+                views[table.name].index_copy_(0, part.rows, part.values)
+            else:
+                views[table.name].copy_(part)
+        return flat
+
+    def _vector(self, flat: Tensor) -> Vector:
+        views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
+        return Vector(flat[: self.flat.dense], [views[t.name] for t in self.flat.tables])
