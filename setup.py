@@ -26,8 +26,8 @@ class BuildNative(build_ext):
             raise CompileError(str(error)) from error
 
 
-# Neither folder has an __init__.py. kernels/ must not shadow Hugging Face's package of that name, and is installed under
-# our own name only; csrc/ is what is compiled at a first use. In a checkout links in engine/ lead to the same folders.
+# None has an __init__.py. kernels/ must not shadow Hugging Face's package of that name, and is installed under our own
+# name only; csrc/ is what is compiled at a first use. In a checkout links in engine/ lead to the same folders.
 FOLDERS = {"engine.kernels.ops": "kernels", "engine.csrc": "csrc", "engine.csrc.cuda": "csrc/cuda"}
 
 setup(

@@ -51,7 +51,8 @@ class Check {
     TORCH_CHECK_VALUE((type ? tensor.scalar_type() == *type : floating(tensor)) && tensor.dim() == 0 &&
                           tensor.device() == model_.device(),
                       "metadistil::", op_, ": ", name, " is ", described(tensor), "; it must be ",
-                      type ? std::string(c10::getDtypeNames(*type).first) : "float32 or float64", " [] on ", model_.device(), ".");
+                      type ? std::string(c10::getDtypeNames(*type).first) : "float32 or float64", " [] on ",
+                      model_.device(), ".");
     without_gradient(name, tensor);
   }
 

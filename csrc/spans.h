@@ -12,8 +12,10 @@ struct AdamwFactors {
 };
 
 // `snapshot` and `shadow` may be null. No two spans overlap.
-void pilot_update_span(float* weights, const float* gradient, float* snapshot, uint16_t* shadow, float alpha, int64_t n);
-void pilot_update_span(double* weights, const double* gradient, double* snapshot, uint16_t* shadow, double alpha, int64_t n);
+void pilot_update_span(float* weights, const float* gradient, float* snapshot, uint16_t* shadow, float alpha,
+                       int64_t n);
+void pilot_update_span(double* weights, const double* gradient, double* snapshot, uint16_t* shadow, double alpha,
+                       int64_t n);
 void rewind_span(float* weights, const float* snapshot, uint16_t* shadow, int64_t n);
 void rewind_span(double* weights, const double* snapshot, uint16_t* shadow, int64_t n);
 void adamw_span(float* weights, const float* gradient, float* exp_avg, float* exp_avg_sq, uint16_t* shadow,

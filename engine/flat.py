@@ -37,14 +37,15 @@ class Rows(NamedTuple):
         """[...] int64 -> [..., H]"""
         if not len(self.rows):
             return self.values.new_zeros(*ids.shape, self.values.shape[1])
-        at = torch.searchsorted(self.rows, ids).clamp_(max=len(self.rows) - 1)
+        at = torch.searchsorted(self.rows, ids.contiguous()).clamp_(max=len(self.rows) - 1)
         return torch.where((self.rows[at] == ids).unsqueeze(-1), self.values[at], 0)
 
     @classmethod
     def summed(cls, rows: Tensor, values: Tensor) -> Rows:
         """From rows that may repeat: [m], [m, H]; the order of the sums is fixed."""
         unique, inverse = rows.unique(return_inverse=True)
-        return cls(unique, values.new_zeros(len(unique), values.shape[1]).index_add_(0, inverse, values))
+        # not index_add_, which takes atomic sums in any order on a GPU
+        return cls(unique, torch.ops.aten.embedding_dense_backward(values, inverse, len(unique), -1, False))
 
 
 @dataclass
@@ -110,6 +111,8 @@ class FlatParameters:
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{d} on {device}" for d, device in kinds)) or "none"
             raise ValueError(f"flat parameters need trainable weights of one dtype on one device; found {found}.")
+        paths = {name: name.rpartition(".") for name in self.parameters}
+        self._owners = {name: (module.get_submodule(path), key) for name, (path, _, key) in paths.items()}
         embeddings = self._tables(table_rows)
         vectors = [n for n, p in self.parameters.items() if p.ndim < 2]
         matrices = [n for n, p in self.parameters.items() if p.ndim >= 2 and n not in embeddings]
@@ -154,10 +157,11 @@ class FlatParameters:
         return {n: flat[self.offsets[n] :][: p.numel()].view(p.shape) for n, p in shapes.items()}
 
     def check(self) -> None:
-        """RuntimeError where something else gave a parameter new storage, as `module.to(device)` does."""
+        """RuntimeError where a parameter was given new storage, as `module.to(device)` does, or exchanged for another."""
         base, size = self.weights.data_ptr(), self.weights.element_size()
         for name, p in self.parameters.items():
-            if p.data_ptr() != base + size * self.offsets[name]:
+            owner, key = self._owners[name]
+            if owner._parameters.get(key) is not p or p.data_ptr() != base + size * self.offsets[name]:
                 raise RuntimeError(
                     f"{name} has left the flat buffer; move the module to its device before flattening it."
                 )
@@ -240,7 +244,7 @@ class FlatParameters:
         return Vector(dense, [self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])
 
     def _table(self, i: int, table: Table, gradients, lookups: Lookups, looked_up) -> Rows | Tensor:
-        full, dtype = gradients.get(table.name), self.weights.dtype
+        full, dtype, H = gradients.get(table.name), self.weights.dtype, table.weight.shape[1]
         rows, values = [], []
         for (number, ids, padding), gradient in zip(lookups.ids, looked_up, strict=True):
             if number == i and gradient is not None:
@@ -248,17 +252,16 @@ class FlatParameters:
                 if padding is not None:  # an embedding gives its padding row no gradient
                     gradient = gradient.masked_fill((ids == padding).unsqueeze(-1), 0)
                 rows.append(ids.reshape(-1))
-                values.append(gradient.reshape(-1, table.weight.shape[1]))
+                values.append(gradient.reshape(-1, H))
+        found = Rows.summed(torch.cat(rows), torch.cat(values)) if rows else None
         if full is not None:
             if i in lookups.hooked:
                 # the forward also uses the table whole (a tied output, say): by rows it would be wrong from here on
                 table.row_wise = False
-            full = full.to(dtype)
-            return full.index_add(0, torch.cat(rows), torch.cat(values)) if rows else full
-        if not rows:
-            empty = torch.empty(0, dtype=torch.int64, device=self.weights.device)
-            return Rows(empty, self.weights.new_zeros(0, table.weight.shape[1]))
-        return Rows.summed(torch.cat(rows), torch.cat(values))
+            return full.to(dtype) if found is None else full.to(dtype).index_add(0, found.rows, found.values)
+        if found is None:
+            found = Rows(torch.empty(0, dtype=torch.int64, device=self.weights.device), self.weights.new_zeros(0, H))
+        return found
 
     def tangents(self, direction: Vector, names: Iterable[str] | None = None, dtype: torch.dtype | None = None):
         """`direction` by name, in `dtype`; a table is there only where `lookups` does not look it up by rows."""

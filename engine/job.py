@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import report
+from engine import native, report, teacher_params
+from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
 from engine.console import Console
 from engine.data.batches import LengthGroupedBatches, QuizBatches
@@ -69,6 +70,10 @@ class Job:
         self.encoded = EncodedSplits.of(self.splits, list(encodings.values()), self.cache / "tokens")
         self.objective = self._objective()
         self.given_weights = self._given_weights()
+        if METHODS[config.method.method].teachers == "learning":
+            teacher_params.parse(config.method.teacher_params)
+            self._check_checkpointing()
+        native.prepare(console.say)  # last: it may compile for some seconds
 
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""
@@ -106,7 +111,8 @@ class Job:
         for teacher, entry in zip(self.teachers, teachers, strict=True):
             folder = output.path / "teachers" / entry["name"]
             card = report.model_card(summary, entry, "a teacher", data)
-            report.export(teacher.member.network.module, teacher.member.tokenizer, folder, card)
+            with teacher_params.merged(teacher.member.network.module):
+                report.export(teacher.member.network.module, teacher.member.tokenizer, folder, card)
         card = report.model_card(summary, student, "the student", data)
         report.export(self.student.network.module, self.student.tokenizer, output.path / "student", card)
         for split, values in logits.items():
@@ -219,6 +225,19 @@ class Job:
                 tuple, layers_to_match(*depths, self.config.method.feature_map)
             )
 
+    def _check_checkpointing(self) -> None:
+        """Raises UserError for a choice that has no second derivatives, or a model whose layers are not known."""
+        choice = self.config.method.checkpointing
+        if choice in REFUSED:
+            raise UserError(f"--checkpointing {choice} is refused: {REFUSED[choice]}; use student, teachers or both.")
+        members = [self.student] if choice in ("student", "both") else []
+        members += self.teacher_members if choice in ("teachers", "both") else []
+        for member in members:
+            try:
+                encoder_layers(member.network.module)
+            except ValueError as e:
+                raise UserError(f"--checkpointing {choice} does not fit {member.network.name}: {e}") from e
+
     def _given_weights(self) -> list[float] | str | None:
         """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
         given, method, teachers = (
@@ -257,6 +276,10 @@ class Job:
             network.module.to(self.device)  # before its weights are flattened
         state = State(Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common), self.objective)
         if learning:
+            for network in networks:
+                teacher_params.restrict(network.module, settings.teacher_params)
+                if settings.teacher_params != "all":
+                    self.console.say(f"Teacher {network.name} {teacher_params.describe(network.module)}.")
             learners = [Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks]
             state.meta_step = self._meta_step(state.student, networks, learners)
             state.quiz = QuizBatches(

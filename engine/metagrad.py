@@ -255,7 +255,11 @@ def _forward_mode(
     try:
         with torch.set_grad_enabled(second), forward_ad.dual_level():
             tangents = flat.tangents(direction, names, dtype)
-            duals = {n: forward_ad.make_dual(leaves[n].detach().requires_grad_(second), t) for n, t in tangents.items()}
+            # clones: a dual's tangent gets a storage as big as its primal's, which for a view is all of the flat buffer
+            duals = {
+                n: forward_ad.make_dual(leaves[n].detach().clone().requires_grad_(second), t.clone())
+                for n, t in tangents.items()
+            }
             by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())
             with by_rows as lookups:
                 try:

@@ -51,7 +51,8 @@ def backend() -> Backend:
     """Decided at the first call, which may compile for some seconds; raises UserError where $METADISTIL_NATIVE forbids.
 
     auto (the default): the library that setup.py built; else one compiled just now, or on an earlier day, into
-    `native/` in $METADISTIL_CACHE or ~/.cache/metadistil-engine; else plain torch. aot, jit and torch allow one each.
+    $METADISTIL_NATIVE_CACHE, or `native/` in $METADISTIL_CACHE or ~/.cache/metadistil-engine; else plain torch. aot, jit
+    and torch allow one each.
     """
     global _chosen
     if _chosen is None:
@@ -168,6 +169,7 @@ def _ahead_of_time() -> Backend:
 
 def _just_in_time() -> Backend:
     cache = Path(os.environ.get("METADISTIL_CACHE") or "~/.cache/metadistil-engine").expanduser() / "native"
+    cache = Path(os.environ.get("METADISTIL_NATIVE_CACHE") or cache)
     tools = native_build.Toolchain()
     library = cache / f"metadistil-{tools.key()}.so"
     cuda = "" if tools.nvcc or torch.version.cuda is None else f"; for the CPU only, because {tools.without_cuda}"
@@ -189,7 +191,7 @@ def _just_in_time() -> Backend:
 
 @contextlib.contextmanager
 def _alone(file: Path):
-    """One process at a time, where the file system can: the others wait for what it builds. A killed one leaves no lock."""
+    """One process at a time, where the file system can; others wait for what it builds. The killed leave no lock."""
     with file.open("w") as lock:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

@@ -1,7 +1,7 @@
-"""Compiles `csrc/` into one shared library that registers the operations: for setup.py, and for `engine.native` at a first use.
+"""Compiles `csrc/` into one shared library that registers the operations, for setup.py and for `engine.native`.
 
-One recipe for both, with the compiler alone: `torch.utils.cpp_extension.load` wants ninja and setuptools at run time, and
-the lock file of a process that was killed in it stops every later one.
+One recipe for both, with the compiler alone: `torch.utils.cpp_extension.load` wants ninja and setuptools at run time,
+and the lock file of a process that was killed in it stops every later one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BuildError(Exception):
 
 
 def key(*more: str) -> str:
-    """Names a library by all that it has to fit: torch's version, the processor, the sources, this recipe, and `more`."""
+    """Names a library by all that it has to fit: torch's version, the processor, the sources, this recipe, `more`."""
     digest = hashlib.sha256("\0".join([torch.__version__, platform.machine(), *more]).encode())
     for file in [*sorted(p for p in CSRC.rglob("*") if p.is_file()), Path(__file__)]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.batch import Batch
+from engine.encoder_layers import family, lean_layers
 from engine.flat import TABLE_ROWS, FlatParameters
 
 # transformers looks at the values of a 2-D mask, a host synchronisation in every forward on a GPU; these families take
@@ -62,10 +63,10 @@ class Network:
     ) -> Outputs:  # fmt: skip
         """Outputs in the weights' dtype. `higher` where this forward is differentiated twice, by forward mode, or
         repeated with the same random numbers."""
-        if parameters is None:
-            return Outputs.of(self._bound(batch))
-        # a stranger's module may use fused attention, which has neither second derivatives nor forward mode
+        # a stranger's module may use fused attention, which has neither second derivatives nor forward mode, nor its masks
         with sdpa_kernel(SDPBackend.MATH) if higher else nullcontext():
+            if parameters is None:
+                return Outputs.of(self._bound(batch))
             return Outputs.of(functional_call(self._bound, {f"module.{n}": t for n, t in parameters.items()}, (batch,)))
 
     @property
@@ -115,6 +116,7 @@ class Encoder(Network):
         self.feature_layers: tuple[int, ...] = ()
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
+        self._family = family(module)
         self._frozen: tuple[int, dict[str, Tensor]] | None = None
 
     def __call__(
@@ -133,7 +135,7 @@ class Encoder(Network):
         if self.feature_layers:
             inputs["output_hidden_states"] = True
         math = sdpa_kernel(SDPBackend.MATH) if higher else nullcontext()  # where a model knows no other attention
-        with _attending(self.module, kind), math:
+        with _attending(self.module, kind), lean_layers(self.module, self._family, higher), math:
             out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
         features = None
         if self.feature_layers:

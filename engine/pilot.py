@@ -82,7 +82,7 @@ class AdamW:
         m_views, s_views = flat.views(m), flat.views(s)
         self.decay = torch.zeros_like(flat.weights)
         decay_views = flat.views(self.decay)
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = self._groups()
         for name, p in flat.parameters.items():
             group, state = groups[id(p)], self.optimizer.state.get(p, {})
             self.betas, self.eps = group["betas"], group["eps"]
@@ -91,10 +91,27 @@ class AdamW:
                 m_views[name].copy_(state["exp_avg"])
                 s_views[name].copy_(state["exp_avg_sq"])
                 steps = max(steps, int(state.get("step", group.get("step", 0))))
-        if type(self.optimizer).__name__ == "Adam" and self.decay.any():
-            raise ValueError("Adam's weight decay is not decoupled; use AdamW or --pilot-optimizer sgd.")
         self._moments, self._steps, self._kept = (m, s), steps, []
         self._cotangents: tuple[Tensor, Tensor] | None = None
+
+    def _groups(self) -> dict[int, dict]:
+        """The settings of every weight, by its id; ValueError for a rule that is not the one differentiated here."""
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        left_out = [name for name, p in self.flat.parameters.items() if id(p) not in groups]
+        used = [groups[id(p)] for name, p in self.flat.parameters.items() if name not in left_out]
+        adam = type(self.optimizer).__name__ == "Adam"
+        reasons = {
+            f"does not step {', '.join(left_out[:3])}": left_out,
+            "has other betas or eps for other weights": len({(*g["betas"], g["eps"]) for g in used}) > 1,
+            "has amsgrad or maximize set": any(g.get("amsgrad") or g.get("maximize") for g in used),
+            "has a weight decay that is not decoupled": adam and any(g.get("weight_decay") for g in used),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(
+                    f"an adamw pilot steps with the student's own optimizer, and this one {reason}; use AdamW as it is by "
+                    "default, over every trained weight, or --pilot-optimizer sgd (pilot_optimizer='sgd').")  # fmt: skip
+        return groups
 
     @torch.no_grad()
     def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:

@@ -261,11 +261,6 @@ def _convolution(function: Callable) -> Callable:
     return rule
 
 
-def _matmul(y: Tensor, input: Tensor, other: Tensor) -> Tensor | None:
-    (a, a_t), (b, b_t) = _unpack(input), _unpack(other)
-    return _products(y.dtype, (a_t, b), (a, b_t))
-
-
 def _softmax(y: Tensor, input: Tensor, dim: int, *_, **__) -> Tensor | None:
     x_t = _unpack(input)[1]
     return None if x_t is None else torch._softmax_backward_data(x_t.to(y.dtype), y, dim, y.dtype)
@@ -398,12 +393,15 @@ def _replay_attention(
 
 
 def _arithmetic(function: Callable, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """a + b or a * b; torch's forward mode takes eight passes for a product with a number, five for a sum with one."""
+    """a + b, a * b or a @ b, which hold nothing: a recorded product of batches (attention scores) would be as big as the
+    probabilities made of it. Torch's forward mode takes eight passes for a product with a number, five for a sum."""
     (a, a_t), (b, b_t) = _unpack(a), _unpack(b)
     y = function(a, b)
     if a_t is None and b_t is None:
         return y
-    if _ARITHMETIC[function] == "mul":
+    if _ARITHMETIC[function] == "matmul":
+        tangent = _products(y.dtype, (a_t, b), (a, b_t))
+    elif _ARITHMETIC[function] == "mul":
         one = None if a_t is None else torch.mul(a_t, b)
         two = None if b_t is None else torch.mul(a, b_t)
         tangent = one.add_(two) if a_t is not None and b_t is not None else two if one is None else one
@@ -419,7 +417,6 @@ _TANGENTS = {
     "linear": _linear,
     "conv1d": _convolution(F.conv1d),
     "conv2d": _convolution(F.conv2d),
-    "matmul": _matmul,
     "softmax": _softmax,
     "gelu": _gelu,
     "layer_norm": _layer_norm,
@@ -429,7 +426,6 @@ _NAMES = {
     F.linear: "linear",
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), "matmul"),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax"),
     F.gelu: "gelu",
     F.layer_norm: "layer_norm",
@@ -439,4 +435,5 @@ _NAMES = {
 _ARITHMETIC = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), "add"),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), "mul"),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), "matmul"),
 }

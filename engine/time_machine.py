@@ -80,10 +80,11 @@ class TimeMachine:
                 before.append(Rows(part.rows, kept))
                 native.row_axpy(table.weight, part.rows, part.values, alpha, kept, table_shadow)
             else:
-                before.append(table.weight.clone())
-                table.weight.addcmul_(part, alpha)
-                if table_shadow is not None:
-                    table_shadow.copy_(table.weight)
+                kept = torch.empty_like(table.weight)
+                before.append(kept)
+                whole = (table.weight, part, kept, table_shadow)
+                w, g, s, b = (None if t is None else t.reshape(-1) for t in whole)
+                native.pilot_update(w, g, s, alpha, b)
 
     @torch.no_grad()
     def rewind(self, name: Hashable = "start") -> None:
@@ -110,7 +111,7 @@ class TimeMachine:
     def perturbed(self, direction: Vector, scale: Tensor):
         """weights + scale * direction for the body, bit for bit what they were behind it."""
         with self._coming_back():
-            self.advance(direction, scale, ("perturbed", len(self._stack)))
+            self.advance(direction, scale, "perturbed")
             yield
 
     @contextmanager
@@ -144,7 +145,6 @@ class TimeMachine:
                 self.rewind(later[0])
             self._floors.pop()
             self._stack = before
-            self._buffers |= {name: snapshot.dense for name, snapshot in before.items()}
 
     def _free(self, name: Hashable) -> None:
         """A name that is taken again stands for the later time. The way to earlier snapshots still leads over the rows of

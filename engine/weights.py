@@ -14,7 +14,7 @@ class TeacherWeights(nn.Module):
     def __init__(self, weights: Sequence[float], learned: bool):
         super().__init__()
         self.learned = learned
-        log = torch.tensor(weights, dtype=torch.float64).log().float()
+        log = torch.tensor(weights, dtype=torch.float64).log()
         if learned:
             self.log = nn.Parameter(log)
         else:
@@ -34,10 +34,10 @@ class TeacherWeights(nn.Module):
             return None
         learned = given == "learned"
         if not learned:
-            given = [float(w) for w in given]
-            if len(given) != teachers or not all(w > 0 and w < float("inf") for w in given):
+            numbers = [] if isinstance(given, str) else [float(w) for w in given]
+            if len(numbers) != teachers or not all(w > 0 and w < float("inf") for w in numbers):
                 raise ValueError(
-                    f"teacher weights are {given}; give {teachers} positive numbers, one a teacher, or 'learned'."
+                    f"teacher weights are {given!r}; give {teachers} positive numbers, one a teacher, or 'learned'."
                 )
-        values = [1 / teachers] * teachers if learned else [w / sum(given) for w in given]
+        values = [1 / teachers] * teachers if learned else [w / sum(numbers) for w in numbers]
         return cls(values, learned).to(like)

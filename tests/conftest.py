@@ -1,7 +1,13 @@
 """What tests of whole runs share."""
 
+import os
+from pathlib import Path
+
 import pytest
 from run_helpers import sentences, succeed, table
+
+# Runs with a cache of their own need not compile the native operations again.
+os.environ.setdefault("METADISTIL_NATIVE_CACHE", str(Path("~/.cache/metadistil-engine/native").expanduser()))
 
 
 @pytest.fixture(scope="module")

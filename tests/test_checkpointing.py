@@ -21,8 +21,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from engine.checkpointing import CHOICES, REFUSED, checkpointed, encoder_layers
 from engine.metagrad import double_backward, exact
 
-# float64, the same operations in another order of accumulation. bf16 has 8 bits, and sums of a few such terms.
-TOLERANCE = {torch.float64: 1e-12, torch.bfloat16: 2e-2}
+# The same operations in the same precision, sums perhaps in another order; without bf16's casts the recomputation would
+# be 1.4e-2 away.
+TOLERANCE = {torch.float64: 1e-12, torch.bfloat16: 1e-3}
 FAMILIES = ("bert", "distilbert", "roberta")
 FACTORS = (1.0, 0.5)  # outputs of the layer below
 
@@ -198,7 +199,8 @@ def test_autocast():
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
 def test_the_forwards_attention_counts(before):
     """An additive mask is what eager attention takes, a boolean one what sdpa does; MATH alone has second derivatives."""
-    student, teacher = (text("bert", seed, 2, before) for seed in (0, 1))
+    # without dropout, which the fused kernels of a CPU leave to MATH
+    student, teacher = (text("bert", seed, 2, before).eval() for seed in (0, 1))
     inputs, after = words("bert", 5), {"eager": "sdpa", "sdpa": "eager"}[before]
     mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, 8, -1)
     inputs["attention_mask"] = mask if before == "sdpa" else torch.where(mask, 0.0, -1e9).double()

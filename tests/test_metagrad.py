@@ -30,9 +30,8 @@ from engine.time_machine import TimeMachine
 from engine.weights import TeacherWeights
 
 # Largest difference of a parameter's gradient over the largest entry of that teacher's whole gradient, since some
-# gradients (an attention key's bias) are zero but for rounding. Rounding grows with the depth of the walk back. bf16 is
-# float32 weights under autocast: 8 bits, where both strategies are 1e-2 to 6e-2 from float32 and up to 1.4e-2 apart.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# gradients (an attention key's bias) are zero but for rounding. Rounding grows with the depth of the walk back.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}
 ENCODERS = ("bert", "distilbert", "roberta")
 FAMILIES = (*ENCODERS, "cnn", "mlp")
 PIXELS = 6
@@ -240,15 +239,28 @@ def test_exact_equals_double_backward(
     compare(scene, TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pilots", [1, 2])
 @pytest.mark.parametrize("student", ENCODERS)
-def test_exact_in_the_precisions_of_training(student, pilots, precision):
+def test_exact_in_float32(student, pilots):
     scene = Scene(student, ["bert", "roberta"], pilots=pilots, quizzes=2, pilot_lr=0.05, dtype=torch.float32)
-    if precision == torch.bfloat16:
+    compare(scene, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("pilots", [1, 2])
+@pytest.mark.parametrize("student", ENCODERS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exact_in_bf16_is_as_near_to_float32_as_double_backward(student, pilots, seed):
+    """Eight bits a rounding: on models this small either may be 1e-2 to 0.7 off, and mostly both together."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        scene = Scene(student, ["bert", "roberta"], pilots=pilots, quizzes=2, pilot_lr=0.05, dtype=torch.float32, seed=seed)  # fmt: skip
         for each in [scene.student, *scene.teachers]:
-            each.precision = "bf16"
-    compare(scene, TOLERANCE[precision])
+            each.precision = precision
+        for strategy in (exact, double_backward):
+            found[precision, strategy.__name__] = scene.run(strategy)[1]
+    expected = found["fp32", "exact"]
+    errors = [difference(found["bf16", name], expected) for name in ("exact", "double_backward")]
+    assert 0 < errors[0] < errors[1] + TOLERANCE[torch.bfloat16]
 
 
 def whole(scene, modules):
@@ -259,15 +271,14 @@ def whole(scene, modules):
     torch.manual_seed(scene.seed)
     student, o = copy.deepcopy(scene.student.module), scene.objective
     teachers = modules[: len(scene.teachers)]
-    reads = {"bert": ("input_ids", "attention_mask", "token_type_ids")}
 
     def outputs(module, name, b):
         if name in ("cnn", "mlp"):
             return module(b.inputs["image"]), None
-        inputs = b.inputs[encoding(name)]
-        names = reads.get(name, ("input_ids", "attention_mask"))
-        out = module(**{k: inputs[k] for k in names if k in inputs}, output_hidden_states=True)
-        return out.logits, F.normalize(out.hidden_states[1][:, 0], dim=-1)
+        reader = Encoder(name, module, encoding(name))  # the last layer's dropout masks are those of one token
+        reader.feature_layers = (1,) if o.feature_loss == "patient" else ()
+        logits, states = reader(b, higher=True)
+        return logits, None if states is None else F.normalize(states[:, 0], dim=-1)
 
     optimizer = torch.optim.SGD(student.parameters(), lr=scene.pilot_lr)
     if scene.optimizer == "adamw":
@@ -507,14 +518,16 @@ def test_a_student_without_forward_mode_is_told_what_helps(pilots):
 
 
 def test_memory_of_exact_does_not_grow_with_the_pilot_steps():
-    """Beyond a snapshot a step (here 8 KB); a batch of 64 makes activations what memory goes to."""
+    """Beyond a snapshot and a generator's state a step; a batch of 64 makes activations what memory goes to."""
     most = {}
-    for pilots in (2, 3, 6):
+    for pilots in (3, 6):
         scene = Scene("bert", ["bert"], pilots=pilots)
         scene.pilots = [batch(10 + j, 3, size=64) for j in range(pilots)]
         scene.run(exact)  # allocates what is kept
         most[pilots] = allocated(lambda scene=scene: scene.run(exact))
-    assert most[6] < 1.05 * most[2], most
+    flat = scene.student.flat.weights
+    kept = flat.numel() * flat.element_size() + torch.get_rng_state().numel()
+    assert (most[6] - most[3]) / 3 < 2 * kept < 0.03 * most[3], (most, kept)
 
 
 def allocated(function):

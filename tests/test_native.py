@@ -1,4 +1,4 @@
-"""Native operations against plain torch and torch.optim, bit for bit where that is promised; and the dispatcher's rules."""
+"""Native operations against plain torch and torch.optim, bit for bit where that is promised; the dispatcher's rules."""
 
 import pytest
 import torch
@@ -143,10 +143,10 @@ def test_shadow_rounds_as_torch_does(device):
         assert same(shadow, snapshot.to(torch.bfloat16))
 
 
-# Relative to the largest number of a tensor. The last bit of beta ** t, which float64 leaves open, moves a quotient by a
-# few roundings of the dtype.
+# Relative to the largest number of a tensor. The last bit of beta ** t, which float64 leaves open, moves a quotient by
+# a few roundings of the dtype.
 AGAINST_REFERENCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-# torch.optim.AdamW takes the same formula in another order, with fused products: a few roundings in every one of 7 steps.
+# torch.optim.AdamW takes the same formula in another order, with fused products: a few roundings in each of 7 steps.
 AGAINST_TORCH = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
@@ -311,7 +311,7 @@ BAD = {
         lambda o: o.pilot_update(one.half(), one, one, one.sum()),
     "pilot_update: weights is float32 \\[7, 1\\] on cpu; it must":
         lambda o: o.pilot_update(one[:, None], one, one, one.sum()),
-    "pilot_update: gradient is float64 \\[7\\] on cpu; it must be float32 \\[7\\], contiguous, on cpu, to fit weights float32":
+    "pilot_update: gradient is float64 \\[7\\] on cpu; it must be float32 \\[7\\], contiguous, on cpu, to fit weights":
         lambda o: o.pilot_update(one.clone(), two, one, one.sum()),
     "pilot_update: snapshot is float32 \\[3\\] on cpu; it must be float32 \\[7\\]":
         lambda o: o.pilot_update(one.clone(), one, one[:3], one.sum()),

@@ -31,6 +31,7 @@ def compiler():
 def undecided(monkeypatch, tmp_path):
     """No decision yet, an empty cache, no library beside the package; the compiled one stays loaded in this process."""
     monkeypatch.setattr(native, "_chosen", None)
+    monkeypatch.delenv("METADISTIL_NATIVE_CACHE")
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native_build, "library_name", lambda: "_native-absent.so")
     monkeypatch.delenv("CXX", raising=False)
@@ -161,7 +162,7 @@ def test_ahead_of_time(source, compiler, tmp_path):
     finish(start(source, ["setup.py", "build_ext", "--inplace"]))
     (library,) = (source / "engine").glob("_native*.so")
     for choice in ("aot", "auto"):
-        name, said, file = finish(start(source, METADISTIL_NATIVE=choice, METADISTIL_CACHE=tmp_path))
+        name, said, file = finish(start(source, METADISTIL_NATIVE=choice, METADISTIL_NATIVE_CACHE=tmp_path))
         assert name == "ahead of time"
         assert said == f"Native operations: ahead of time, in {library.name}."
         assert Path(file).parent == library.parent
@@ -187,12 +188,12 @@ def test_wheel_of_an_isolated_build_compiles_at_first_use(source, compiler, tmp_
         p.relative_to(target / "engine" / "csrc") for p in (target / "engine" / "csrc").rglob("*") if p.is_file()
     }
     assert sources == installed
-    environment = {"METADISTIL_NATIVE": "jit", "METADISTIL_CACHE": cache, "PYTHONPATH": target}
+    environment = {"METADISTIL_NATIVE": "jit", "METADISTIL_NATIVE_CACHE": cache, "PYTHONPATH": target}
     for process in [start(tmp_path, **environment) for _ in range(2)]:
         name, _, file = finish(process)
         assert name == "just in time"
         assert Path(file).is_relative_to(target)
-    assert len(list((cache / "native").glob("*.so"))) == 1
+    assert len(list(cache.glob("*.so"))) == 1
     assert not list((cache / "native").glob(".build-*"))
 
 

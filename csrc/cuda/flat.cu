@@ -7,7 +7,8 @@
 //                    v = beta2 v + (1 - beta2) g g
 //                    w = (1 - lr decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps);  b = bf16(w)
 //
-// Source: Loshchilov and Hutter (2019), written as torch.optim.AdamW does. Scalars are read on the device: no host sync.
+// Source: Loshchilov and Hutter (2019), written as torch.optim.AdamW does. Scalars are read on the
+// device: no host sync.
 #include "common.cuh"
 #include "launch.h"
 

@@ -74,7 +74,8 @@ cudaError_t launch_row_rewind(T* table, const int64_t* rows, const T* snapshot, 
 #define INSTANTIATE(T)                                                                                           \
   template cudaError_t launch_row_axpy<T>(T*, const int64_t*, const T*, T*, void*, const T*, int64_t, int64_t,   \
                                           int64_t, cudaStream_t);                                                \
-  template cudaError_t launch_row_rewind<T>(T*, const int64_t*, const T*, void*, int64_t, int64_t, int64_t, cudaStream_t);
+  template cudaError_t launch_row_rewind<T>(T*, const int64_t*, const T*, void*, int64_t, int64_t, int64_t,      \
+                                            cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -1,0 +1,173 @@
+"""Encoder layers of known families with less work and less memory than transformers gives them, and the same values.
+
+**The last layer on the first token**, which is all that these classifiers read of it. Queries, the output projection and
+the feed-forward network are needed of one token. Keys and values of every token are not needed either: with one query a
+head, both projections can be moved behind the sums over tokens,
+
+    <q, W_k h_l + b_k> = <W_k^T q, h_l> + <q, b_k>          sum_l a_l (W_v h_l + b_v) = W_v sum_l a_l h_l + b_v sum_l a_l
+
+so that the layer costs next to nothing beside the others. Dropout draws masks for one token instead of L.
+
+**The feed-forward network without its inner activation.** y = W gelu(h) + b keeps h for the backward pass, not gelu(h):
+
+    dh = gelu'(h) (dy W),   dW = dy^T gelu(h) with gelu(h) computed again,   db = sum dy
+
+a quarter of what a layer keeps, for one elementwise pass. First derivatives only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Families whose sequence classifiers read position 0 of the last layer, by the structure of a layer.
+BERT_LIKE = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
+DISTILBERT_LIKE = {"distilbert"}
+
+
+def family(module: nn.Module) -> str | None:
+    """"bert" or "distilbert" for a sequence classifier with layers of that structure, None for any other module."""
+    config = getattr(module, "config", None)
+    kind = getattr(config, "model_type", None)
+    if not type(module).__name__.endswith("ForSequenceClassification") or getattr(config, "is_decoder", False):
+        return None
+    return "bert" if kind in BERT_LIKE else "distilbert" if kind in DISTILBERT_LIKE else None
+
+
+@contextmanager
+def lean_layers(module: nn.Module, kind: str | None, higher: bool):
+    """For the body, the last layer gives [B, 1, H], and where no `higher` derivatives are taken, networks keep less."""
+    if kind is None:
+        yield
+        return
+    layers = (module.base_model.encoder if kind == "bert" else module.base_model.transformer).layer
+    last = _bert if kind == "bert" else _distilbert
+    with ExitStack() as stack:
+        stack.enter_context(_set(layers[-1], "forward", _on_hidden(last, layers[-1])))
+        if not higher and torch.is_grad_enabled():
+            for layer in layers:
+                if kind == "bert" and _is_gelu(layer.intermediate.intermediate_act_fn, layer.output.dense):
+                    stack.enter_context(_set(layer, "feed_forward_chunk", _bound(_bert_network, layer)))
+                if kind == "distilbert" and _is_gelu(layer.ffn.activation, layer.ffn.lin2):
+                    stack.enter_context(_set(layer.ffn, "ff_chunk", _bound(_distilbert_network, layer.ffn)))
+        yield
+
+
+@contextmanager
+def _set(module: nn.Module, name: str, function: Callable):
+    """A method of this one module for the body, and then what stood there."""
+    before = module.__dict__.get(name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+
+def _on_hidden(function: Callable, layer: nn.Module) -> Callable:
+    return lambda hidden_states, attention_mask=None, *args, **kwargs: function(layer, hidden_states, attention_mask)
+
+
+def _bound(function: Callable, module: nn.Module) -> Callable:
+    return lambda x: function(module, x)
+
+
+def _is_gelu(activation: nn.Module, projection: nn.Module) -> bool:
+    """The exact one, before a plain projection (an adapter's layer is more than its weight)."""
+    exact = type(activation).__name__ == "GELUActivation" and getattr(activation, "act", None) is F.gelu
+    exact = exact or (type(activation) is nn.GELU and activation.approximate == "none")
+    return exact and type(projection) is nn.Linear
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [..., F], [H, F], [H]
+        ctx.save_for_backward(h, weight)
+        ctx.biased = bias is not None
+        return F.linear(F.gelu(h), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        h, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dh = dw = db = None
+        if ctx.needs_input_grad[1]:
+            dw = rows.t() @ F.gelu(h).reshape(-1, h.shape[-1])
+        if ctx.needs_input_grad[0]:
+            dh = torch.ops.aten.gelu_backward(dy @ weight, h)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            db = rows.sum(0)
+        return dh, dw, db
+
+
+def _gelu_linear(h: Tensor, projection: nn.Linear) -> Tensor:
+    return _GeluLinear.apply(h, projection.weight, projection.bias)
+
+
+def _bert_network(layer: nn.Module, x: Tensor) -> Tensor:
+    output = layer.output
+    return output.LayerNorm(output.dropout(_gelu_linear(layer.intermediate.dense(x), output.dense)) + x)
+
+
+def _distilbert_network(ffn: nn.Module, x: Tensor) -> Tensor:
+    return ffn.dropout(_gelu_linear(ffn.lin1(x), ffn.lin2))
+
+
+def _bert(layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    attention, first = layer.attention.self, hidden[:, :1]
+    p = attention.dropout.p if attention.training else 0.0
+    context = _attend(
+        attention.query(first), attention.key, attention.value, hidden, mask, attention.num_attention_heads,
+        attention.scaling, p,
+    )  # fmt: skip
+    return layer.feed_forward_chunk(layer.attention.output(context, first))
+
+
+def _distilbert(layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    attention, first = layer.attention, hidden[:, :1]
+    p = attention.dropout.p if attention.training else 0.0
+    context = _attend(
+        attention.q_lin(first), attention.k_lin, attention.v_lin, hidden, mask, attention.n_heads, attention.scaling, p
+    )
+    attended = layer.sa_layer_norm(attention.out_lin(context) + first)
+    return layer.output_layer_norm(layer.ffn.ff_chunk(attended) + attended)
+
+
+def _attend(
+    query: Tensor, key: nn.Module, value: nn.Module, hidden: Tensor, mask: Tensor | None, heads: int, scaling: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """Query [B, 1, H] and hidden [B, L, H] -> [B, 1, H]; `mask` is bool or additive, [B, 1, 1 or L, L]."""
+    q = query.squeeze(1).unflatten(-1, (heads, -1)) * scaling  # [B, heads, d]
+    folds = type(key) is nn.Linear and type(value) is nn.Linear  # an adapter's layer is more than its weight
+    if folds:
+        keys = key.weight.unflatten(0, (heads, -1))  # [heads, d, H]
+        scores = torch.matmul(torch.matmul(q.transpose(0, 1), keys).transpose(0, 1), hidden.transpose(1, 2))
+        if key.bias is not None:
+            scores = scores + (q * key.bias.unflatten(0, (heads, -1))).sum(-1, keepdim=True)
+    else:
+        keys = key(hidden).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)  # [B, heads, d, L]
+        scores = torch.matmul(q.unsqueeze(2), keys).squeeze(2)
+    if mask is not None:
+        row = mask[:, :, 0]  # [B, 1, L]
+        if row.dtype == torch.bool:
+            row = torch.zeros_like(row, dtype=scores.dtype).masked_fill(~row, torch.finfo(scores.dtype).min)
+        scores = scores + row
+    weights = F.dropout(F.softmax(scores, -1), dropout, dropout > 0)  # [B, heads, L]
+    if folds:
+        values = value.weight.unflatten(0, (heads, -1)).transpose(1, 2)  # [heads, H, d]
+        context = torch.matmul(torch.matmul(weights, hidden).transpose(0, 1), values).transpose(0, 1)
+        if value.bias is not None:
+            context = context + weights.sum(-1, keepdim=True) * value.bias.unflatten(0, (heads, -1))
+    else:
+        values = value(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, L, d]
+        context = torch.matmul(weights.unsqueeze(2), values).squeeze(2)
+    return context.flatten(1).unsqueeze(1)

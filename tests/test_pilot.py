@@ -1,0 +1,253 @@
+"""The closed derivative of a pilot's steps against autograd through them, on a loss whose Hessian is written down."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from engine.flat import FlatParameters, Rows, Vector
+from engine.optim import FlatAdamW
+from engine.pilot import SGD, AdamW
+from engine.time_machine import TimeMachine
+
+# Over the largest entry, in float64. AdamW's slopes in its second moment are differences of large terms.
+TOLERANCE = 1e-9
+LR = 0.1
+BETAS, EPS = (0.8, 0.9), 1e-4
+
+
+class Model(nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer = nn.Embedding(6, 3), nn.Linear(3, 2)
+        self.to(dtype)
+
+
+def flat_adamw(flat):
+    return FlatAdamW(flat, lr=9.0, betas=BETAS, eps=EPS, weight_decay=0.2)
+
+
+def torch_adamw(flat):
+    matrices, vectors = ([p for p in flat.parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=9.0, betas=BETAS, eps=EPS)
+
+
+def torch_adam(flat):
+    return torch.optim.Adam(flat.parameters.values(), lr=9.0, betas=BETAS, eps=EPS)
+
+
+OPTIMIZERS = {"FlatAdamW": flat_adamw, "AdamW": torch_adamw, "Adam": torch_adam}
+
+
+class Problem:
+    """Steps j with loss 1/2 phi'A_j phi - b_j'phi on some rows of the table, quiz loss w'phi + 1/2 phi'phi.
+
+    All in flat coordinates [N], in which A_j [N, N] and b_j are zero where the step's batch has no weight.
+    """
+
+    def __init__(self, kind, steps, seed, before=2, row_wise=True):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.flat = FlatParameters(Model(), table_rows=1)
+        self.flat.weights[:] = self.random()
+        N = len(self.flat.weights)
+        self.row_wise, self.rows, self.A, self.b = row_wise, [], [], []
+        for _ in range(steps):
+            self.rows.append(torch.randperm(6, generator=self.generator)[:3].sort().values)
+            within = torch.zeros(N, dtype=torch.float64)
+            views = self.flat.views(within)
+            views["layer.weight"][:], views["layer.bias"][:], views["words.weight"][self.rows[-1]] = 1, 1, 1
+            A = torch.randn(N, N, generator=self.generator, dtype=torch.float64) / N**0.5
+            self.A.append(within[:, None] * (A + A.T) * within)
+            self.b.append(within * self.random())
+        self.w = self.random()
+        optimizer = None if kind == "sgd" else OPTIMIZERS[kind](self.flat)
+        for _ in range(before if optimizer else 0):
+            self.train(optimizer)
+        self.pilots = [SGD(LR) if kind == "sgd" else AdamW(LR, self.flat, optimizer) for _ in range(2)]
+
+    def random(self):
+        """[N], 0 in the gaps between the weights."""
+        found = torch.zeros_like(self.flat.weights)
+        for view in self.flat.views(found).values():
+            view.copy_(torch.randn(view.shape, generator=self.generator, dtype=torch.float64))
+        return found
+
+    def train(self, optimizer):
+        """A step of the student, which leaves moments of all sizes."""
+        kept = self.flat.weights.clone()
+        self.flat.gradients.copy_(self.random() ** 3)
+        optimizer.step()
+        self.flat.weights.copy_(kept)
+
+    def vector(self, flat, j):
+        words = self.flat.views(flat, ["words.weight"])["words.weight"]
+        part = Rows(self.rows[j], words[self.rows[j]]) if self.row_wise else words
+        return Vector(flat[: self.flat.dense], [part])
+
+    def whole(self, vector):
+        """[N]"""
+        found = torch.zeros_like(self.flat.weights)
+        found[: self.flat.dense] = vector.dense
+        (part,) = vector.tables
+        words = self.flat.views(found, ["words.weight"])["words.weight"]
+        words.copy_(part.dense(words) if isinstance(part, Rows) else part)
+        return found
+
+    def by_closed_form(self):
+        """Weights after the steps; dq/dphi_0, and dq/db_j = -d_j, of the quiz loss there."""
+        pilot, flat, machine = self.pilots[0], self.flat, TimeMachine(self.flat)
+        before = flat.weights.clone()
+        with machine.excursion():
+            pilot.begin()
+            for j, (A, b) in enumerate(zip(self.A, self.b, strict=True)):
+                pilot.advance(j, self.vector(A @ flat.weights - b, j), machine)
+            after = flat.weights.clone()
+            v, slopes = Vector(*self.split(self.w + after)), []
+            for j in range(len(self.A) - 1, -1, -1):
+                d, carried = pilot.pull_back(j, v)
+                assert all(t.isfinite().all() for t in (self.whole(d), self.whole(carried)))
+                within = (self.A[j] != 0).any(0)
+                slopes.insert(0, -self.whole(d) * within)
+                v = carried.plus(self.vector(self.A[j] @ self.whole(d), j))
+        assert torch.equal(flat.weights, before)
+        return after, self.whole(v), slopes
+
+    def split(self, flat):
+        return flat[: self.flat.dense], [self.flat.views(flat, ["words.weight"])["words.weight"]]
+
+    def by_autograd(self):
+        pilot, flat = self.pilots[1], self.flat
+        start = {n: p.detach().clone().requires_grad_() for n, p in flat.parameters.items()}
+        bs = [b.clone().requires_grad_() for b in self.b]
+        pilot.begin()
+        weights = start
+        for j, (A, b) in enumerate(zip(self.A, bs, strict=True)):
+            weights = pilot.update(j, weights, flat.views(A @ self.joined(weights) - b))
+        phi = self.joined(weights)
+        quiz = self.w @ phi + phi @ phi / 2
+        found = torch.autograd.grad(quiz, [*start.values(), *bs], materialize_grads=True)
+        gradient = self.joined(dict(zip(start, found, strict=False)))
+        slopes = [g * (A != 0).any(0) for g, A in zip(found[len(start) :], self.A, strict=True)]
+        return phi.detach(), gradient, slopes
+
+    def joined(self, named):
+        """[N] with graph, gaps filled with 0."""
+        parts, end = [], 0
+        for name, offset in self.flat.offsets.items():
+            parts += [self.w.new_zeros(offset - end), named[name].reshape(-1)]
+            end = offset + named[name].numel()
+        return torch.cat([*parts, self.w.new_zeros(len(self.w) - end)])
+
+
+def error(got, expected):
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    kind=st.sampled_from(["sgd", *OPTIMIZERS]),
+    steps=st.integers(1, 3),
+    before=st.integers(0, 3),
+    row_wise=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@example("sgd", 3, 0, True, 0)
+@example("FlatAdamW", 3, 2, True, 0)
+@example("AdamW", 3, 0, True, 0)
+@example("Adam", 3, 1, False, 0)
+def test_pull_back_is_autograd_through_the_steps(kind, steps, before, row_wise, seed):
+    problem = Problem(kind, steps, seed, before, row_wise)
+    for _ in range(2):  # a round starts anew
+        (phi, gradient, slopes), (phi_2, gradient_2, slopes_2) = problem.by_closed_form(), problem.by_autograd()
+        assert error(phi, phi_2) < 1e-13
+        assert error(gradient, gradient_2) < TOLERANCE
+        for a, b in zip(slopes, slopes_2, strict=True):
+            assert b.abs().max() > 1e-4 and error(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_pilot_step_is_the_optimizers_own(kind, before):
+    """At the pilot's learning rate; its moments are read, not written."""
+    problem = Problem(kind, 3, 0, before, row_wise=False)
+    pilot, flat, machine = problem.pilots[0], problem.flat, TimeMachine(problem.flat)
+    optimizer, gradients = pilot.optimizer, [problem.random() for _ in range(3)]
+    state = [t.clone() for entries in optimizer.state.values() for t in entries.values()]
+    pilot.begin()
+    with machine.excursion():
+        for j, gradient in enumerate(gradients):
+            pilot.advance(j, problem.vector(gradient, j), machine)
+        got = flat.weights.clone()
+    now = [t for entries in optimizer.state.values() for t in entries.values()]
+    assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    for gradient in gradients:
+        flat.gradients.copy_(gradient)
+        optimizer.step()
+    assert error(got, flat.weights) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_first_steps_from_no_state_are_finite(steps, dtype):
+    """Also where gradients are 0, tiny (their square is 0) or huge: a root at 0 has an infinite slope."""
+    flat = FlatParameters(Model(dtype), table_rows=1)
+    pilot, machine = AdamW(1e-3, flat, FlatAdamW(flat)), TimeMachine(flat)
+    before = flat.weights.clone()
+    sizes = torch.tensor([0.0, 1e-30, -1e-8, 1.0, 1e15], dtype=dtype)
+    gradient = torch.zeros_like(flat.weights)
+    for view in flat.views(gradient).values():
+        view.copy_(sizes.repeat(4)[: view.numel()].view(view.shape))
+    part = flat.views(gradient, ["words.weight"])["words.weight"]
+    vector = Vector(gradient[: flat.dense], [part])
+    with machine.excursion():
+        pilot.begin()
+        for j in range(steps):
+            pilot.advance(j, vector, machine)
+        assert flat.weights.isfinite().all()
+        moved = ((flat.weights - before * (1 - 1e-5) ** steps) / (1e-3 * steps))[gradient == 1.0]
+        torch.testing.assert_close(moved, -torch.ones_like(moved), rtol=0.02, atol=0)
+        for j in range(steps - 1, -1, -1):
+            direction, vector = pilot.pull_back(j, vector)
+            for each in (direction, vector):
+                assert each.dense.isfinite().all() and each.tables[0].isfinite().all()
+
+
+def test_sgd_moves_the_rows_of_its_gradient_only():
+    problem = Problem("sgd", 1, 0)
+    v = problem.vector(problem.w, 0)
+    direction, carried = problem.pilots[0].pull_back(0, v)
+    assert carried is v and torch.equal(direction.tables[0].rows, problem.rows[0])
+    assert torch.equal(direction.tables[0].values, v.tables[0].values * -LR)
+
+
+class Lion(torch.optim.SGD):
+    """Any optimizer that is not Adam."""
+
+
+def test_an_unknown_optimizer_is_refused():
+    flat = FlatParameters(Model())
+    with pytest.raises(ValueError, match="Lion.*AdamW, Adam.*--pilot-optimizer sgd"):
+        AdamW(LR, flat, Lion(flat.parameters.values(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda ps: torch.optim.Adam(ps, weight_decay=0.1), "decay that is not decoupled"),
+        (lambda ps: torch.optim.AdamW(ps, amsgrad=True), "amsgrad or maximize"),
+        (lambda ps: torch.optim.AdamW(ps, maximize=True), "amsgrad or maximize"),
+        (lambda ps: torch.optim.AdamW([{"params": ps[:1], "betas": (0.5, 0.6)}, {"params": ps[1:]}]), "other betas"),
+        (lambda ps: torch.optim.AdamW(ps[1:]), "does not step words.weight"),
+    ],
+)
+def test_other_rules_are_refused(make, says):
+    """They would be differentiated as if they were plain AdamW."""
+    flat = FlatParameters(Model())
+    pilot = AdamW(LR, flat, make(list(flat.parameters.values())))
+    with pytest.raises(ValueError, match=f"{says}.*--pilot-optimizer sgd"):
+        pilot.begin()
