@@ -31,7 +31,7 @@ DISTILBERT_LIKE = {"distilbert"}
 
 
 def family(module: nn.Module) -> str | None:
-    """"bert" or "distilbert" for a sequence classifier with layers of that structure, None for any other module."""
+    """ "bert" or "distilbert" for a sequence classifier with layers of that structure, None for any other module."""
     config = getattr(module, "config", None)
     kind = getattr(config, "model_type", None)
     if not type(module).__name__.endswith("ForSequenceClassification") or getattr(config, "is_decoder", False):

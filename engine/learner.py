@@ -36,6 +36,7 @@ class Learner:
     def update(self) -> None:
         """Clip the gradients to a global norm, take an optimizer step and a step of the schedule, clear the gradients."""
         flat, clip = self.network.flat, None
+        flat.check()
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (flat.gradient_norm() + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, FlatAdamW):

@@ -117,7 +117,7 @@ class Encoder(Network):
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
         self._family = family(module)
-        self._frozen: tuple[int, dict[str, Tensor]] | None = None
+        self._frozen: tuple[dict[str, int], dict[str, Tensor]] | None = None
 
     def __call__(
         self, batch: Batch, parameters: dict[str, Tensor] | None = None, *, higher: bool = False, precision: str | None = None
@@ -152,7 +152,7 @@ class Encoder(Network):
     def _frozen_copies(self) -> dict[str, Tensor]:
         """bf16 copies of the weights that are not trained, made again when one was written to."""
         frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
-        stamp = sum(p._version for p in frozen.values()) + len(frozen)
+        stamp = {n: p._version for n, p in frozen.items()}
         if self._frozen is None or self._frozen[0] != stamp:
             self._frozen = stamp, {n: p.detach().to(torch.bfloat16) for n, p in frozen.items()}
         return self._frozen[1]

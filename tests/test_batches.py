@@ -199,6 +199,17 @@ def test_quiz_batches_are_a_function_of_the_round(split):
     assert rows_of(QuizBatches(split, 8, 3, seed=6, device=CPU)(0)[0]) != list(drawn[0])
 
 
+def test_quiz_batches_are_of_like_length_and_draw_all_alike(split):
+    """Few roundings of length in a batch but for those that go round; over many rounds no example is preferred."""
+    quiz = QuizBatches(split, batch_size=8, count=1, seed=0, device=CPU)
+    drawn = [rows_of(quiz(r)[0]) for r in range(900)]
+    counts = np.bincount(np.concatenate(drawn), minlength=ROWS)
+    assert abs(counts / counts.mean() - 1).max() < 0.35  # 160 draws each, a deviation of 12
+    spread = np.median([np.ptp(split.lengths[rows]) for rows in drawn])
+    random = np.random.default_rng(0)
+    assert spread < 0.6 * np.median([np.ptp(split.lengths[random.permutation(ROWS)[:8]]) for _ in range(900)])
+
+
 def test_a_quiz_set_smaller_than_a_batch_is_taken_whole(split):
     for batch in QuizBatches(split, batch_size=100, count=2, seed=0, device=CPU)(0):
         assert sorted(rows_of(batch)) == list(range(ROWS))

@@ -10,18 +10,20 @@ from torch import nn
 from torch.func import functional_call
 
 from engine.batch import Batch
+from engine.learner import Learner
+from engine.meta_step import MetaStep
 from engine.metagrad import STRATEGIES
 from engine.methods import METHODS, State
-from engine.learner import Learner
-from engine.network import Encoder
+from engine.network import Encoder, Network
 from engine.objectives import Objective
-from engine.time_machine import TimeMachine
+from engine.weights import TeacherWeights
 
 # Largest difference of a weight. Adam divides by the gradient's own size, so that rounding in a gradient near its
 # epsilon (1e-8) is multiplied by lr / epsilon: 1e-16 becomes 1e-10.
 TOLERANCE = 1e-10
-LR, TEACHER_LR, PILOT_LR, DECAY, CLIP, WARMUP = 0.02, 0.01, 0.3, 0.1, 0.05, 0.4
+LR, TEACHER_LR, PILOT_LR, WEIGHTS_LR, DECAY, CLIP, WARMUP = 0.02, 0.01, 0.3, 0.05, 0.1, 0.05, 0.4
 T, ALPHA, WORDS, CLASSES = 3.0, 0.6, 12, 3
+GIVEN = [0.7, 0.2, 0.1]
 
 
 class Toy(nn.Module):
@@ -49,7 +51,7 @@ def make_batch(seed, size=6):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(WORDS, (size, 3), generator=generator)
     lengths = torch.randint(1, 4, (size, 1), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": (torch.arange(3) < lengths).long()}
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(3) < lengths).long(), "token_type_ids": ids * 0}
     return Batch(ids[:, 0] % CLASSES, {"words": inputs})
 
 
@@ -58,30 +60,38 @@ def quiz(number):
 
 
 class Setting:
-    """A state, and copies of its models from before."""
+    """A state, and copies of its models from before. `weights` of the teachers are None, "given" or "learned"."""
 
-    def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact"):
+    def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact", weights=None, independent_masks=False):
         student = Encoder("student", Toy(5, seed=0).double(), "words")
         networks = [Encoder(f"teacher{k}", Toy(6, seed=k + 1, norm=False).double(), "words") for k in range(teachers)]
+        for network in (student, *networks):
+            network.table_rows = 1  # as if there were thousands of words
         self.batches = [[make_batch(10 * r + j) for j in range(size)] for r in range(rounds)]
         common = {"warmup_ratio": WARMUP, "weight_decay": DECAY, "max_grad_norm": CLIP}
         self.student_steps, self.teacher_steps = rounds * size, rounds
-        self.state = State(
-            Learner.adamw(student, lr=LR, steps=self.student_steps, **common), Objective("kl", T, ALPHA)
-        )  # fmt: skip
+        objective = Objective("kl", T, ALPHA)
+        self.state = State(Learner.adamw(student, lr=LR, steps=self.student_steps, **common), objective)
+        assert [t.name for t in student.flat.tables] == ["words.weight"]
+        given = GIVEN[:teachers] if weights == "given" else weights
+        module = TeacherWeights.of(given, teachers, student.flat.weights)
         self.quizzed = []
         if method == "kd":
-            self.state.teachers = networks
+            self.state.teachers, self.state.weights = networks, module and module().detach()
         if method == "metadistil":
-            self.state.learning_teachers = [
-                Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks
-            ]
-            self.state.time_machine = TimeMachine(student.module)
-            self.state.meta_gradient, self.state.pilot_lr = STRATEGIES[strategy], PILOT_LR
+            learners = [Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks]
+            wrapped = module and Network(module)
+            if weights == "learned":
+                learners.append(Learner.constant(wrapped, WEIGHTS_LR))
+            self.state.meta_step = MetaStep.of(
+                self.state.student, networks, learners, wrapped, objective, pilot_lr=PILOT_LR, strategy=strategy,
+                independent_masks=independent_masks,
+            )  # fmt: skip
             self.state.quiz = lambda number: self.quizzed.append(number) or quiz(number)
         self.step = METHODS[method].step
         self.student, self.teachers = student.module, [n.module for n in networks]
         self.copies = copy.deepcopy([student.module, *self.teachers])
+        self.weights = copy.deepcopy(module)
 
     def run(self):
         torch.manual_seed(7)
@@ -111,52 +121,72 @@ class Adam:
 
 
 def read(module, batch, weights=None):
-    inputs = batch.inputs["words"]
+    inputs = {k: v for k, v in batch.inputs["words"].items() if k != "token_type_ids"}
     out = module(**inputs) if weights is None else functional_call(module, weights, (), inputs)
     return out.logits
 
 
-def distillation(student, teachers, labels):
-    p = F.softmax(sum(teachers) / len(teachers) / T, -1)
+def mean(logits, weights):
+    """`weights` is None or gives what is normalised here: w = softmax of logarithms."""
+    if weights is None:
+        return sum(logits) / len(logits)
+    w = weights.log.exp() / weights.log.exp().sum()
+    return sum(w[k] * z for k, z in enumerate(logits))
+
+
+def distillation(student, teachers, labels, weights=None):
+    p = F.softmax(mean(teachers, weights) / T, -1)
     log_q = F.log_softmax(student / T, -1)
     kl = (p * (p.log() - log_q)).sum() / len(labels)
     return ALPHA * T**2 * kl + (1 - ALPHA) * F.cross_entropy(student, labels)
 
 
-def real_step(adam, teachers, batch):
+def real_step(adam, teachers, batch, weights=None, masks=None):
+    """With the dropout masks drawn from the generator's state `masks`, and the generator left as it was, or with new ones."""
     adam.module.train()
     for teacher in teachers:
         teacher.eval()
     with torch.no_grad():
-        logits = [read(t, batch) for t in teachers]
-    loss = distillation(read(adam.module, batch), logits, batch.labels)
+        taught = mean([read(t, batch) for t in teachers], weights)
+    before = torch.get_rng_state()
+    if masks is not None:
+        torch.set_rng_state(masks)
+    student = read(adam.module, batch)
+    if masks is not None:
+        torch.set_rng_state(before)
+    loss = distillation(student, [taught], batch.labels)
     loss.backward()
     adam.step()
     return loss.detach()
 
 
-def meta_gradient(student, teachers, batches, quizzes):
-    """dq/dtheta left in the teachers' grad, by autograd through the pilot; the student's buffers taken back."""
+def meta_gradient(student, teachers, batches, quizzes, weights=None):
+    """dq/dtheta left in the teachers' grad, dq/dlog w in that of weights that learn, by autograd through the pilot.
+
+    The student's buffers are taken back. Returns pilot loss, quiz loss and the generator's states before each pilot.
+    """
     buffers = copy.deepcopy(dict(student.named_buffers()))
     student.train()
     for teacher in teachers:
         teacher.eval()
-    weights = {n: p for n, p in student.named_parameters() if p.requires_grad}
-    pilot_losses = []
+    phi = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    pilot_losses, masks = [], []
     for batch in batches:
-        loss = distillation(read(student, batch, weights), [read(t, batch) for t in teachers], batch.labels)
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        weights = {n: w - PILOT_LR * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+        logits = [read(t, batch) for t in teachers]
+        masks.append(torch.get_rng_state())
+        loss = distillation(read(student, batch, phi), logits, batch.labels, weights)
+        gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+        phi = {n: w - PILOT_LR * g for (n, w), g in zip(phi.items(), gradients, strict=True)}
         pilot_losses.append(loss.detach())
     student.eval()
-    q = sum(F.cross_entropy(read(student, b, weights), b.labels) for b in quizzes) / len(quizzes)
-    for teacher in teachers:
-        ps = [p for p in teacher.parameters() if p.requires_grad]
-        for p, g in zip(ps, torch.autograd.grad(q, ps, retain_graph=True), strict=True):
+    q = sum(F.cross_entropy(read(student, b, phi), b.labels) for b in quizzes) / len(quizzes)
+    for learning in [*teachers, *([] if weights is None else [weights])]:
+        ps = [p for p in learning.parameters() if p.requires_grad]
+        for p, g in zip(ps, torch.autograd.grad(q, ps, retain_graph=True) if ps else (), strict=True):
             p.grad = g
     for name, buffer in student.named_buffers():
         buffer.copy_(buffers[name])
-    return sum(pilot_losses) / len(pilot_losses), q.detach()
+    return sum(pilot_losses) / len(pilot_losses), q.detach(), masks
 
 
 def apart(module, other):
@@ -188,16 +218,17 @@ def test_finetune(size):
     assert schedule_positions(setting.state) == [3 * size]
 
 
+@pytest.mark.parametrize("weights", [None, "given"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_kd(size):
-    setting = Setting("kd", size=size)
+def test_kd(size, weights):
+    setting = Setting("kd", size=size, weights=weights)
     setting.teachers[0].train()  # and must not drop anything for that
     values = setting.run()
     torch.manual_seed(7)
     copied, *teachers = setting.copies
     student = Adam(copied, LR, setting.student_steps)
     for batches, value in zip(setting.batches, values, strict=True):
-        loss = torch.stack([real_step(student, teachers, batch) for batch in batches]).mean()
+        loss = torch.stack([real_step(student, teachers, batch, setting.weights) for batch in batches]).mean()
         torch.testing.assert_close(value["loss"], loss, rtol=1e-9, atol=0)
     assert apart(setting.student, student.module) < TOLERANCE
     for mine, before in zip(setting.teachers, teachers, strict=True):
@@ -207,58 +238,105 @@ def test_kd(size):
     assert schedule_positions(setting.state) == [3 * size]
 
 
+@pytest.mark.parametrize("independent_masks", [False, True], ids=["the pilot's masks", "new masks"])
 @pytest.mark.parametrize("strategy", ["exact", "double_backward"])
-@pytest.mark.parametrize(("teachers", "size"), [(1, 1), (2, 1), (2, 2), (1, 3)])
-def test_metadistil(teachers, size, strategy):
-    """Pilot, quiz, teachers' update, rewind, real steps on the pilot's batches from the updated teachers."""
-    setting = Setting("metadistil", teachers, size=size, strategy=strategy)
+@pytest.mark.parametrize(
+    ("teachers", "size", "weights"),
+    [(1, 1, None), (2, 1, None), (2, 2, None), (1, 3, None), (2, 1, "given"), (3, 2, "given"), (2, 2, "learned")],
+)
+def test_metadistil(teachers, size, weights, strategy, independent_masks):
+    """Pilot, quiz, teachers' update, rewind, real steps on the pilot's batches from the updated teachers.
+
+    A real step repeats its pilot's dropout masks unless they are independent, and moves the buffers once either way.
+    """
+    setting = Setting("metadistil", teachers, 3, size, strategy, weights, independent_masks)
     setting.teachers[0].train()
     values = setting.run()
+    after = torch.get_rng_state()
     torch.manual_seed(7)
     copied, *copied_teachers = setting.copies
     student = Adam(copied, LR, setting.student_steps)
     updates = [Adam(t, TEACHER_LR, setting.teacher_steps) for t in copied_teachers]
+    w, learning = setting.weights, None
+    if weights == "learned":
+        learning = torch.optim.AdamW(w.parameters(), lr=WEIGHTS_LR, weight_decay=0.0)
     for number, (batches, value) in enumerate(zip(setting.batches, values, strict=True)):
-        pilot, q = meta_gradient(copied, copied_teachers, batches, quiz(number))
+        pilot, q, masks = meta_gradient(copied, copied_teachers, batches, quiz(number), w)
         for update in updates:
             update.step()
-        loss = torch.stack([real_step(student, copied_teachers, batch) for batch in batches]).mean()
-        expected = {"loss": loss, "pilot_loss": pilot, "quiz_loss": q}
+        if learning is not None:
+            learning.step()
+        masks = [None] * size if independent_masks else masks
+        losses = [real_step(student, copied_teachers, *each, w, m) for *each, m in zip(batches, masks, strict=True)]
+        expected = {"loss": torch.stack(losses).mean(), "pilot_loss": pilot, "quiz_loss": q}
+        if w is not None:
+            expected |= {f"weight_{k + 1}": x for k, x in enumerate(w.log.detach().exp() / w.log.detach().exp().sum())}
         assert value.keys() == expected.keys()
         for name in expected:
             torch.testing.assert_close(value[name], expected[name], rtol=1e-9, atol=0)
     for mine, theirs in zip([setting.student, *setting.teachers], setting.copies, strict=True):
         assert apart(mine, theirs) < TOLERANCE
+    assert torch.equal(torch.get_rng_state(), after)
     assert setting.quizzed == [0, 1, 2] and setting.state.round == 3
-    assert schedule_positions(setting.state) == [3 * size] + [3] * teachers
-    assert all(p.grad is None for m in [setting.student, *setting.teachers] for p in m.parameters())
+    learners = teachers + (weights == "learned")
+    assert schedule_positions(setting.state) == [3 * size] + [3] * learners
+    models = [setting.student, *setting.teachers]
+    assert not any(p.grad is not None and p.grad.any() for m in models for p in m.parameters())
 
 
-def test_the_oracle_tells_variants_apart():
+MISTAKES = {
+    "updated_teacher": "the teacher of before its step",
+    "eval_teacher": "a teacher with dropout",
+    "rewound": "weights that are not quite rewound",
+    "buffers_rewound": "the pilot's forward counted among the buffers",
+    "same_batches": "other batches than the pilot's",
+    "same_masks": "new masks",
+    "same_weights": "teachers that count alike",
+    "generator_left": "a generator that goes on from behind the real step's masks",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_oracle_tells_variants_apart(size):
     """What the comparison above would notice: each of these is a mistake that it must be able to see."""
-    setting = Setting("metadistil", 1, rounds=1, size=2)
+
+    def given():
+        return Setting("metadistil", 2, rounds=2, size=size, weights="given")
+
+    setting = given()
     setting.run()
 
-    def variant(updated_teacher=True, eval_teacher=True, rewound=True, same_batches=True):
-        copied, teacher = copy.deepcopy(Setting("metadistil", 1, rounds=1, size=2).copies)
+    def variant(**right):
+        right = dict.fromkeys(MISTAKES, True) | right
+        fresh = given()
+        copied, *teachers = fresh.copies
         torch.manual_seed(7)
-        batches = setting.batches[0]
-        meta_gradient(copied, [teacher], batches, quiz(0))
-        if updated_teacher:
-            Adam(teacher, TEACHER_LR, 1).step()
-        student = Adam(copied, LR, 2)
-        for batch in batches if same_batches else batches[:1] * 2:
-            if not eval_teacher:
-                teacher.eval = teacher.train
-            if not rewound:
+        student, updates = Adam(copied, LR, 2 * size), [Adam(t, TEACHER_LR, 2) for t in teachers]
+        weights = fresh.weights if right["same_weights"] else None
+        for number, batches in enumerate(setting.batches):
+            _, _, masks = meta_gradient(copied, teachers, batches, quiz(number), weights)
+            if right["updated_teacher"]:
+                for update in updates:
+                    update.step()
+            if not right["eval_teacher"]:
+                for teacher in teachers:
+                    teacher.eval = teacher.train
+            if not right["buffers_rewound"]:
+                read(copied.train(), batches[0])
+            if not right["rewound"]:
                 with torch.no_grad():
                     for p in copied.parameters():
                         p -= 1e-3
-            real_step(student, [teacher], batch)
+            if not right["same_batches"]:
+                batches = [make_batch(999) for _ in batches]
+            for batch, mask in zip(batches, masks, strict=True):
+                real_step(student, teachers, batch, weights, mask if right["same_masks"] else None)
+                if not right["generator_left"]:
+                    read(copied, batch)
         return apart(setting.student, copied)
 
     assert variant() < TOLERANCE
-    for mistake in ("updated_teacher", "eval_teacher", "rewound", "same_batches"):
+    for mistake in MISTAKES:
         assert variant(**{mistake: False}) > 1e-6, mistake
 
 

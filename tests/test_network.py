@@ -175,9 +175,10 @@ def test_a_pass_that_is_repeated_sees_the_same_masks(family):
     outputs = []
     for parameters in (None, {n: p.detach() for n, p in network.trainable().items()}):
         torch.manual_seed(3)
-        outputs.append(network(given, parameters, higher=True).logits)
-    assert torch.equal(*outputs)
-    assert not torch.equal(network(given, higher=True).logits, outputs[0])
+        outputs.append((network(given, parameters, higher=True).logits, torch.get_rng_state()))
+    assert torch.equal(outputs[0][1], outputs[1][1])
+    close(outputs[0][0], outputs[1][0], torch.float32)
+    assert (network(given, higher=True).logits - outputs[0][0]).abs().max() > 1e-2
 
 
 # Precision
@@ -240,9 +241,11 @@ def test_frozen_weights_in_bf16(family):
     assert torch.equal(moved.logits, fresh(given).logits)
     network.module.requires_grad_(True)
     assert torch.equal(network(given).logits, moved.logits)
-    network.module.classifier = network.module.classifier.requires_grad_(False)
-    assert torch.equal(network(given).logits, moved.logits)
-    assert "classifier.weight" not in network.leaves() or family == "roberta"
+    layer = [m for m in network.module.modules() if isinstance(m, nn.Linear)][0]
+    for p in (layer.bias, layer.weight):  # one after the other, the one as often written to as the other
+        network.module.requires_grad_(True)
+        p.requires_grad_(False)
+        assert torch.equal(network(given).logits, moved.logits)
 
 
 def test_weights_that_stand_in_are_rounded_like_the_others():

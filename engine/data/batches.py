@@ -10,7 +10,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.batch import Batch
-from engine.data.encode import EncodedSplit
+from engine.data.encode import PAD_MULTIPLE, EncodedSplit
 
 WINDOW = 50  # batches that are sorted by length together: longer windows pad less and shuffle less
 
@@ -61,7 +61,11 @@ def evaluation_batches(split: EncodedSplit, batch_size: int) -> Iterator[tuple[l
 
 
 class QuizBatches:
-    """The quiz batches of a round, drawn with replacement between batches: a pure function of (seed, round)."""
+    """The quiz batches of a round, drawn with replacement between batches: a pure function of (seed, round).
+
+    A batch is examples of like length, as a training batch is: a random stretch of the quiz set in the order of padded
+    length (shuffled within one, and going round), so that every example is drawn equally often.
+    """
 
     def __init__(self, split: EncodedSplit, batch_size: int, count: int, seed: int, device: torch.device):
         self.split, self.count, self.seed, self.device = split, count, seed, device
@@ -69,6 +73,12 @@ class QuizBatches:
 
     def __call__(self, round: int) -> list[Batch]:
         random = np.random.default_rng((self.seed, round))
-        draws = [random.permutation(len(self.split))[: self.batch_size].tolist() for _ in range(self.count)]
-        batches = [self.split.batch(rows) for rows in draws]
+        batches = [self.split.batch(self._draw(random)) for _ in range(self.count)]
         return [(b.pin() if self.device.type == "cuda" else b).to(self.device) for b in batches]
+
+    def _draw(self, random: np.random.Generator) -> list[int]:
+        order = random.permutation(len(self.split))
+        padded = -(-self.split.lengths[order] // PAD_MULTIPLE)
+        order = order[np.argsort(padded, kind="stable")]
+        start = random.integers(len(order))
+        return order.take(range(start, start + self.batch_size), mode="wrap").tolist()
