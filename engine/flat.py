@@ -107,6 +107,7 @@ class FlatParameters:
     def __init__(self, module: nn.Module, table_rows: int = TABLE_ROWS):
         self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{d} on {device}" for d, device in kinds)) or "none"
@@ -132,6 +133,10 @@ class FlatParameters:
             p.data = view
         self.tables = [Table(n, modules, self.parameters[n].data) for n, modules in embeddings.items()]
         self.dense_names = [name for name in self.offsets if name not in embeddings]
+        used = torch.zeros(self.dense, dtype=torch.bool)
+        for view in self.views(used, self.dense_names).values():
+            view.fill_(True)
+        self._gaps = (~used).nonzero().squeeze(1).to(device)
         self._gradients: Tensor | None = None
         self._touched: list[list[Tensor]] = [[] for _ in self.tables]
         self._shadow: Tensor | None = None
@@ -153,7 +158,7 @@ class FlatParameters:
 
     def views(self, flat: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """`flat` [N] (or [dense]) cut into the parameters' shapes."""
-        shapes = {n: self.parameters[n] for n in (names or self.offsets)}
+        shapes = {n: self.parameters[n] for n in (self.offsets if names is None else names)}
         return {n: flat[self.offsets[n] :][: p.numel()].view(p.shape) for n, p in shapes.items()}
 
     def check(self) -> None:
@@ -226,19 +231,33 @@ class FlatParameters:
         lookups: Lookups, retain_graph: bool = False,
     ) -> Vector:  # fmt: skip
         """J^T cotangents as a vector, zero where nothing depends on a weight, or where `leaves` does not name it."""
+        return self.vector(*self._gradients_of(outputs, cotangents, leaves, lookups, retain_graph))
+
+    def backward(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None] | None, leaves: dict[str, Tensor],
+        lookups: Lookups,
+    ) -> None:  # fmt: skip
+        """Add J^T cotangents to the gradients, straight into their buffer."""
+        self.add(*self._gradients_of(outputs, cotangents, leaves, lookups, False))
+
+    def _gradients_of(self, outputs, cotangents, leaves, lookups, retain_graph):
         names = [n for n in (*self.dense_names, *(t.name for t in self.tables)) if n in leaves]
         found = torch.autograd.grad(
             outputs, [*(leaves[n] for n in names), *lookups.leaves], cotangents, retain_graph=retain_graph, allow_unused=True
         )  # fmt: skip
-        return self.vector(dict(zip(names, found, strict=False)), lookups, found[len(names) :])
+        return dict(zip(names, found, strict=False)), lookups, found[len(names) :]
 
     @torch.no_grad()
     def vector(
         self, gradients: dict[str, Tensor | None], lookups: Lookups, looked_up: Sequence[Tensor | None]
     ) -> Vector:
         """One vector from the gradients of the weights, by name, and those of the rows looked up."""
-        dense = self.weights.new_zeros(self.dense)
+        dense = self.weights.new_empty(self.dense)
         given = [n for n in self.dense_names if gradients.get(n) is not None]
+        if len(given) < len(self.dense_names):
+            dense.zero_()
+        else:  # all but the gaps between weights will be written
+            dense[self._gaps] = 0
         if given:
             torch._foreach_copy_(list(self.views(dense, given).values()), [gradients[n] for n in given])
         return Vector(dense, [self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])
@@ -301,9 +320,21 @@ class FlatParameters:
 
     @torch.no_grad()
     def accumulate(self, vector: Vector) -> None:
-        """Add to the gradients."""
+        """Add a vector to the gradients."""
         self.gradients[: self.dense] += vector.dense
-        for i, (table, part) in enumerate(zip(self.tables, vector.tables, strict=True)):
+        self._add_tables(vector.tables)
+
+    @torch.no_grad()
+    def add(self, gradients: dict[str, Tensor | None], lookups: Lookups, looked_up: Sequence[Tensor | None]) -> None:
+        """Add what `vector` takes to the gradients, without making a vector of it."""
+        self.gradients  # noqa: B018  (makes the buffer)
+        given = [n for n in self.dense_names if gradients.get(n) is not None]
+        if given:
+            torch._foreach_add_([self._views[n] for n in given], [gradients[n] for n in given])
+        self._add_tables([self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])
+
+    def _add_tables(self, parts: Sequence[Rows | Tensor]) -> None:
+        for i, (table, part) in enumerate(zip(self.tables, parts, strict=True)):
             grad = self._views[table.name]
             if isinstance(part, Rows):
                 grad.index_add_(0, part.rows, part.values)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import native, report, teacher_params
+from engine.allocator import keep_freed_memory
 from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
 from engine.console import Console
@@ -74,6 +75,8 @@ class Job:
             teacher_params.parse(config.method.teacher_params)
             self._check_checkpointing()
         native.prepare(console.say)  # last: it may compile for some seconds
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""

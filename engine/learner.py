@@ -30,8 +30,7 @@ class Learner:
 
     def backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, lookups: Lookups) -> None:
         """Add J^T cotangents (of a scalar loss without) to the gradients."""
-        flat = self.network.flat
-        flat.accumulate(flat.gradients_of(outputs, cotangents, self.network.leaves(), lookups))
+        self.network.flat.backward(outputs, cotangents, self.network.leaves(), lookups)
 
     def update(self) -> None:
         """Clip the gradients to a global norm, take an optimizer step and a step of the schedule, clear the gradients."""
@@ -62,7 +61,7 @@ class Learner:
         cls, network: Network, *, lr: float, steps: int, warmup_ratio: float, weight_decay: float, max_grad_norm: float
     ) -> Learner:
         """AdamW with linear warm-up over `warmup_ratio * steps` and linear decay to 0 at `steps`; no decay of vectors."""
-        optimizer = FlatAdamW(network.flat, lr=lr, weight_decay=weight_decay)
+        optimizer = FlatAdamW(network.flatten(), lr=lr, weight_decay=weight_decay)
         warmup = int(warmup_ratio * steps)
 
         def factor(step: int) -> float:
@@ -75,5 +74,5 @@ class Learner:
     @classmethod
     def constant(cls, network: Network, lr: float) -> Learner:
         """AdamW at one learning rate, without weight decay or clipping."""
-        optimizer = FlatAdamW(network.flat, lr=lr, weight_decay=0.0)
+        optimizer = FlatAdamW(network.flatten(), lr=lr, weight_decay=0.0)
         return cls(network, optimizer, LambdaLR(optimizer, lambda step: 1.0))

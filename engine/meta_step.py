@@ -71,6 +71,8 @@ class MetaStep:
         network = None if weights is None else Network(weights, name="teacher weights")
         if weights is not None and weights.learned:
             learners.append(Learner(network, torch.optim.AdamW(weights.parameters(), lr=weights_lr, weight_decay=0.0)))
+        for each in (student, *teachers):
+            each.flatten()
         self._set_up(
             learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
             checkpointing, independent_masks, store,

@@ -110,7 +110,7 @@ def _recomputed(problem: Problem, network: Network, role: str):
 
 def _accumulate(network: Network, outputs: list[Tensor], cotangents: list[Tensor], lookups: Lookups) -> None:
     if outputs:
-        network.flat.accumulate(network.flat.gradients_of(outputs, cotangents, network.leaves(), lookups))
+        network.flat.backward(outputs, cotangents, network.leaves(), lookups)
 
 
 def _walk_back(
@@ -218,7 +218,7 @@ def _to_teachers(problem: Problem, quiz_loss: Tensor, taught: list[_Taught]) -> 
             [t for f in lookups for t in f.leaves],
         )
         by_name = dict(zip(names, gradients, strict=False))
-        network.flat.accumulate(network.flat.vector(by_name, together, gradients[len(names) :]))
+        network.flat.add(by_name, together, gradients[len(names) :])
 
 
 def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -> tuple[Tensor, Vector]:
@@ -339,7 +339,7 @@ def last_layer(student: Network, outputs: Outputs) -> list[str]:
 
 
 def devices(network: Network) -> set[torch.device]:
-    return {p.device for p in network.module.parameters()}
+    return {network.flat.weights.device}
 
 
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:

@@ -71,9 +71,14 @@ class Network:
 
     @property
     def flat(self) -> FlatParameters:
-        """The trainable weights, flattened when first asked for and again when others are trainable."""
-        trainable = self.trainable()
-        if self._flat is None or trainable.keys() != self._flat.parameters.keys():
+        """The trainable weights, flattened when first asked for, and again when one of them was frozen."""
+        if self._flat is None or not all(p.requires_grad for p in self._flat.parameters.values()):
+            self.flatten()
+        return self._flat
+
+    def flatten(self) -> FlatParameters:
+        """`flat`, made anew where other weights are trainable than before (adapters came, or a layer was unfrozen)."""
+        if self._flat is None or self.trainable().keys() != self._flat.parameters.keys():
             self._flat = FlatParameters(self.module, self.table_rows)
         return self._flat
 
@@ -130,7 +135,7 @@ class Encoder(Network):
         dropout = self.module.training and self._drops_attention()
         kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, higher)
         if self._ready_mask:
-            dtype = torch.bfloat16 if low else next(self.module.parameters()).dtype
+            dtype = torch.bfloat16 if low else self.flat.weights.dtype
             inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
         if self.feature_layers:
             inputs["output_hidden_states"] = True
@@ -151,7 +156,7 @@ class Encoder(Network):
 
     def _frozen_copies(self) -> dict[str, Tensor]:
         """bf16 copies of the weights that are not trained, made again when one was written to."""
-        frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        frozen = self.flat.frozen
         stamp = {n: p._version for n, p in frozen.items()}
         if self._frozen is None or self._frozen[0] != stamp:
             self._frozen = stamp, {n: p.detach().to(torch.bfloat16) for n, p in frozen.items()}

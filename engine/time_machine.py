@@ -44,6 +44,7 @@ class TimeMachine:
         self._buffers: dict[Hashable, Tensor] = {}  # dense storage by name, allocated once
         self._stack: dict[Hashable, _Snapshot] = {}  # in order of time
         self._floors: list[int] = []  # of every open excursion, how many snapshots there were before it
+        self._here: _Snapshot | None = None  # the one rewound to last, while no step has been taken from it
         self._alphas: dict[float, Tensor] = {}
 
     @torch.no_grad()
@@ -60,7 +61,7 @@ class TimeMachine:
 
         `scale` is a number or a device scalar; nothing waits for the device.
         """
-        flat = self.flat
+        flat, self._here = self.flat, None
         flat.check()
         dense, alpha, shadow = self._storage(name), self._alpha(scale), flat.shadow
         weights, dense_shadow = flat.weights[: flat.dense], None if shadow is None else shadow[: flat.dense]
@@ -98,6 +99,7 @@ class TimeMachine:
         while next(reversed(self._stack)) != name:
             self._restore_tables(self._stack.popitem()[1])
         self._restore_tables(kept)
+        self._here = kept
         flat = self.flat
         weights, shadow = flat.weights[: flat.dense], flat.shadow
         if self._pinned:
@@ -141,7 +143,7 @@ class TimeMachine:
             yield
         finally:
             later = list(self._stack)[len(before) :]
-            if later:
+            if later and self._here is not self._stack[later[0]]:
                 self.rewind(later[0])
             self._floors.pop()
             self._stack = before
