@@ -25,5 +25,5 @@ bench:  ## check, then time what stands in bench/ (pytest-benchmark)
 	else $(PYTHON) -m pytest bench; fi
 
 clean:  ## remove build products and caches; results in runs/ and environments stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks engine/_native-*.so
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -140,7 +140,7 @@ CHOICES = [("kd", "none"), *((s, c) for s in ("exact", "double_backward") for c 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize(("strategy", "checkpointing"), CHOICES, ids="-".join)
+@pytest.mark.parametrize(("strategy", "checkpointing"), CHOICES)
 def test_lengths(request, record, strategy, checkpointing, length):
     if length > 64 and not request.config.getoption("--full"):
         pytest.skip("takes minutes; --full runs it")

@@ -21,10 +21,16 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="module")
 def record(request):
-    """`record(**row)` keeps a row; with --save the module's rows go to results/<subject>.json (bench_<subject>.py)."""
+    """`record(part=..., **row)` keeps a row; with --save they go to results/<subject>.json (bench_<subject>.py).
+
+    Parts are compared within themselves, so a run of some of them leaves the others in the file.
+    """
     rows: list[dict] = []
     yield lambda **row: rows.append(row)
     if rows and request.config.getoption("--save"):
         subject = request.module.__name__.split(".")[-1].removeprefix("bench_").replace("_", "-")
         facts = {"hardware": report.hardware(torch.device("cpu")), "versions": report.versions()}
-        (RESULTS / f"{subject}.json").write_text(json.dumps({"kind": subject, **facts, "rows": rows}, indent=1) + "\n")
+        file, parts = RESULTS / f"{subject}.json", {row["part"] for row in rows}
+        kept = json.loads(file.read_text())["rows"] if file.exists() else []
+        rows = [*(row for row in kept if row["part"] not in parts), *rows]
+        file.write_text(json.dumps({"kind": subject, **facts, "rows": rows}, indent=1) + "\n")

@@ -101,10 +101,11 @@ class FlatParameters:
     """The trainable weights of `module` in `weights` [N], a bf16 `shadow` [N] on demand, gradients in `gradients` [N].
 
     Raises ValueError for a module without trainable weights, or whose weights differ in dtype or device. Move the module
-    to its device before: `check` raises RuntimeError where the parameters no longer are views into the buffer.
+    to its device before: `check` raises RuntimeError where the parameters no longer are views into the buffer. Embeddings of
+    `table_rows` rows and more are kept by rows; None keeps none.
     """
 
-    def __init__(self, module: nn.Module, table_rows: int = TABLE_ROWS):
+    def __init__(self, module: nn.Module, table_rows: int | None = TABLE_ROWS):
         self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
@@ -142,8 +143,10 @@ class FlatParameters:
         self._shadow: Tensor | None = None
         self._stamp = -1
 
-    def _tables(self, table_rows: int) -> dict[str, list[nn.Embedding]]:
+    def _tables(self, table_rows: int | None) -> dict[str, list[nn.Embedding]]:
         """Big weights that only embeddings hold. One that a forward also uses otherwise is found out by `vector`."""
+        if table_rows is None:
+            return {}
         holders: dict[int, list[nn.Module]] = {}
         for module in self.module.modules():
             for p in module._parameters.values():

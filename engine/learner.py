@@ -23,10 +23,10 @@ class Learner:
     schedule: LambdaLR | None = None
     max_grad_norm: float | None = None
 
-    def forward(self, batch, higher: bool = False) -> tuple[Outputs, Lookups]:
+    def forward(self, batch, repeated: bool = False) -> tuple[Outputs, Lookups]:
         """Outputs with graph, and what `backward` needs to know of it."""
         with self.network.flat.lookups() as lookups:
-            return self.network(batch, higher=higher), lookups
+            return self.network(batch, repeated=repeated), lookups
 
     def backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, lookups: Lookups) -> None:
         """Add J^T cotangents (of a scalar loss without) to the gradients."""

@@ -163,7 +163,7 @@ class MetaStep:
         else:
             after = RandomState(devices(problem.student))
             meta.masks[number].restore()
-            outputs, lookups = student.forward(batch, higher=True)
+            outputs, lookups = student.forward(batch, repeated=True)
             after.restore()
         loss, slopes = problem.objective.slopes(outputs, taught, batch.labels, weights)
         student.backward(outputs.given(), slopes, lookups)

@@ -134,7 +134,7 @@ def _walk_back(
             keep = problem.keep and last == 0
             recording = nullcontext() if tape is None else tape.recording()
             with flat.lookups() as lookups, _recomputed(problem, student, "student"), recording:
-                outputs = student(batch, higher=True)
+                outputs = student(batch, repeated=True)
             if keep:
                 kept = Kept(outputs, lookups, [b.clone() for b in student.module.buffers()])
             loss, slopes = objective.slopes(outputs, taught.outputs, batch.labels, taught.weights)
@@ -312,7 +312,7 @@ def _central_difference(
         masks.restore()
         with problem.time_machine.perturbed(direction, side), torch.set_grad_enabled(loss is not None):
             with flat.lookups() as lookups:
-                out = student(batch, higher=True, precision="fp32")
+                out = student(batch, repeated=True, precision="fp32")
             if loss is not None:
                 gradients.append(flat.gradients_of([loss(out)], None, flat.parameters, lookups))
             sides.append(out.detached())

@@ -59,12 +59,13 @@ class Network:
         self._flat: FlatParameters | None = None
 
     def __call__(
-        self, batch: Any, parameters: dict[str, Tensor] | None = None, *, higher: bool = False, precision: str | None = None
+        self, batch: Any, parameters: dict[str, Tensor] | None = None, *, repeated: bool = False, higher: bool = False,
+        precision: str | None = None,
     ) -> Outputs:  # fmt: skip
-        """Outputs in the weights' dtype. `higher` where this forward is differentiated twice, by forward mode, or
-        repeated with the same random numbers."""
+        """Outputs in the weights' dtype. `repeated` where another forward is to see the same random numbers, `higher` where
+        this one is differentiated twice or by forward mode."""
         # a stranger's module may use fused attention, which has neither second derivatives nor forward mode, nor its masks
-        with sdpa_kernel(SDPBackend.MATH) if higher else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext():
             if parameters is None:
                 return Outputs.of(self._bound(batch))
             return Outputs.of(functional_call(self._bound, {f"module.{n}": t for n, t in parameters.items()}, (batch,)))
@@ -78,8 +79,11 @@ class Network:
 
     def flatten(self) -> FlatParameters:
         """`flat`, made anew where other weights are trainable than before (adapters came, or a layer was unfrozen)."""
-        if self._flat is None or self.trainable().keys() != self._flat.parameters.keys():
-            self._flat = FlatParameters(self.module, self.table_rows)
+        trainable = self.trainable()
+        if self._flat is None or trainable.keys() != self._flat.parameters.keys():
+            # elsewhere a dense gradient costs microseconds, and finding the rows would wait for the device
+            on_cpu = all(p.device.type == "cpu" for p in trainable.values())
+            self._flat = FlatParameters(self.module, self.table_rows if on_cpu else None)
         return self._flat
 
     table_rows = TABLE_ROWS
@@ -125,7 +129,8 @@ class Encoder(Network):
         self._frozen: tuple[dict[str, int], dict[str, Tensor]] | None = None
 
     def __call__(
-        self, batch: Batch, parameters: dict[str, Tensor] | None = None, *, higher: bool = False, precision: str | None = None
+        self, batch: Batch, parameters: dict[str, Tensor] | None = None, *, repeated: bool = False, higher: bool = False,
+        precision: str | None = None,
     ) -> Outputs:  # fmt: skip
         inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
         low = (precision or self.precision) == "bf16"
@@ -133,13 +138,15 @@ class Encoder(Network):
             given = {n: t.to(torch.bfloat16) for n, t in (parameters or {}).items()}
             parameters = {**self._frozen_copies(), **self.flat.leaves(low_precision=True), **given}
         dropout = self.module.training and self._drops_attention()
-        kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, higher)
+        kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, repeated or higher)
         if self._ready_mask:
             dtype = torch.bfloat16 if low else self.flat.weights.dtype
             inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
         if self.feature_layers:
             inputs["output_hidden_states"] = True
-        math = sdpa_kernel(SDPBackend.MATH) if higher else nullcontext()  # where a model knows no other attention
+        math = (
+            sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
+        )  # where a model knows no other attention
         with _attending(self.module, kind), lean_layers(self.module, self._family, higher), math:
             out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
         features = None
@@ -163,14 +170,14 @@ class Encoder(Network):
         return self._frozen[1]
 
 
-def attention(device: torch.device, length: int, low_precision: bool, dropout: bool, higher: bool) -> str:
+def attention(device: torch.device, length: int, low_precision: bool, dropout: bool, unfused: bool) -> str:
     """Which attention of transformers a pass over `length` tokens takes: "eager" or "sdpa" (fused).
 
     Fused kernels have neither forward mode nor second derivatives, and a repeated pass would see other dropout masks
-    (`higher`). On the CPU none does dropout, and plain matrix products are the faster ones in bf16 and below 64 tokens
+    (`unfused`). On the CPU none does dropout, and plain matrix products are the faster ones in bf16 and below 64 tokens
     (docs/log.md).
     """
-    if higher:
+    if unfused:
         return "eager"
     return "eager" if device.type == "cpu" and (low_precision or dropout or length < 64) else "sdpa"
 

@@ -78,7 +78,7 @@ class AdamW:
     @torch.no_grad()
     def begin(self) -> None:
         flat = self.flat
-        m, s, steps = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights), 0
+        m, s, counts = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights), {}
         m_views, s_views = flat.views(m), flat.views(s)
         self.decay = torch.zeros_like(flat.weights)
         decay_views = flat.views(self.decay)
@@ -90,7 +90,9 @@ class AdamW:
             if "exp_avg" in state:
                 m_views[name].copy_(state["exp_avg"])
                 s_views[name].copy_(state["exp_avg_sq"])
-                steps = max(steps, int(state.get("step", group.get("step", 0))))
+                count = state.get("step", group.get("step", 0))
+                counts[id(count)] = count
+        steps = max((int(count) for count in counts.values()), default=0)  # sync: one for each count that is a tensor
         self._moments, self._steps, self._kept = (m, s), steps, []
         self._cotangents: tuple[Tensor, Tensor] | None = None
 

@@ -104,7 +104,7 @@ class Tape:
 
 class _Entry(NamedTuple):
     call: tuple  # name, shape and dtype of the input, shape of the output
-    output: Tensor
+    output: Tensor  # of a dropout its mask alone
     version: int  # of `output` when it was recorded: a later one means that something was written over it
     mask: Tensor | None = None  # bool, of a dropout
     probabilities: Tensor | None = None  # [B, heads, L, L], of math attention before its dropout
@@ -136,7 +136,7 @@ class _Recorder(TorchFunctionMode):
                 output = func(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
-        y = output.detach()  # shares the version counter
+        y = held["mask"] if name == "dropout" else output.detach()  # which shares the version counter
         self.entries.append(_Entry(_call(name, args, kwargs, output), y, y._version, **held))
         return output
 
@@ -148,6 +148,8 @@ class _Player(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.gelu:
+            return _gelu(*args, **kwargs)
         if func in _ARITHMETIC and not kwargs and all(isinstance(a, Tensor | float | int) for a in args):
             return _arithmetic(func, *args)
         name = _NAMES.get(func)
@@ -266,9 +268,11 @@ def _softmax(y: Tensor, input: Tensor, dim: int, *_, **__) -> Tensor | None:
     return None if x_t is None else torch._softmax_backward_data(x_t.to(y.dtype), y, dim, y.dtype)
 
 
-def _gelu(y: Tensor, input: Tensor, approximate: str = "none") -> Tensor | None:
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """Holds nothing: a feed-forward network that does not keep its inner activation would keep it here."""
     x, x_t = _unpack(input)
-    return None if x_t is None else torch.ops.aten.gelu_backward(x_t, x, approximate=approximate)
+    y = F.gelu(x, approximate=approximate)
+    return _dual(y, None if x_t is None else torch.ops.aten.gelu_backward(x_t, x, approximate=approximate))
 
 
 def _layer_norm(
@@ -305,8 +309,7 @@ def _record_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplac
 
 def _replay_dropout(entry: _Entry, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
     x, x_t = _unpack(input)
-    y = entry.output if entry.intact() and not inplace else _masked(x, entry.mask, p)
-    y = _dual(y, None if x_t is None else _masked(x_t, entry.mask, p))
+    y = _dual(_masked(x, entry.mask, p), None if x_t is None else _masked(x_t, entry.mask, p))
     return input.copy_(y) if inplace else y
 
 
@@ -418,7 +421,6 @@ _TANGENTS = {
     "conv1d": _convolution(F.conv1d),
     "conv2d": _convolution(F.conv2d),
     "softmax": _softmax,
-    "gelu": _gelu,
     "layer_norm": _layer_norm,
 }
 _DRAWING = {"dropout": _replay_dropout, "attention": _replay_attention}
@@ -427,7 +429,6 @@ _NAMES = {
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax"),
-    F.gelu: "gelu",
     F.layer_norm: "layer_norm",
     F.dropout: "dropout",
     F.scaled_dot_product_attention: "attention",

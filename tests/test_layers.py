@@ -15,7 +15,19 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A unit is a module of engine/ or a whole package in it; it imports only from its own layer and lower ones.
 LAYERS = [
     {"errors"},
-    {"allocator", "batch", "config", "console", "hub", "interrupts", "output", "checkpoint", "monitor", "embedded", "kernels"},
+    {
+        "allocator",
+        "batch",
+        "config",
+        "console",
+        "hub",
+        "interrupts",
+        "output",
+        "checkpoint",
+        "monitor",
+        "embedded",
+        "kernels",
+    },
     {"native", "native_build", "native_reference", "flat", "encoder_layers"}
     | {"tape", "checkpointing", "weights", "features"},
     {"data"},
