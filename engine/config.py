@@ -139,8 +139,8 @@ class OptimConfig(_Section):
     batch_size: int = option(32, "examples a batch", 1)
     epochs: int | None = option(None, "epochs of the student (default: 3)", 1)
     prepare_epochs: int | None = option(None, "epochs of the teachers' fine-tuning (default: 3; miniatures 4)", 1)
-    max_steps: int | None = option(None, "stop the student after this many optimizer steps, whatever --epochs says", 1)
-    warmup_ratio: float = option(0.1, "part of the steps over which the learning rate rises from 0", 0.0, 1.0)
+    max_steps: int | None = option(None, "train the student for this many optimizer steps, whatever --epochs says", 1)
+    warmup_ratio: float = option(0.1, "part of the steps over which the learning rate rises to its peak", 0.0, 1.0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none", 0.0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", 1e-9)
 

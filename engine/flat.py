@@ -171,7 +171,8 @@ class FlatParameters:
             owner, key = self._owners[name]
             if owner._parameters.get(key) is not p or p.data_ptr() != base + size * self.offsets[name]:
                 raise RuntimeError(
-                    f"{name} has left the flat buffer; move the module to its device before flattening it."
+                    f"{name} has left the flat buffer: the module was moved after it was flattened, or flattened again "
+                    "(another MetaStep holds it, or weights were frozen since). Move and freeze before, and make one of each."
                 )
 
     # --- what gradients are taken against
@@ -311,11 +312,23 @@ class FlatParameters:
             if p.grad is not view:  # new, dropped by `zero_grad`, or made by a `backward()` that found none
                 with torch.no_grad():
                     view.zero_() if p.grad is None else view.copy_(p.grad)
+                for i, table in enumerate(self.tables):
+                    if table.name == name and p.grad is None:  # zero again: nothing is touched
+                        self._touched[i].clear()
+                        self._written[i] = view._version
                 p.grad = view
         for i, table in enumerate(self.tables):
             if self._views[table.name]._version != self._written[i]:
                 self._touch(i, torch.arange(len(table.weight), device=self.weights.device))
         return self._gradients
+
+    def release_gradients(self) -> None:
+        """Give their memory back, until they are asked for again."""
+        self._gradients = None
+        for p in self.parameters.values():
+            p.grad = None
+        for touched in self._touched:
+            touched.clear()
 
     def _touch(self, table: int, rows: Tensor) -> None:
         self._touched[table].append(rows)

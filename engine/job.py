@@ -70,9 +70,10 @@ class Job:
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
         self.encoded = EncodedSplits.of(self.splits, list(encodings.values()), self.cache / "tokens")
         self.objective = self._objective()
-        self.given_weights = self._given_weights()
+        self.given_weights, self.learned_weights = self._given_weights(), None
         if METHODS[config.method.method].teachers == "learning":
-            teacher_params.parse(config.method.teacher_params)
+            for member in self.teacher_members:
+                teacher_params.check(member.network.module, config.method.teacher_params)
             self._check_checkpointing()
         native.prepare(console.say)  # last: it may compile for some seconds
         if self.device.type == "cpu":
@@ -107,6 +108,9 @@ class Job:
         student, logits = self._measure(self.student)
         student["best_step"] = self.trainer.finished[self.config.method.method].best_step
         self._warn_of_fallen(teachers)
+        if self.learned_weights is not None:
+            for entry, weight in zip(teachers, self.learned_weights.module().tolist(), strict=True):
+                entry["weight"] = round(weight, 6)
         summary = self._summary(teachers, student, seconds)
         data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(
             f"{k} {v}" for k, v in summary["sizes"].items()
@@ -248,11 +252,15 @@ class Job:
             self.config.method.method,
             len(self.teacher_members),
         )
-        if given is None or given == "learned":
-            if given and METHODS[method].teachers != "learning":
-                raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; give "
-                                "numbers, or --method metadistil.")  # fmt: skip
+        if given is None:
+            return None
+        if given == "learned":
+            if METHODS[method].teachers != "learning":
+                raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; use "
+                                "--method metadistil, or leave it out.")  # fmt: skip
             return given
+        if not teachers:
+            raise UserError(f"--method {method} has no teachers; leave --teacher-weights out.")
         try:
             weights = [float(part) for part in str(given).split(",")]
         except ValueError:
@@ -302,6 +310,7 @@ class Job:
     def _meta_step(self, student: Learner, teachers: list[Network], learners: list[Learner]) -> MetaStep:
         settings, weights = self.config.method, self._teacher_weights()
         if weights is not None and weights.trainable():
+            self.learned_weights = weights
             learners = [*learners, Learner.constant(weights, settings.weights_lr)]
         low_precision = self.config.run.precision == "bf16"
         self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
@@ -322,7 +331,9 @@ class Job:
         network.module.to(self.device)
         logits = {name: predict(network, split, self.device) for name, split in splits.items()}
         metrics = {name: score(z, splits[name].labels, self.task) for name, z in logits.items()}
-        entry = {"name": network.name, "source": member.source.describe(), "parameters": network.size()}
+        with teacher_params.merged(network.module):  # adapters are not part of what is exported
+            size = network.size()
+        entry = {"name": network.name, "source": member.source.describe(), "parameters": size}
         return entry | {"metrics": metrics}, logits
 
     def _summary(self, teachers: list[dict[str, Any]], student: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -34,9 +34,21 @@ class MetaStep:
     weights are flattened in place: `state_dict` stays as it was, but move modules to their device before. Batches are
     `(inputs, labels)` pairs or objects with `.inputs` and `.labels`.
 
-    Optimizers are torch's, over the modules' parameters; whoever schedules them calls their schedulers. Without them only
-    `meta_gradient` can be used. `teacher_weights` is None (the mean), K numbers, or "learned": K weights that start equal
-    and follow the same meta-gradient at `weights_lr` (AdamW on their logarithms).
+    objective          the loss of student and teachers; `Objective()` is KL at temperature 5 and cross-entropy, half each
+    student_optimizer, teacher_optimizers
+                       torch's, each over its module's parameters; whoever schedules them calls their schedulers. Without
+                       them only `meta_gradient` can be used
+    max_grad_norm      clips the student's and every teacher's gradient to this norm before their steps; None leaves it
+    pilot_lr, pilot_optimizer
+                       the pilot's step: "sgd", or "adamw" from the moments of `student_optimizer`
+    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.metagrad)
+    teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
+                       meta-gradient at `weights_lr` (AdamW on their logarithms)
+    checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
+    independent_masks  new dropout masks for the real step, instead of the pilot's
+    store              where snapshots are kept: "device", or "pinned" host memory
+
+    A step puts the student in train mode and the teachers in eval mode, and leaves them so.
 
     Raises ValueError for settings that do not fit; UserError in a step whose model has no forward-mode derivatives.
     """
@@ -65,6 +77,10 @@ class MetaStep:
         if not student.trainable():
             raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
                              "student.requires_grad_().")  # fmt: skip
+        _check_apart([student, *teachers])
+        for optimizer, network in zip([student_optimizer, *teacher_optimizers], [student, *teachers], strict=False):
+            if optimizer is not None:
+                _check_optimizer(optimizer, network)
         learner = student if student_optimizer is None else Learner(student, student_optimizer, None, max_grad_norm)
         learners = [Learner(t, o, None, max_grad_norm) for t, o in zip(teachers, teacher_optimizers, strict=False)]
         weights = TeacherWeights.of(teacher_weights, len(teachers), student.flat.weights)
@@ -131,10 +147,19 @@ class MetaStep:
 
         The student is put in train mode, the teachers in eval mode, with gradient.
         """
-        if self.learner is None or not self.learners:
+        taught = {id(learner.network) for learner in self.learners}
+        if self.learner is None or not all(id(teacher) in taught for teacher in self.problem.teachers):
             raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
-        batches, quizzes = list(map(_batch, batches)), list(map(_batch, quizzes))
-        meta = self._meta(batches, quizzes)
+        batches, quizzes = _batches(batches), _batches(quizzes)
+        learners = [self.learner, *self.learners]
+        for learner in learners:  # whatever a training before it left there is none of this step's
+            learner.network.flat.clear_gradients()
+        try:
+            meta = self._meta(batches, quizzes)
+        except BaseException:
+            for learner in learners:  # half a meta-gradient is none
+                learner.network.flat.clear_gradients()
+            raise
         for learner in self.learners:
             learner.update()
         real = [self._real(batch, meta, j) for j, batch in enumerate(batches)]
@@ -142,7 +167,7 @@ class MetaStep:
 
     def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
         """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
-        meta = self._meta(list(map(_batch, batches)), list(map(_batch, quizzes)))
+        meta = self._meta(_batches(batches), _batches(quizzes))
         return {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
@@ -183,8 +208,44 @@ def _network(given: nn.Module | Network, name: str) -> Network:
     return given if isinstance(given, Network) else Network(given, name=name)
 
 
+def _batches(given: Sequence[Any]) -> list[Any]:
+    """Raises ValueError for what is not a list of batches."""
+    if isinstance(given, Tensor | dict) or not isinstance(given, Sequence) or not given:
+        raise ValueError("batches and quizzes are lists of one batch or more, each (inputs, labels) or with .inputs and "
+                         f".labels; got {type(given).__name__}{'' if given is None or len(given) else ' of nothing'}.")  # fmt: skip
+    return [_batch(each) for each in given]
+
+
 def _batch(given: Any) -> Any:
-    return given if hasattr(given, "labels") else Batch(labels=given[1], inputs=given[0])
+    if hasattr(given, "labels"):
+        return given
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(f"a batch is (inputs, labels) or has .inputs and .labels; got {type(given).__name__}.")
+    return Batch(labels=given[1], inputs=given[0])
+
+
+def _check_optimizer(optimizer: Optimizer, network: Network) -> None:
+    """Raises ValueError where an optimizer does not step just the trainable weights of its module."""
+    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in network.trainable().items() if id(p) not in theirs]
+    if missing or len(theirs) > len({id(p) for p in network.module.parameters()}):
+        raise ValueError(
+            f"the optimizer of the {network.name} does not step {', '.join(missing[:3]) or 'its weights alone'}; give each "
+            "module the optimizer of its own weights, in the same order.")  # fmt: skip
+
+
+def _check_apart(networks: Sequence[Network]) -> None:
+    """Raises ValueError where two networks share a trained weight, or one has weights that cannot be stepped."""
+    owner: dict[int, str] = {}
+    for network in networks:
+        for name, p in network.trainable().items():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{name} of the {network.name} is {p.dtype}; keep weights in float32 (.float()) and use "
+                                 "autocast in the forward.")  # fmt: skip
+            if id(p) in owner:
+                raise ValueError(f"the {owner[id(p)]} and the {network.name} share the weight {name}; give each a copy "
+                                 "(copy.deepcopy).")  # fmt: skip
+        owner |= {id(p): network.name for p in network.trainable().values()}
 
 
 def _choice(name: str, given: str, allowed) -> None:

@@ -120,7 +120,7 @@ def _walk_back(
     """First-order memory: the pilot steps forward, then back through the snapshots with `directional` derivatives."""
     student, objective, pilot, time_machine = problem.student, problem.objective, problem.pilot, problem.time_machine
     flat, leaves = student.flat, student.leaves()
-    masks, losses, last, kept = [], [], len(pilots) - 1, None
+    masks, losses, answers, last, kept = [], [], [], len(pilots) - 1, None
     # with checkpointing the recorded pass would have to be recomputed as it was recorded, which it is not
     tape = Tape() if taped and last == 0 and problem.checkpointing not in ("student", "both") else None
     with time_machine.excursion():
@@ -130,6 +130,7 @@ def _walk_back(
             # recomputes it instead, so that activation memory does not grow with M.
             with torch.set_grad_enabled(last == 0):
                 taught = _teach(problem, batch)
+            answers.append([o.detached() for o in taught.outputs])
             masks.append(RandomState(devices(student)))
             keep = problem.keep and last == 0
             recording = nullcontext() if tape is None else tape.recording()
@@ -148,13 +149,9 @@ def _walk_back(
         for j in range(last, -1, -1):
             time_machine.rewind(j)
             direction, carried = pilot.pull_back(j, v)
-            if last > 0:
-                with torch.no_grad():
-                    taught = _teach(problem, pilots[j])
-            weights = None if taught.weights is None else taught.weights.detach()
-            given = [o.detached() for o in taught.outputs]
+            weights = None if problem.weights is None else problem.weights.module().detach()
 
-            def loss(outputs: Outputs, given=given, weights=weights, labels=pilots[j].labels) -> Tensor:
+            def loss(outputs: Outputs, given=answers[j], weights=weights, labels=pilots[j].labels) -> Tensor:
                 return objective.distil(outputs, given, labels, weights)
 
             outputs, tangents, hd = directional(
@@ -282,8 +279,8 @@ def _forward_mode(
             )
     except NotImplementedError as e:
         raise UserError(
-            f"the student {student.name} has an operation without forward-mode derivatives "
-            f"({str(e).splitlines()[0]}); use --meta-grad double_backward, or finite_difference (approximate).") from e  # fmt: skip
+            f"the student ({student.name}) has an operation without forward-mode derivatives "
+            f"({str(e).splitlines()[0]}); use --meta-grad double_backward, or finite_difference (approximate; strategy= in Python).") from e  # fmt: skip
 
 
 def _tangent(gradient: Tensor | None) -> Tensor | None:
@@ -333,8 +330,8 @@ def last_layer(student: Network, outputs: Outputs) -> list[str]:
     names = [n for n in student.flat.parameters if found and n.rpartition(".")[0] == found[-1]]
     if not names:
         raise UserError(
-            f"first_order needs a last layer that is a trained nn.Linear of {classes} outputs; the student {student.name} "
-            "has none. Use --meta-grad exact.")  # fmt: skip
+            f"first_order needs a last layer that is a trained nn.Linear of {classes} outputs; the student ({student.name}) "
+            "has none. Use --meta-grad exact (strategy= in Python).")  # fmt: skip
     return names
 
 

@@ -223,7 +223,7 @@ def _read(folder: Path, task: Task, seed: int, keep_head: bool) -> tuple[nn.Modu
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # the initialisation of weights that are not in the files
             module, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=task.num_labels, dtype=torch.float32, attn_implementation="sdpa",
+                folder, num_labels=task.num_labels, dtype=torch.float32,
                 use_safetensors=True, trust_remote_code=False, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )  # fmt: skip

@@ -202,7 +202,7 @@ def attention_mask(mask: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 def _attending(module: nn.Module, kind: str):
     config = getattr(module, "config", None)
     before = getattr(config, "_attn_implementation", kind)
-    if before == kind:
+    if before == kind or not getattr(module, "_supports_sdpa", True):  # a family with one kind alone
         yield
         return
     config._attn_implementation = kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +39,20 @@ class Objective:
     beta: float = 100.0
 
     def __post_init__(self):
+        for name, allowed in (("soft_loss", get_args(SoftLoss)), ("feature_loss", get_args(FeatureLoss))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if not self.temperature > 0 or not 0 <= self.alpha <= 1 or not self.beta >= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}, alpha {self.alpha} and beta {self.beta}; they must be above 0, from 0 to 1, "
+                "and at least 0.")  # fmt: skip
         if self.regression and self.soft_loss != "mse_logits":
             raise ValueError(f"{self.soft_loss} is constant for the one output of a regression; use mse_logits.")
 
     def hard(self, student: Tensor, labels: Tensor) -> Tensor:
         """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]."""
         if self.regression:
-            return _mean_square(student.squeeze(-1) - labels)
+            return _mean_square(student.reshape(-1) - labels.reshape(-1))
         return F.cross_entropy(student, labels)
 
     def distil(
@@ -62,6 +69,9 @@ class Objective:
             )
         else:
             mean = mean_logits(logits, weights)
+            if mean.shape != student.logits.shape:
+                raise ValueError(
+                    f"student logits are {tuple(student.logits.shape)}, teachers' are {tuple(mean.shape)}; they must agree.")  # fmt: skip
             if self.soft_loss == "mse_logits":
                 soft = _mean_square(student.logits - mean)
             else:

@@ -69,7 +69,11 @@ class AdamW:
 
     def __init__(self, lr: float, flat: FlatParameters, optimizer: torch.optim.Optimizer):
         kind = type(optimizer).__name__
-        if kind not in KNOWN:
+        theirs = type(optimizer).__module__.startswith(("torch.optim", "engine.", "apex."))
+        plain = all(g.get("bias_correction", True) for g in optimizer.param_groups) and getattr(
+            optimizer, "adam_w_mode", 1
+        )
+        if kind not in KNOWN or not theirs or not plain:
             raise ValueError(
                 f"an adamw pilot steps with the student's own optimizer, and the derivative of {kind}'s update is not "
                 f"known here ({', '.join(KNOWN)} are); use --pilot-optimizer sgd (pilot_optimizer='sgd').")  # fmt: skip

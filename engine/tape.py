@@ -78,13 +78,19 @@ class Tape:
             raise RuntimeError("What a tape lends carries no graph: replay under torch.no_grad().")
         before = self._generators()
         player = _Player(self._entries)
-        with player:
-            yield
+        failure = None
+        try:
+            with player:
+                yield
+        except RuntimeError as e:  # perhaps because other numbers were drawn than in the recorded pass (LayerDrop, say)
+            failure = e
         if any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True)):
             raise UnrecordedRandomness(
                 "The student's forward drew random numbers that the tape does not record. It knows F.dropout, and the "
                 "dropout of scaled_dot_product_attention in its math kernel, without is_causal and enable_gqa."
-            )
+            ) from failure
+        if failure is not None:
+            raise failure
         if player.position != len(self._entries):
             raise _not_a_sequence(player.position, self._entries[player.position].call, "the end")
 
@@ -172,7 +178,8 @@ class _Player(TorchFunctionMode):
 def _call(name: str, args: tuple, kwargs: dict, output: Tensor) -> tuple:
     """What has to be the same in recording and replay."""
     x = args[0] if args else kwargs["query" if name == "attention" else "input"]
-    return name, tuple(x.shape), x.dtype, tuple(output.shape)
+    weight = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else kwargs.get("weight", kwargs.get("key"))
+    return name, tuple(x.shape), x.dtype, None if weight is None else tuple(weight.shape), tuple(output.shape)
 
 
 def _known(name: str, args: tuple, kwargs: dict) -> bool:

@@ -49,21 +49,32 @@ def parse(choice: str) -> Choice:
     return Choice(match[1] or match[2], int(match[3]))
 
 
-def restrict(module: nn.Module, choice: str, seed: int = 0) -> nn.Module:
-    """Freeze in place what `choice` leaves out, put the adapters in, and return the module.
-
-    Logits stay the same bit for bit. `seed` fixes the adapters' A; the global random state is left alone. Parameters that
-    were frozen before stay frozen. Raises UserError where the choice is malformed or does not fit the module.
-    """
+def check(module: nn.Module, choice: str) -> None:
+    """Raises UserError where `restrict` would, and changes nothing."""
     kind, number = parse(choice)
     if kind == "all":
-        return module
+        return
     layers = _layers(module, choice)
     if kind == "last" and number > len(layers):
         raise UserError(
             f"--teacher-params is {choice}, but {_name(module)} has {len(layers)} layers; choose last-{len(layers)} or "
             "fewer, head, or all."
         )
+    if kind == "lora":
+        _projections(module, layers, choice, number)
+
+
+def restrict(module: nn.Module, choice: str, seed: int = 0) -> nn.Module:
+    """Freeze in place what `choice` leaves out, put the adapters in, and return the module.
+
+    Logits stay the same bit for bit. `seed` fixes the adapters' A; the global random state is left alone. Parameters that
+    were frozen before stay frozen. Raises UserError where the choice is malformed or does not fit the module.
+    """
+    check(module, choice)
+    kind, number = parse(choice)
+    if kind == "all":
+        return module
+    layers = _layers(module, choice)
     trainable = {p for p in module.parameters() if p.requires_grad}
     wanted = _chosen(module, layers, number if kind == "last" else 0) & trainable
     if not wanted:
@@ -153,8 +164,8 @@ def _chosen(module: nn.Module, layers: list[nn.Module], last: int) -> set[nn.Par
     return set(module.parameters()) - left_out
 
 
-def _add_adapters(module: nn.Module, layers: list[nn.Module], choice: str, rank: int, seed: int) -> None:
-    """Adapters in place; every parameter that is not an adapter's is frozen."""
+def _projections(module: nn.Module, layers: list[nn.Module], choice: str, rank: int) -> dict[str, nn.Linear]:
+    """What gets adapters, by name; raises UserError where there is nothing, or nothing of that rank."""
     names = {id(m): name for name, m in module.named_modules()}
     targets = {
         names[id(m)]: m
@@ -172,6 +183,12 @@ def _add_adapters(module: nn.Module, layers: list[nn.Module], choice: str, rank:
             f"--teacher-params is {choice}, but the projections of {_name(module)} have rank {widest} at the most; choose a "
             "smaller rank, 8 is usual."
         )
+    return targets
+
+
+def _add_adapters(module: nn.Module, layers: list[nn.Module], choice: str, rank: int, seed: int) -> None:
+    """Adapters in place; every parameter that is not an adapter's is frozen."""
+    targets = _projections(module, layers, choice, rank)
     peft = importlib.import_module("peft")  # optional, and slow to import: two seconds
     config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=list(targets))
     mode = module.training

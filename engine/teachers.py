@@ -88,6 +88,7 @@ def prepare(
         optim.batch_size, seed,
     )  # fmt: skip
     progress = trainer.fit(phase)
+    network.flat.release_gradients()  # it may be frozen from here on
     checkpoint.save(file, checkpoint.module_tensors(network.module), {"progress": asdict(progress)})
     return Teacher(member, "fine-tuned", progress)
 

@@ -93,7 +93,7 @@ def meta_cotangent(
         weights = [1 / len(teachers)] * len(teachers)
     p = torch.softmax(mean / temperature, -1)
     u = _compute(tangent)
-    common = (-alpha / p.shape[0]) * p * (u - (p * u).sum(-1, keepdim=True))
+    common = (-alpha * p.shape[-1] / p.numel()) * p * (u - (p * u).sum(-1, keepdim=True))
     return [w * common for w in weights]
 
 

@@ -189,7 +189,7 @@ def test_new_storage_is_noticed(move):
     module.to(torch.float64), module.cpu(), module.requires_grad_(True), module.train()  # which move nothing
     flat.check()
     move(module)
-    with pytest.raises(RuntimeError, match="has left the flat buffer; move the module"):
+    with pytest.raises(RuntimeError, match="has left the flat buffer: the module was moved"):
         flat.check()
 
 

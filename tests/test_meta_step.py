@@ -215,3 +215,101 @@ def test_the_readmes_example_distils_digits(capsys):
     assert names["accuracy"](names["student"]) > 0.88
     assert all(names["accuracy"](teacher) > 0.92 for teacher in names["teachers"])
     assert "quiz loss" in capsys.readouterr().out
+
+
+def test_what_a_training_before_left_in_grad_is_not_stepped():
+    """The last `backward()` of a teacher's own training is no part of the meta-gradient; nor is half of one."""
+    clean, dirty = meta_step(), meta_step()
+    for module in (dirty.problem.student.module, *(t.module for t in dirty.problem.teachers)):
+        for p in module.parameters():
+            p.grad = torch.full_like(p, 7.0)
+    expected, got = run(clean, steps=1), run(dirty, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(expected[1], got[1], strict=True))
+    (x, y), quiz = data(0), [data(1)]
+    before = weights(clean)
+    with pytest.raises(IndexError):
+        clean([(x, y)], [*quiz, (x, y + 7)])  # no such class
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(clean), strict=True))
+    assert all(p.grad.abs().max() == 0 for t in clean.problem.teachers for p in t.module.parameters())
+
+
+def test_optimizers_belong_to_their_modules():
+    student, models = cnn(0), [cnn(1), cnn(2)]
+    optimizers = [torch.optim.AdamW(m.parameters()) for m in models]
+    with pytest.raises(ValueError, match="optimizer of the teacher 0 does not step"):
+        MetaStep(student, models, teacher_optimizers=optimizers[::-1])
+    with pytest.raises(ValueError, match="optimizer of the student does not step"):
+        MetaStep(student, models, student_optimizer=optimizers[0], teacher_optimizers=optimizers)
+    step = MetaStep(
+        student, models, teacher_weights="learned", student_optimizer=torch.optim.AdamW(student.parameters())
+    )
+    with pytest.raises(ValueError, match="teacher_optimizers"):
+        step([data(0)], [data(1)])
+
+
+def test_models_are_apart_and_in_full_precision():
+    with pytest.raises(ValueError, match="share the weight"):
+        MetaStep(cnn(0), [teacher := cnn(1), teacher])
+    student = cnn(0)
+    with pytest.raises(ValueError, match="student and the teacher 0 share"):
+        MetaStep(student, [student])
+    with pytest.raises(ValueError, match="bfloat16; keep weights in float32"):
+        MetaStep(cnn(0).bfloat16(), [cnn(1)])
+
+
+@pytest.mark.parametrize(("batches", "message"), [
+    ([], "of nothing"), (data(0)[0], "got Tensor"), ({"x": 1}, "got dict"), ([data(0)[0]], "got Tensor"), ([{"x": 1}], "got dict"),
+    (data(0), "got Tensor"),
+], ids=["empty", "tensor", "dict", "list of tensors", "list of dicts", "a pair"])  # fmt: skip
+def test_batches_are_lists_of_pairs(batches, message):
+    step = meta_step()
+    for pair in ((batches, [data(1)]), ([data(1)], batches)):
+        with pytest.raises(ValueError, match=message):
+            step(*pair)
+
+
+@pytest.mark.parametrize("settings", [
+    {"soft_loss": "kl_div"}, {"feature_loss": "pkd"}, {"temperature": 0.0}, {"alpha": 7.0}, {"beta": -1.0},
+    {"alpha": float("nan")},
+], ids=str)  # fmt: skip
+def test_an_objective_that_does_not_exist_is_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Objective(**settings)
+
+
+def test_logits_and_labels_do_not_broadcast():
+    logits, one = torch.randn(4, 3), torch.randn(4, 1)
+    for soft_loss in ("kl", "mse_prob", "mse_logits"):
+        with pytest.raises(ValueError, match="must agree"):
+            Objective(soft_loss).distil(Outputs(logits), [Outputs(one)], torch.zeros(4, dtype=torch.int64))
+    regression, labels = Objective("mse_logits", regression=True), torch.randn(4)
+    assert torch.equal(regression.hard(one, labels), regression.hard(one, labels[:, None]))
+
+
+class SometimesDeeper(nn.Module):
+    """A layer that every forward takes or leaves, as LayerDrop does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.extra, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = nn.functional.dropout(torch.tanh(self.inner(x)), 0.3, self.training)
+        if not self.training or torch.rand([]) < 0.5:
+            x = torch.tanh(self.extra(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_student_that_drops_layers_by_chance(seed):
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(5, 4, generator=generator), torch.randint(3, (5,), generator=generator)) for _ in range(2)]
+    found = {}
+    for strategy in ("exact", "double_backward"):
+        teacher = SometimesDeeper()
+        step = MetaStep(SometimesDeeper(), [teacher], strategy=strategy, pilot_lr=0.1)
+        torch.manual_seed(seed)
+        step.meta_gradient(batches[:1], batches[1:])
+        found[strategy] = torch.cat([p.grad.flatten() for p in teacher.parameters()])
+    torch.testing.assert_close(found["exact"], found["double_backward"], rtol=1e-4, atol=1e-8)
