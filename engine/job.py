@@ -109,7 +109,8 @@ class Job:
         student["best_step"] = self.trainer.finished[self.config.method.method].best_step
         self._warn_of_fallen(teachers)
         if self.learned_weights is not None:
-            for entry, weight in zip(teachers, self.learned_weights.module().tolist(), strict=True):
+            weights = self.learned_weights.module().tolist()  # sync: the training is over
+            for entry, weight in zip(teachers, weights, strict=True):
                 entry["weight"] = round(weight, 6)
         summary = self._summary(teachers, student, seconds)
         data = f"{self.config.data.data} ({self.splits.source}); " + ", ".join(
