@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import native, report, teacher_params
+from engine import kernels, native, report, teacher_params
 from engine.allocator import keep_freed_memory
 from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
@@ -76,6 +76,8 @@ class Job:
                 teacher_params.check(member.network.module, config.method.teacher_params)
             self._check_checkpointing()
         native.prepare(console.say)  # last: it may compile for some seconds
+        if self.teacher_members and self.objective.soft_loss == "kl":
+            self._say_kernels()
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -200,6 +202,13 @@ class Job:
                 self.console.warn(
                     f"the student has {size:,} parameters, its teacher {network.name} only {network.size():,}; a student "
                     "is meant to be smaller.")  # fmt: skip
+
+    def _say_kernels(self) -> None:
+        try:
+            chosen = kernels.backend(self.device.type)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.console.say(f"Kernels of the distillation loss: {chosen.name}, {chosen.why}.")
 
     def _objective(self) -> Objective:
         method = self.config.method

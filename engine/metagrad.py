@@ -77,10 +77,17 @@ class Meta(NamedTuple):
 
 
 Strategy = Callable[[Problem, Sequence[Batch], Sequence[Batch]], Meta]
-Loss = Callable[[Outputs], Tensor]
 
-# problem, forward of the student (parameters, precision), direction, the weights' names it is limited to, loss (None where
-# no H d is needed), tape -> outputs, J d, H d
+
+class Head(NamedTuple):
+    """The pilot loss as a function of the student's outputs alone."""
+
+    slopes: Callable[[Outputs], list[Tensor]]
+    slopes_along: Callable[[Outputs, Outputs], tuple[list[Tensor], list[Tensor]]]
+
+
+# problem, batch, random state, direction, the weights' names it is limited to, head (None where no H d is needed), tape
+# -> outputs, J d, H d
 Directional = Callable[..., tuple[Outputs, Outputs, Vector | None]]
 
 
@@ -151,12 +158,8 @@ def _walk_back(
             direction, carried = pilot.pull_back(j, v)
             weights = None if problem.weights is None else problem.weights.module().detach()
 
-            def loss(outputs: Outputs, given=answers[j], weights=weights, labels=pilots[j].labels) -> Tensor:
-                return objective.distil(outputs, given, labels, weights)
-
-            outputs, tangents, hd = directional(
-                problem, pilots[j], masks[j], direction, names, loss if j > 0 else None, tape
-            )
+            head = None if j == 0 else _head(objective, answers[j], pilots[j].labels, weights)
+            outputs, tangents, hd = directional(problem, pilots[j], masks[j], direction, names, head, tape)
             if j > 0:
                 v = carried.plus(hd)
             if last > 0:
@@ -173,6 +176,13 @@ def _walk_back(
             del taught
         after.restore()
     return Meta(torch.stack(losses).mean(), quiz_loss, masks, kept)
+
+
+def _head(objective: Objective, taught: list[Outputs], labels: Tensor, weights: Tensor | None) -> Head:
+    return Head(
+        lambda outputs: objective.slopes(outputs, taught, labels, weights)[1],
+        lambda outputs, tangents: objective.slopes_along(outputs, tangents, taught, labels, weights),
+    )
 
 
 def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
@@ -241,11 +251,11 @@ def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -
 
 
 def _forward_mode(
-    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: list[str] | None, loss: Loss | None,
+    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: list[str] | None, head: Head | None,
     tape: Tape | None,
 ) -> tuple[Outputs, Outputs, Vector | None]:  # fmt: skip
-    """Student outputs, their tangents J d and, with a loss, its H d, in one forward-mode pass along d."""
-    student, second = problem.student, loss is not None
+    """Student outputs, their tangents J d and, with a head, H d of its loss, in one forward-mode pass along d."""
+    student, second = problem.student, head is not None
     flat, leaves = student.flat, student.leaves()
     dtype = next(iter(leaves.values())).dtype
     masks.restore()
@@ -266,17 +276,18 @@ def _forward_mode(
                     masks.restore()
                     lookups.ids.clear(), lookups.leaves.clear()
                     outputs = student(batch, duals, higher=True)
+            unpacked = [None if t is None else forward_ad.unpack_dual(t) for t in outputs]
+            primal = Outputs(*(None if t is None else t.primal.detach() for t in unpacked))
+            tangent = Outputs(*(None if t is None else _or_zeros(t.tangent, t.primal) for t in unpacked))
             hd = None
             if second:
+                # the head's own derivatives are taken in reverse: of its loss, kernels have no others
+                slopes = [forward_ad.make_dual(*pair) for pair in zip(*head.slopes_along(primal, tangent), strict=True)]
                 inputs = [*duals.values(), *lookups.leaves]
-                found = [_tangent(g) for g in torch.autograd.grad(loss(outputs), inputs, allow_unused=True)]
+                found = torch.autograd.grad(outputs.given(), inputs, slopes, allow_unused=True)
+                found = [_tangent(g) for g in found]
                 hd = flat.vector(dict(zip(duals, found, strict=False)), lookups, found[len(duals) :])
-            unpacked = [None if t is None else forward_ad.unpack_dual(t) for t in outputs]
-            return (
-                Outputs(*(None if t is None else t.primal.detach() for t in unpacked)),
-                Outputs(*(None if t is None else _or_zeros(t.tangent, t.primal) for t in unpacked)),
-                hd,
-            )
+            return primal, tangent, hd
     except NotImplementedError as e:
         raise UserError(
             f"the student ({student.name}) has an operation without forward-mode derivatives "
@@ -295,7 +306,7 @@ def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
 
 
 def _central_difference(
-    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: None, loss: Loss | None, tape: None
+    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: None, head: Head | None, tape: None
 ) -> tuple[Outputs, Outputs, Vector | None]:
     """What `_forward_mode` gives, from the student's outputs (and gradients) a little ahead and behind along d.
 
@@ -307,16 +318,16 @@ def _central_difference(
     sides, gradients = [], []
     for side in (eps, -eps):
         masks.restore()
-        with problem.time_machine.perturbed(direction, side), torch.set_grad_enabled(loss is not None):
+        with problem.time_machine.perturbed(direction, side), torch.set_grad_enabled(head is not None):
             with flat.lookups() as lookups:
                 out = student(batch, repeated=True, precision="fp32")
-            if loss is not None:
-                gradients.append(flat.gradients_of([loss(out)], None, flat.parameters, lookups))
+            if head is not None:
+                gradients.append(flat.gradients_of(out.given(), head.slopes(out), flat.parameters, lookups))
             sides.append(out.detached())
     ahead, behind = sides
     mean = Outputs(*(None if a is None else (a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
     slope = Outputs(*(None if a is None else (a - b) / (2 * eps) for a, b in zip(ahead, behind, strict=True)))
-    hd = None if loss is None else gradients[0].plus(gradients[1], -1.0).scaled(1 / (2 * eps))
+    hd = None if head is None else gradients[0].plus(gradients[1], -1.0).scaled(1 / (2 * eps))
     return mean, slope, hd
 
 

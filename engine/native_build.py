@@ -75,6 +75,8 @@ class Toolchain:
             CSRC / "ops.cpp": [*cxx, *BINDINGS],
             CSRC / "checks.cpp": [*cxx, *BINDINGS],
             CSRC / "spans.cpp": [*cxx, *LOOPS],
+            CSRC / "kd.cpp": [*cxx, *BINDINGS],
+            CSRC / "kd_rows.cpp": [*cxx, *LOOPS],
         }
         if self.nvcc:
             home = self.nvcc.parents[1]

@@ -103,6 +103,23 @@ class Objective:
             loss = self.distil(head, [t.detached() for t in teachers], labels, weights)
             return loss.detach(), _gradients(loss, head.given())
 
+    def slopes_along(
+        self, student: Outputs, tangents: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """`slopes`, and how each changes as the student's outputs move along `tangents`.
+
+        The second is H u with H = d^2 L / d o_S^2. H is symmetric, so that it is also the gradient of < dL/do_S, u >: the
+        loss needs two derivatives in reverse, and none forward.
+        """
+        with torch.enable_grad():
+            head = student.detached(requires_grad=True)
+            loss = self.distil(
+                head, [t.detached() for t in teachers], labels, None if weights is None else weights.detach()
+            )
+            slopes = _gradients(loss, head.given(), create_graph=True)
+            inner = sum((s * u).sum() for s, u in zip(slopes, tangents.given(), strict=True))
+            return [s.detach() for s in slopes], _gradients(inner, head.given())
+
     def cotangents(
         self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, tangents: Outputs, weights: Tensor | None = None
     ) -> tuple[list[Outputs], Tensor | None]:  # fmt: skip

@@ -11,24 +11,26 @@ Source: Hinton, Vinyals and Dean (2015), with the softmax taken over the average
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def mean_logits(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """sum_k w_k z_k over K tensors of [..., C]; w_k = 1/K unless given. Raises ValueError on K = 0 or shapes that differ."""
-    if not teachers:
-        raise ValueError("kd_loss needs at least one teacher's logits; got none.")
-    if any(z.shape != teachers[0].shape for z in teachers):
-        raise ValueError(f"teachers' logits must share one shape; got {[tuple(z.shape) for z in teachers]}.")
     if weights is None:
-        weights = [1 / len(teachers)] * len(teachers)
-    if len(weights) != len(teachers):
-        raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
-    return sum(w * _compute(z) for w, z in zip(weights, teachers, strict=True))
+        weights = [1 / max(1, len(teachers))] * len(teachers)
+    check_teachers(teachers, weights)
+    return _mean(teachers, weights, arithmetic(teachers))
+
+
+def _mean(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None, dtype: torch.dtype) -> Tensor:
+    weights = [1 / len(teachers)] * len(teachers) if weights is None else weights
+    return sum(w * z.to(dtype) for w, z in zip(weights, teachers, strict=True))
 
 
 def kd_loss(
@@ -42,60 +44,133 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """KL over averaged teacher logits plus cross-entropy, differentiable twice in the student and every teacher.
-
-    Arithmetic is float32 (float64 for float64 inputs). `reduction` is "mean" (KL over rows, cross-entropy over rows whose
-    label is not `ignore_index`), "sum" or "none" ([...]). Raises ValueError on shapes or settings that do not fit.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}.")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}.")
-    mean = mean_logits(teachers, weights)
-    if student.shape != mean.shape:
-        raise ValueError(
-            f"student logits are {tuple(student.shape)}, teachers' are {tuple(mean.shape)}; they must agree."
-        )
-    student = _compute(student)
+    """`engine.kernels.kd_loss` by autograd: differentiable any number of times, forward mode included."""
+    dtype = arithmetic([student, *teachers])
+    mean, student = _mean(teachers, weights, dtype), student.to(dtype)
     log_p = F.log_softmax(mean / temperature, -1)
     log_q = F.log_softmax(student / temperature, -1)
-    soft = alpha * temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # [...]
-    soft = {"mean": soft.mean, "sum": soft.sum, "none": lambda: soft}[reduction]()
+    # a class that the teachers give no probability adds nothing, also where both logits are -inf; the inner choice keeps
+    # the derivative of the one that is not taken from being NaN
+    nothing = log_p == -torch.inf
+    distance = torch.where(nothing, 0.0, log_p) - torch.where(nothing, 0.0, log_q)
+    soft = alpha * temperature**2 * (log_p.exp() * distance).sum(-1)  # [...]
+    if reduction != "none":
+        soft = soft.mean() if reduction == "mean" and soft.numel() else soft.sum()  # no rows lose nothing
     if labels is None:
         return soft
+    check_labels(labels, student.shape[-1], ignore_index)
     classes = student.shape[-1]
     hard = F.cross_entropy(
-        student.reshape(-1, classes), labels.reshape(-1), ignore_index=ignore_index, reduction=reduction
-    )
+        student.reshape(-1, classes), labels.reshape(-1), ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+    )  # fmt: skip
+    if reduction == "mean":
+        hard = hard / counted(labels, ignore_index)
     return soft + (1 - alpha) * (hard.reshape(labels.shape) if reduction == "none" else hard)
 
 
+def kd_second(inputs: Sequence[Tensor], loss, upstream: Tensor, cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """What cotangents on the gradients of loss(*inputs) send to `upstream` and the inputs, with a graph of their own."""
+    gradients = torch.autograd.grad(loss(*inputs), inputs, upstream, create_graph=True, materialize_grads=True)
+    targets = [upstream, *inputs]
+    return list(torch.autograd.grad(gradients, targets, cotangents, create_graph=True, materialize_grads=True))
+
+
 def meta_cotangent(
-    student: Tensor,  # [B, C] logits; unused by the KL's closed form, part of the signature for losses that need it
-    teachers: Sequence[Tensor],  # K x [B, C] logits
-    tangent: Tensor,  # [B, C] u = J_S d, the change of the student's logits as its weights move along d
+    teachers: Sequence[Tensor],  # K x [..., C] logits
+    tangent: Tensor,  # [..., C]
     *,
     temperature: float,
     alpha: float,
     weights: Sequence[float] | Tensor | None = None,
 ) -> list[Tensor]:
-    """c_k = d/dz_k < dloss/dz_S, u > = -alpha w_k / B p (u - <p, u>): the gradient to each teacher's logits [B, C].
-
-    `loss` is `kd_loss` with the mean over B rows; its cross-entropy carries none. For a pilot step phi - eta dloss/dphi
-    and a quiz gradient v, the direction is d = -eta v.
-    """
-    mean = mean_logits(teachers, weights)
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}.")
-    if tangent.shape != mean.shape:
-        raise ValueError(f"the tangent is {tuple(tangent.shape)}, the logits are {tuple(mean.shape)}; they must agree.")
-    if weights is None:
-        weights = [1 / len(teachers)] * len(teachers)
-    p = torch.softmax(mean / temperature, -1)
-    u = _compute(tangent)
-    common = (-alpha * p.shape[-1] / p.numel()) * p * (u - (p * u).sum(-1, keepdim=True))
+    """`engine.kernels.meta_cotangent` of logits of R rows: -alpha w_k / R p (u - <p, u>)."""
+    dtype = arithmetic([tangent, *teachers])
+    weights = [1 / len(teachers)] * len(teachers) if weights is None else weights
+    p, u = torch.softmax(_mean(teachers, weights, dtype) / temperature, -1), tangent.to(dtype)
+    common = (-alpha / max(1, rows(p))) * p * (u - (p * u).sum(-1, keepdim=True))
     return [w * common for w in weights]
 
 
-def _compute(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def kd_rows(
+    student: Tensor,  # [R, C]
+    teachers: Sequence[Tensor],  # K x [R, C]
+    labels: Tensor | None,  # [R]
+    weights: Tensor | None,  # [K]
+    constants: Sequence[float],  # K
+    temperature: float,
+    alpha: float,
+    ignore_index: int,
+    soft_scale: float,
+    hard_scale: Tensor | None,  # []
+) -> tuple[Tensor, Tensor]:
+    """Row losses and their gradient to the student, in closed form; see kd_kernels.py."""
+    dtype = arithmetic([student, *teachers])
+    mean, s = _mean(teachers, constants if weights is None else weights, dtype), student.to(dtype)
+    log_p, log_q = F.log_softmax(mean / temperature, -1), F.log_softmax(s / temperature, -1)
+    p = log_p.exp()
+    distance = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    loss = soft_scale * alpha * temperature**2 * (p * distance).sum(-1)
+    gradient = soft_scale * alpha * temperature * (log_q.exp() - p)
+    if labels is not None:
+        check_labels(labels, s.shape[-1], ignore_index)
+        scale = (labels != ignore_index) * (1 - alpha) * (1.0 if hard_scale is None else hard_scale)
+        log_q1, label = F.log_softmax(s, -1), labels.clamp_min(0).unsqueeze(-1)
+        loss = loss - scale * log_q1.gather(-1, label).squeeze(-1)
+        gradient += scale.unsqueeze(-1) * log_q1.exp().scatter_add_(
+            -1, label, torch.full_like(label, -1, dtype=s.dtype)
+        )
+    return loss, gradient
+
+
+def check_teachers(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor) -> None:
+    if not teachers:
+        raise ValueError("kd_loss needs at least one teacher's logits; got none.")
+    if any(z.shape != teachers[0].shape for z in teachers):
+        raise ValueError(f"teachers' logits must share one shape; got {[tuple(z.shape) for z in teachers]}.")
+    if len(weights) != len(teachers):
+        raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
+    if isinstance(weights, Tensor) and (weights.dim() != 1 or weights.device != teachers[0].device):
+        raise ValueError(
+            f"weights must be [K] on the logits' device, {teachers[0].device}; got {tuple(weights.shape)} on {weights.device}."
+        )
+
+
+def check_labels(labels: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Raises IndexError naming the first that is out of range. Only where looking waits for no device, or is asked for.
+
+    $ENGINE_KERNELS_CHECK=1 has labels looked at on every device.
+    """
+    if labels is None or type(labels) is not Tensor or torch.compiler.is_compiling():
+        return
+    if labels.device.type != "cpu" and os.environ.get("ENGINE_KERNELS_CHECK", "0") != "1":
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bad.any():
+        raise IndexError(
+            f"label {labels[bad][0].item()} is out of range; labels are 0 to {classes - 1}, or {ignore_index} to be ignored."
+        )
+
+
+def counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """How many labels [] count in a mean: those that are not ignored, one at least."""
+    return (labels != ignore_index).sum().clamp_min(1)
+
+
+def rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def arithmetic(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What to compute in: float64 where a tensor is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def forward_mode(tensors: Sequence[Tensor]) -> bool:
+    """Whether one carries a forward-mode tangent, which the kernels would lose without a word."""
+    return not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors)
+
+
+def leaf(t: Tensor) -> Tensor:
+    """To differentiate by: in the graph that t has, or else the beginning of one."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()

@@ -4,10 +4,27 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from run_helpers import sentences, succeed, table
+
+from engine import native
 
 # Runs with a cache of their own need not compile the native operations again.
 os.environ.setdefault("METADISTIL_NATIVE_CACHE", str(Path("~/.cache/metadistil-engine/native").expanduser()))
+# On a CPU Triton's kernels are interpreted; Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["reference", "triton", "cpp"])
+def backend(request, monkeypatch):
+    """What `engine.kernels` computes with, on the CPU. One that is missing fails; only a user may switch one off."""
+    if request.param == "cpp":
+        chosen = native.backend()
+        if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):
+            pytest.skip(f"nothing is compiled here, {chosen.why}")
+    monkeypatch.setenv("ENGINE_KERNELS", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")

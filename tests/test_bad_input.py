@@ -322,6 +322,11 @@ def test_student_with_a_sample_number(refused):
     refused(flags("d.tsv", "out", student="bert2"), "--student is 'bert2'")
 
 
+def test_unknown_kernels(refused, monkeypatch):
+    monkeypatch.setenv("ENGINE_KERNELS", "cuda")
+    refused(flags("d.tsv", "out"), "ENGINE_KERNELS is 'cuda'", "auto, triton, cpp, reference")
+
+
 # Output directories
 
 

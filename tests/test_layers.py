@@ -26,10 +26,10 @@ LAYERS = [
         "checkpoint",
         "monitor",
         "embedded",
-        "kernels",
     },
     {"native", "native_build", "native_reference", "flat", "encoder_layers"}
     | {"tape", "checkpointing", "weights", "features"},
+    {"kernels"},
     {"data"},
     {"network", "time_machine", "optim", "models", "teacher_params"},
     {"objectives", "pilot", "learner", "evaluation"},

@@ -1,0 +1,87 @@
+"""c_k = d/dz_k < d loss / d z_S, u >, in closed form and one pass: what the meta-gradient sends to each teacher's logits.
+
+For `kd_loss` with the mean over R rows, p = softmax(zbar / T):  c_k = -alpha w_k / R p (u - <p, u>), row by row. Its
+cross-entropy carries none. Source: design of the exact meta-gradient, engine/metagrad.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.kernels.ops import backends, reference
+from engine.kernels.ops.kd_loss import check, split_weights
+
+
+def meta_cotangent(
+    student: Tensor,  # [..., C] logits; the closed form needs their shape alone
+    teachers: Sequence[Tensor],  # K x [..., C] logits
+    tangent: Tensor,  # [..., C] u = J_S d, the change of the student's logits as its weights move along d
+    *,
+    temperature: float,
+    alpha: float,
+    weights: Sequence[float] | Tensor | None = None,
+) -> list[Tensor]:
+    """c_k for every teacher, K x [..., C] in float32 (float64 where an input is), differentiable in teachers and tangent.
+
+    For a pilot step phi - eta dloss/dphi and a quiz gradient v, the direction is d = -eta v. Raises ValueError on shapes,
+    dtypes or settings that do not fit.
+    """
+    teachers = list(teachers)
+    check(student, teachers, None, temperature, weights, "mean")
+    if tangent.shape != student.shape or tangent.device != student.device or not tangent.is_floating_point():
+        raise ValueError(
+            f"the tangent is {tangent.dtype} {tuple(tangent.shape)} on {tangent.device}, the logits are "
+            f"{tuple(student.shape)} on {student.device}; they must agree, in a floating dtype."
+        )
+    settings = {"temperature": temperature, "alpha": alpha}
+    plain = backends.backend(student.device.type).name == "reference"
+    learned = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
+    if plain or learned or reference.forward_mode([tangent, *teachers]):
+        return reference.meta_cotangent(teachers, tangent, weights=weights, **settings)
+    teachers, weights, constants = split_weights(teachers, weights)
+    return torch.ops.metadistil.meta_cotangent(teachers, tangent, weights, constants, temperature, alpha)
+
+
+def _meta_cotangent(teachers, tangent, weights, constants, temperature, alpha):
+    kernels = backends.module(tangent.device.type)
+    factor = -alpha / max(1, reference.rows(tangent))
+    return kernels.kd_cotangent(teachers, tangent, weights, constants, temperature, factor)
+
+
+def _setup(ctx, inputs, output) -> None:
+    teachers, tangent, weights, *ctx.settings = inputs
+    ctx.weighted = weights is not None
+    ctx.save_for_backward(*([weights] if ctx.weighted else []), tangent, *teachers)
+
+
+def _backward(ctx, arriving) -> tuple:
+    """By the reference, which has derivatives of every order; nothing in training takes this one."""
+    weights, tangent, *teachers = ctx.saved_tensors if ctx.weighted else (None, *ctx.saved_tensors)
+    constants, temperature, alpha = ctx.settings
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tangent, *teachers = (reference.leaf(t) for t in (tangent, *teachers))
+        found = reference.meta_cotangent(
+            teachers, tangent, temperature=temperature, alpha=alpha, weights=constants if weights is None else weights
+        )
+        to_tangent, *to_teachers = torch.autograd.grad(
+            found, [tangent, *teachers], arriving, create_graph=create_graph
+        )  # fmt: skip
+    return to_teachers, to_tangent, None, None, None, None
+
+
+torch.library.define(
+    "metadistil::meta_cotangent",
+    "(Tensor[] teachers, Tensor tangent, Tensor? weights, float[] constants, float temperature, float alpha) -> Tensor[]",
+)
+torch.library.impl("metadistil::meta_cotangent", ("CPU", "CUDA"), _meta_cotangent)
+torch.library.register_autograd("metadistil::meta_cotangent", _backward, setup_context=_setup)
+
+
+@torch.library.register_fake("metadistil::meta_cotangent")
+def _(teachers, tangent, weights, constants, temperature, alpha):
+    dtype = reference.arithmetic([tangent, *teachers])
+    return [torch.empty(t.shape, dtype=dtype, device=t.device) for t in teachers]

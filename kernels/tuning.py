@@ -1,0 +1,94 @@
+"""How a kernel is cut into programs: by rule where it hardly matters, else by trying, once for each device and shape."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+logger = logging.getLogger("engine.kernels")
+
+
+class Plan(NamedTuple):
+    """Whole rows, block_r of them, in a program (tiled false), or tiles of block_c classes of a row."""
+
+    tiled: bool
+    block_r: int
+    block_c: int
+    warps: int
+
+
+def plans(classes: int, on_chip: int, most_tiles: int) -> list[Plan]:
+    """For rows of so many classes; the first is the one that is taken untried. One alone up to 1024 classes."""
+    width = triton.next_power_of_2(classes)
+    if width <= 1024:
+        return [Plan(False, max(1, 1024 // width), width, 4)]
+    usual = max(4, width // 1024)
+    whole = [Plan(False, 1, width, w) for w in sorted({4, 8, 16}, key=lambda w: abs(w - usual))]
+    sizes = [(4096, 8), (4096, 4), (2048, 4), (8192, 8), (8192, 16), (16384, 16)]
+    least = triton.next_power_of_2(triton.cdiv(classes, most_tiles))
+    tiles = [Plan(True, 1, c, w) for c, w in sizes if least <= c < width] or [Plan(True, 1, least, 16)]
+    if width <= on_chip:
+        return whole + tiles
+    return tiles + whole if width <= 2 * on_chip else tiles
+
+
+def resident(device: torch.device, warps: int) -> int:
+    """Programs that a device can run at once."""
+    if device.type != "cuda":
+        return 2
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count * max(1, found.max_threads_per_multi_processor // (32 * warps))
+
+
+def choose(
+    key: Sequence[Hashable], choices: Sequence[Plan], launch: Callable[[Plan], None], device: torch.device
+) -> Plan:
+    """The quickest plan for `key`, tried at its first use and then remembered, on disk too: another plan adds in another
+    order, and a resumed run must give the same bits. During the capture of a CUDA graph, and on a CPU, the first one."""
+    if len(choices) == 1 or device.type != "cuda":
+        return choices[0]
+    key = " ".join(map(str, key))
+    known = _known(torch.cuda.get_device_name(device))
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return choices[0]
+        times = {plan: triton.testing.do_bench(lambda plan=plan: launch(plan), warmup=10, rep=50) for plan in choices}
+        known[key] = list(min(times, key=times.get))
+        logger.info("tuned %s: %s", key, Plan(*known[key]))
+        _remember(torch.cuda.get_device_name(device), known)
+    return Plan(*known[key])
+
+
+@cache
+def _known(device: str) -> dict[str, list]:
+    try:
+        return json.loads(_file(device).read_text())
+    except (OSError, ValueError):  # none yet, or one that was cut off
+        return {}
+
+
+def _remember(device: str, known: dict[str, list]) -> None:
+    file = _file(device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
+            json.dump(known, written, indent=1)
+        os.replace(written.name, file)
+    except OSError as error:
+        logger.warning("the plans of the kernels are not kept for the next run: %s: %s", file, error.strerror)
+
+
+def _file(device: str) -> Path:
+    """Of this device, this Triton and these kernels."""
+    root = Path(os.environ.get("METADISTIL_CACHE") or "~/.cache/metadistil-engine").expanduser()
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("kd_*.py")))
+    digest = hashlib.sha256(b"\0".join([device.encode(), triton.__version__.encode(), sources])).hexdigest()[:16]
+    return root / "kernels" / f"plans-{digest}.json"
