@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test slow check bench clean
+.PHONY: help run test slow check bench gpu-check clean
 
 PYTHON ?= python
 ARGS ?= --teachers bert,bert2 --student distilbert
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run:  ## distil: make run ARGS="--teachers bert --student tinybert"
 	$(PYTHON) -m engine.train $(ARGS)
@@ -23,6 +23,11 @@ check:  ## what ruff finds, and what it would format; changes nothing
 bench:  ## check, then time what stands in bench/ (pytest-benchmark)
 	@if [ -z "$(wildcard bench/bench_*.py bench/test_*.py)" ]; then echo "bench/ holds no benchmarks yet."; \
 	else $(PYTHON) -m pytest bench; fi
+
+gpu-check:  ## on a machine with a GPU: its tests, then the kernels' benchmark, kept in bench/results/
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device is here'"
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest bench/bench_kernels.py --full --save
 
 clean:  ## remove build products and caches; results in runs/ and environments stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks engine/_native-*.so

@@ -90,12 +90,12 @@ def _fused(
     rows, classes, shape = reference.rows(hidden_s), weight_s.shape[0], hidden_s.shape
     hidden_s, hidden_t = hidden_s.reshape(rows, -1), [h.reshape(rows, -1) for h in hidden_t]
     labels = None if labels is None else labels.reshape(rows)
-    # Rows are scaled at the end: float16 cannot hold a gradient divided by thousands of them.
     scale, hard = 1.0, None
     if reduction == "mean":
         scale = 1 / max(1, rows)
         if labels is not None:
             hard = rows / reference.counted(labels, ignore_index).to(reference.arithmetic([hidden_s, *hidden_t]))
+    now = 1.0 if _scaled_late(hidden_s) else scale
     size = min(max(1, rows), max(1, CHUNK.get(hidden_s.device.type, CHUNK["cpu"]) // classes))
     chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
     buffers = [h.new_empty(size, classes) for h in (hidden_s, *hidden_t)]
@@ -113,9 +113,9 @@ def _fused(
             ignore_index, hard, in_place=to_hidden is not None or to_weight is not None,
         ).sum()  # fmt: skip
         if to_hidden is not None:
-            torch.addmm(to_hidden[chunk], student, weight_s, beta=0, alpha=scale, out=to_hidden[chunk])
+            torch.addmm(to_hidden[chunk], student, weight_s, beta=0, alpha=now, out=to_hidden[chunk])
         if to_weight is not None:
-            _add_product(to_weight, student, hidden_s[chunk], scale)
+            _add_product(to_weight, student, hidden_s[chunk], now)
     student = teachers = logits = buffers = None  # before the sum is rounded to the weights' dtype
     to_hidden = hidden_s.new_empty(0) if to_hidden is None else to_hidden.view(shape)
     return loss * scale, to_hidden, weight_s.new_empty(0) if to_weight is None else to_weight.to(weight_s.dtype)
@@ -134,6 +134,11 @@ def _rows(student, teachers, labels, weights, constants, temperature, alpha, ign
     if in_place:
         return kernels.kd_rows_(*arguments)
     return kernels.kd_first(*arguments, None, True, [False] * (1 + len(teachers)))[0]
+
+
+def _scaled_late(hidden_s: Tensor) -> bool:
+    """Whether gradients are divided by the rows in the backward: float16 holds them only times a GradScaler's factor."""
+    return hidden_s.dtype == torch.float16
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float) -> None:
@@ -168,6 +173,8 @@ def _setup(ctx, inputs, output) -> None:
     hidden_s, weight_s, hidden_t, weight_t, labels, weights, *ctx.settings, to_hidden, to_weight = inputs
     ctx.wanted, ctx.gradients, ctx.teachers = (to_hidden, to_weight), output[1:], len(hidden_t)
     ctx.mark_non_differentiable(*output[1:])
+    mean = ctx.settings[-1] == "mean"
+    ctx.late = 1 / max(1, reference.rows(hidden_s)) if mean and _scaled_late(hidden_s) else 1.0
     optional = [t for t in (labels, weights) if t is not None]
     ctx.given = labels is not None, weights is not None
     ctx.save_for_backward(hidden_s, weight_s, *hidden_t, *weight_t, *optional)
@@ -178,10 +185,10 @@ def _backward(ctx, upstream, _to_hidden, _to_weight) -> tuple:
     if gradients is None:  # a second backward: the first gave them away
         gradients = _again(ctx)
     gradients = [g for g, w in zip(gradients, ctx.wanted, strict=True) if w]
-    if type(upstream) is Tensor:
+    if ctx.late == 1 and type(upstream) is Tensor:
         torch.ops.metadistil.kd_scale_(gradients, upstream)
-    else:  # traced for torch.compile, where outputs of the forward are not written in the backward
-        gradients = [g * upstream.to(g.dtype) for g in gradients]
+    else:  # also traced for torch.compile, where outputs of the forward are not written in the backward
+        gradients = [(g * (upstream * ctx.late)).to(g.dtype) for g in gradients]
     if torch.is_grad_enabled():
         sources = [t for t, w in zip(ctx.saved_tensors[:2], ctx.wanted, strict=True) if w]
         gradients = [_FirstOrder.apply(g, *sources) for g in gradients]

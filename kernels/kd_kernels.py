@@ -372,9 +372,11 @@ def kd_second_kernel(
 
 @triton.jit
 def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """x [n] = factor x; a few programs pass over all of it, so that a factor of 1 costs no more than their start."""
     f = tl.load(factor)
+    dtype: tl.constexpr = f.dtype if f.dtype.is_fp64() else tl.float32
     if f != 1:
-        here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + here, mask=here < n, other=0.0)
-        dtype: tl.constexpr = f.dtype if f.dtype.is_fp64() else tl.float32
-        tl.store(x + here, (value.to(dtype) * f.to(dtype)).to(x.dtype.element_ty), mask=here < n)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+            here = start + tl.arange(0, BLOCK)
+            value = tl.load(x + here, mask=here < n, other=0.0).to(dtype) * f.to(dtype)
+            tl.store(x + here, value.to(x.dtype.element_ty), mask=here < n)

@@ -55,8 +55,10 @@ def kd_loss(
             reduction=reduction,
         )  # fmt: skip
     teachers, weights, constants = split_weights(teachers, weights)
-    # "none" waits for the gradient of every row
-    wanted = [reduction != "none" and torch.is_grad_enabled() and t.requires_grad for t in (student, *teachers)]
+    inputs = (student, *teachers)
+    # "none" waits for the gradient of every row, and float16 for the factor of a GradScaler, without which it underflows
+    early = reduction != "none" and torch.is_grad_enabled() and all(t.dtype != torch.float16 for t in inputs)
+    wanted = [early and t.requires_grad for t in inputs]
     settings = (labels, weights, constants, temperature, alpha, ignore_index, reduction)
     return torch.ops.metadistil.kd_loss(student, teachers, *settings, wanted)[0]
 
@@ -223,7 +225,7 @@ def _backward_loss(ctx, upstream, _) -> tuple:
     elif type(upstream) is Tensor:  # nobody else has them; a second backward computes them again
         torch.ops.metadistil.kd_scale_(gradients, upstream)
     else:  # traced for torch.compile, where outputs of the forward are not written in the backward
-        gradients = [g * upstream.to(g.dtype) for g in gradients]
+        gradients = [(g * upstream).to(g.dtype) for g in gradients]
     return *_placed(gradients, wanted), *[None] * (n - 2)
 
 

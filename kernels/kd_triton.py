@@ -142,8 +142,8 @@ class _Common:
         constants |= {"BLOCK_R": plan.block_r, "BLOCK_C": plan.block_c, "num_warps": plan.warps}
         if not plan.tiled:
             return (triton.cdiv(lie.rows, plan.block_r),), constants, (None, None, 0, 1)
-        # as many rows of statistics ahead of a gradient as the programs that run at once can be busy with
-        lag = min(lie.rows, triton.cdiv(resident(self.device, plan.warps), 2 * tiles) + 1)
+        # a gradient comes so many rows after the statistics that these have been done by the programs that run at once
+        lag = min(lie.rows, triton.cdiv(resident(self.device, plan.warps), tiles) + 1)
         parts = torch.empty(lie.rows * STATISTICS.value * tiles, dtype=lie.dtype, device=self.device)
         tickets = torch.zeros(1 + lie.rows, dtype=torch.int32, device=self.device)
         return ((lie.rows + lag) * 2 * tiles,), constants, (parts, tickets, lag, tiles)
@@ -162,7 +162,9 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     for x in tensors:
         if x.numel():
             with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-                scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096)
+                scale_kernel[(min(triton.cdiv(x.numel(), 2048), 8 * resident(x.device, 4)),)](
+                    x, factor, x.numel(), BLOCK=2048
+                )
 
 
 def _output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -41,11 +41,10 @@ def plans(classes: int, on_chip: int, most_tiles: int) -> list[Plan]:
 
 
 def resident(device: torch.device, warps: int) -> int:
-    """Programs that a device can run at once."""
+    """About how many programs a device runs at once; the kernels take some 100 registers a thread."""
     if device.type != "cuda":
         return 2
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count * max(1, found.max_threads_per_multi_processor // (32 * warps))
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 20 // warps)
 
 
 def choose(

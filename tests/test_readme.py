@@ -37,6 +37,15 @@ def test_commands_use_what_is_in_the_repository():
         assert f"torch=={dict(pins())['torch']}" in command
 
 
+def test_the_example_of_the_kernels(capsys):
+    names = {}
+    exec(compile(block("example: kernels", "python"), "README.md", "exec"), names)
+    teacher = names["teachers"][1]
+    assert names["gradient"].shape == names["student"].shape and names["second"].shape == teacher.shape
+    assert names["second"].norm() > 0 and names["hidden"].grad.norm() > 0 and names["head"].grad.norm() > 0
+    assert re.fullmatch(r"loss \d+\.\d\d, to the second teacher \d\.\de-\d+, cotangents 2\n", capsys.readouterr().out)
+
+
 def pins() -> list[tuple[str, str]]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return [tuple(line.split("==")) for line in lines if not line.startswith("#")]
