@@ -173,6 +173,7 @@ def _setup(ctx, inputs, output) -> None:
     hidden_s, weight_s, hidden_t, weight_t, labels, weights, *ctx.settings, to_hidden, to_weight = inputs
     ctx.wanted, ctx.gradients, ctx.teachers = (to_hidden, to_weight), output[1:], len(hidden_t)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros for both gradients
     mean = ctx.settings[-1] == "mean"
     ctx.late = 1 / max(1, reference.rows(hidden_s)) if mean and _scaled_late(hidden_s) else 1.0
     optional = [t for t in (labels, weights) if t is not None]

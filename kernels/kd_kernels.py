@@ -120,7 +120,8 @@ def _statistics(
     top_s, rs = _shifted(s)
     top_m, rm = _shifted(m)
     es, em, e1, d = _exponentials(rs, rm, inv_t, STUDENT, HARD)
-    nothing = top_m - top_m
+    sum_m = _sum(em)
+    nothing = sum_m - sum_m  # not of the maxima: a tile may have none
     at_label = columns == label
     sum_s, sum_1, sum_d, at_y = nothing, nothing, nothing, nothing
     x_s, x_1, a_d, x_m, a_m, x_y = nothing, nothing, nothing, nothing, nothing, nothing
@@ -136,7 +137,7 @@ def _statistics(
                 x_1, x_y = _sum(e1 * x), _sum(tl.where(at_label, x, 0.0))
     if GIVEN > 1:
         a_m, a_d = _sum(em * a), _sum(em * d * a)
-    return top_s, top_m, sum_s, _sum(em), sum_1, sum_d, at_y, x_s, x_m, x_1, a_m, a_d, x_y
+    return top_s, top_m, sum_s, sum_m, sum_1, sum_d, at_y, x_s, x_m, x_1, a_m, a_d, x_y
 
 
 @triton.jit

@@ -213,6 +213,7 @@ def _setup_loss(ctx, inputs, output) -> None:
     student, teachers, *settings, ctx.wanted = inputs
     ctx.gradients = output[1] if any(ctx.wanted) else None
     ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)  # else zeros for every gradient
     _save(ctx, [], student, teachers, settings)
 
 
