@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from bench.kernel_table import render_kernels
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -44,7 +46,7 @@ def collect(directories: list[str]) -> dict[str, Any]:
 
 def render(results: dict[str, Any]) -> str:
     """The table of a file of results, by its kind."""
-    return {"runs": render_runs, "meta-step": render_meta_step}[results["kind"]](results)
+    return {"runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels}[results["kind"]](results)
 
 
 def render_meta_step(results: dict[str, Any]) -> str:
@@ -59,7 +61,7 @@ def render_meta_step(results: dict[str, Any]) -> str:
     spread = max((row["slowest"] - row["fastest"]) / row["seconds"] for row in timed)
     parts.append(
         f"Medians of three steps, spread (slowest less fastest) at most {100 * spread:.0f} % of the median; memory is the "
-        f"highest resident memory in a step over what was resident before it. {_machine(results['hardware'], results['versions'])}"
+        f"highest resident memory in a step over what was resident before it. {_machines(results)}"
     )
     return "\n\n".join(parts)
 
@@ -132,6 +134,11 @@ def _pilots(rows: list[dict[str, Any]]) -> str:
 
 def _cost(row: dict[str, Any]) -> str:
     return f"{row['seconds']:.2f} s, {row['growth'] / 2**20:,.0f} MiB"
+
+
+def _machines(results: dict[str, Any]) -> str:
+    """Of its rows; files from before rows named theirs have the facts of one beside them."""
+    return " ".join(_machine(m["hardware"], m["versions"]) for m in results.get("machines") or [results])
 
 
 def _machine(hardware: dict[str, Any], versions: dict[str, str]) -> str:

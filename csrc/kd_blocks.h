@@ -1,4 +1,5 @@
-// The loops of kd_rows.cpp over one block of a row, and how it is read; for that file alone.
+// The loops of kd_rows.cpp over one block of a row, those of kd_few.cpp over one class of 32 rows, and how numbers are
+// read; for these files alone.
 //
 // Sums run in lanes of their own, and no product is fused with a sum (-ffp-contract=off), so that the bits do not
 // depend on the vector width that a machine has.
@@ -27,7 +28,7 @@ namespace {
 constexpr int64_t LANES = 32;  // scratch is padded to this many, so that no sum over it has a tail
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 template <typename To, typename From>
 INLINE To as(From from) {
@@ -151,12 +152,20 @@ INLINE void weigh(const T* __restrict x, T w, bool first, T* __restrict y, int64
   }
 }
 
-// Logits to exponentials, and d, 0 where it takes no part. Inputs may be the outputs.
+// From here on V is T, the number of a row, or const T*, a number for each i where each is of another row.
+INLINE float at(float x, int64_t) { return x; }
+INLINE double at(double x, int64_t) { return x; }
 template <typename T>
-INLINE void soften(const T* z_s, const T* z_m, T* s, T* m, T* d, T inverse, T top_s, T top_m, int64_t n) {
+INLINE T at(const T* x, int64_t i) {
+  return x[i];
+}
+
+// Logits to exponentials, and d, 0 where it takes no part. Inputs may be the outputs.
+template <typename T, typename V>
+INLINE void soften(const T* z_s, const T* z_m, T* s, T* m, T* d, T inverse, V top_s, V top_m, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
-    const T x = z_s[i] - top_s, y = z_m[i] - top_m;
+    const T x = z_s[i] - at(top_s, i), y = z_m[i] - at(top_m, i);
     const T e = exponential(y * inverse), difference = (y - x) * inverse;
     s[i] = exponential(x * inverse);
     m[i] = e;
@@ -164,18 +173,18 @@ INLINE void soften(const T* z_s, const T* z_m, T* s, T* m, T* d, T inverse, T to
   }
 }
 
-template <typename T>
-INLINE void exponentials(const T* __restrict x, T* __restrict y, T inverse, T top, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] = exponential((x[i] - top) * inverse);
+template <typename T, typename V>
+INLINE void exponentials(const T* __restrict x, T* __restrict y, T inverse, V top, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = exponential((x[i] - at(top, i)) * inverse);
 }
 
-template <typename T>
-INLINE void combine(const T* __restrict x, T a, const T* __restrict y, T b, const T* __restrict z, T c,
+template <typename T, typename V>
+INLINE void combine(const T* __restrict x, V a, const T* __restrict y, V b, const T* __restrict z, V c,
                     T* __restrict out, int64_t n) {
   if (z) {
-    for (int64_t i = 0; i < n; i++) out[i] = a * x[i] + b * y[i] + c * z[i];
+    for (int64_t i = 0; i < n; i++) out[i] = at(a, i) * x[i] + at(b, i) * y[i] + at(c, i) * z[i];
   } else {
-    for (int64_t i = 0; i < n; i++) out[i] = a * x[i] + b * y[i];
+    for (int64_t i = 0; i < n; i++) out[i] = at(a, i) * x[i] + at(b, i) * y[i];
   }
 }
 
@@ -201,22 +210,25 @@ INLINE T covariance(const T* __restrict x, const T* __restrict y, T mean_y, cons
 }
 
 // out (+)= a x (y - mean)
-template <typename T>
-INLINE void centred(const T* __restrict x, T a, const T* __restrict y, T mean, bool add, T* __restrict out, int64_t n) {
+template <typename T, typename V>
+INLINE void centred(const T* __restrict x, V a, const T* __restrict y, V mean, bool add, T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    const T value = x[i] > 0 ? a * x[i] * (y[i] - mean) : 0;
+    const T value = x[i] > 0 ? at(a, i) * x[i] * (y[i] - at(mean, i)) : 0;
     out[i] = add ? out[i] + value : value;
   }
 }
 
 // out += a x ((y - mean_y)(1 + d - mean_d) - v)
-template <typename T>
-INLINE void curved(const T* __restrict x, T a, const T* __restrict y, T mean_y, const T* __restrict d, T mean_d, T v,
+template <typename T, typename V>
+INLINE void curved(const T* __restrict x, V a, const T* __restrict y, V mean_y, const T* __restrict d, V mean_d, V v,
                    T* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) out[i] += x[i] > 0 ? a * x[i] * ((y[i] - mean_y) * (1 + d[i] - mean_d) - v) : 0;
+  for (int64_t i = 0; i < n; i++) {
+    const T bent = (y[i] - at(mean_y, i)) * (1 + d[i] - at(mean_d, i)) - at(v, i);
+    out[i] += x[i] > 0 ? at(a, i) * x[i] * bent : 0;
+  }
 }
 
-// The attribute takes plain functions only, hence one of each loop by type.
+// The attribute takes plain functions only, hence one of each loop by type, where they are used.
 #define BLOCKS(T)                                                                                                      \
   CLONES Peak<T> peak_block(const T* x, int64_t n) { return peak(x, n); }                                              \
   CLONES T total_block(const T* x, int64_t n) { return total(x, n); }                                                  \
@@ -241,8 +253,6 @@ INLINE void curved(const T* __restrict x, T a, const T* __restrict y, T mean_y, 
   CLONES void curved_block(const T* x, T a, const T* y, T mean_y, const T* d, T mean_d, T v, T* out, int64_t n) {      \
     curved(x, a, y, mean_y, d, mean_d, v, out, n);                                                                     \
   }
-BLOCKS(float)
-BLOCKS(double)
 CLONES void widen_block(const BF16* x, float* y, int64_t n) { widen(x, y, n); }
 CLONES void widen_block(const F16* x, float* y, int64_t n) { widen(x, y, n); }
 CLONES void narrow_block(const float* x, BF16* y, int64_t n) { narrow(x, y, n); }

@@ -23,6 +23,7 @@
 //
 // A row is gathered into scratch block by block, unless it can be read in place (a quarter less time at 32000 float32
 // classes); exponentials stay there for every result. Sums run in lanes within a block, in double from block to block.
+// Rows of few classes go to kd_few.cpp.
 #include "kd_rows.h"
 
 #include <cmath>
@@ -37,6 +38,9 @@
 
 namespace metadistil {
 namespace {
+
+BLOCKS(float)
+BLOCKS(double)
 
 constexpr int64_t BLOCK = 1024;  // 4 KiB of float: the few arrays of a step stay in the first-level cache
 constexpr std::align_val_t LINE{64};
@@ -242,6 +246,7 @@ bool any(const KdCall& call) {
 
 template <typename T>
 void kd_first_rows(const KdCall& call, int64_t begin, int64_t end) {
+  if (call.classes <= FEW) return kd_first_few<T>(call, begin, end);
   Row<T> x(call, any(call), false);
   for (int64_t row = begin; row < end; row++) {
     if (!x.load(row)) {
@@ -250,8 +255,7 @@ void kd_first_rows(const KdCall& call, int64_t begin, int64_t end) {
     }
     x.soften();
     if (call.rows) x.write_scalar(x.loss());
-    const double u = scalar(call.upstream, row), uc = u * call.soft * call.temperature;
-    const double ug = x.counted ? u * call.hard : 0;
+    const double u = scalar(call.upstream, row), uc = u * call.soft * call.temperature, ug = u * call.hard;
     const T a = uc / x.sum_s, b = -uc / x.sum_m, c = x.counted ? ug / x.sum_1 : 0;  // sum_1 is of counted rows alone
     x.write(call.gradients[0], [&](T* out, int64_t i, int64_t n) {
       combine_block(x.s + i, a, x.m + i, b, x.counted ? x.unsoftened() + i : nullptr, c, out, n);
@@ -265,6 +269,7 @@ void kd_first_rows(const KdCall& call, int64_t begin, int64_t end) {
 
 template <typename T>
 void kd_second_rows(const KdCall& call, int64_t begin, int64_t end) {
+  if (call.classes <= FEW) return kd_second_few<T>(call, begin, end);
   Row<T> x(call, true, true);
   const bool bent = std::any_of(call.cotangents.begin() + 1, call.cotangents.end(), [](auto& t) { return t.data; });
   for (int64_t row = begin; row < end; row++) {
@@ -304,6 +309,7 @@ void kd_second_rows(const KdCall& call, int64_t begin, int64_t end) {
 
 template <typename T>
 void kd_cotangent_rows(const KdCall& call, int64_t begin, int64_t end) {
+  if (call.classes <= FEW) return kd_cotangent_few<T>(call, begin, end);
   Row<T> x(call, false, true);
   for (int64_t row = begin; row < end; row++) {
     if (!x.load_mean(row)) {

@@ -77,6 +77,7 @@ class Toolchain:
             CSRC / "spans.cpp": [*cxx, *LOOPS],
             CSRC / "kd.cpp": [*cxx, *BINDINGS],
             CSRC / "kd_rows.cpp": [*cxx, *LOOPS],
+            CSRC / "kd_few.cpp": [*cxx, *LOOPS],
         }
         if self.nvcc:
             home = self.nvcc.parents[1]

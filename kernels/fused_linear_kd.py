@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.kernels.ops import backends, reference
 from engine.kernels.ops.kd_loss import check, split_weights
+from engine.kernels.ops.kd_ops import register, scaled
 
 CHUNK = {"cuda": 2**27, "cpu": 2**22}  # logits of a model at a time: 256 MiB in bfloat16, 16 MiB in float32
 BLOCK = 8192  # classes of the weights' gradient that are rounded before they are added up in float32
@@ -88,7 +89,7 @@ def _fused(
     to_hidden, to_weight,
 ):  # fmt: skip
     rows, classes, shape = reference.rows(hidden_s), weight_s.shape[0], hidden_s.shape
-    hidden_s, hidden_t = hidden_s.reshape(rows, -1), [h.reshape(rows, -1) for h in hidden_t]
+    hidden_s, *hidden_t = (h.reshape(rows, h.shape[-1]) for h in (hidden_s, *hidden_t))
     labels = None if labels is None else labels.reshape(rows)
     scale, hard = 1.0, None
     if reduction == "mean":
@@ -150,23 +151,14 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float) 
         total[i : i + BLOCK].add_(gradient[:, i : i + BLOCK].T @ hidden, alpha=scale)
 
 
-torch.library.define(
-    "metadistil::fused_linear_kd",
-    "(Tensor hidden_s, Tensor weight_s, Tensor[] hidden_t, Tensor[] weight_t, Tensor? labels, Tensor? weights,"
-    " float[] constants, float temperature, float alpha, int ignore_index, str reduction, bool to_hidden, bool to_weight)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("metadistil::fused_linear_kd", ("CPU", "CUDA"), _fused)
-
-
-@torch.library.register_fake("metadistil::fused_linear_kd")
-def _(hidden_s, weight_s, hidden_t, weight_t, *settings):
+def _fake(hidden_s, weight_s, hidden_t, weight_t, *settings):
     *_, to_hidden, to_weight = settings
     loss = hidden_s.new_empty((), dtype=reference.arithmetic([hidden_s, *hidden_t]))
-    gradients = [
-        t.new_empty(t.shape if w else (0,)) for t, w in ((hidden_s, to_hidden), (weight_s, to_weight))
-    ]  # fmt: skip
-    return loss, *gradients
+    return (
+        loss,
+        hidden_s.new_empty(hidden_s.shape if to_hidden else (0,)),
+        weight_s.new_empty(weight_s.shape if to_weight else (0,)),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -182,19 +174,20 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, _to_hidden, _to_weight) -> tuple:
+    nothing = [None] * ctx.teachers
+    if upstream is None:
+        return None, None, nothing, nothing, *[None] * 9
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # a second backward: the first gave them away
         gradients = _again(ctx)
     gradients = [g for g, w in zip(gradients, ctx.wanted, strict=True) if w]
-    if ctx.late == 1 and type(upstream) is Tensor:
-        torch.ops.metadistil.kd_scale_(gradients, upstream)
-    else:  # also traced for torch.compile, where outputs of the forward are not written in the backward
-        gradients = [(g * (upstream * ctx.late)).to(g.dtype) for g in gradients]
+    gradients = (
+        scaled(gradients, upstream) if ctx.late == 1 else [(g * (upstream * ctx.late)).to(g.dtype) for g in gradients]
+    )
     if torch.is_grad_enabled():
         sources = [t for t, w in zip(ctx.saved_tensors[:2], ctx.wanted, strict=True) if w]
         gradients = [_FirstOrder.apply(g, *sources) for g in gradients]
     found = iter(gradients)
-    nothing = [None] * ctx.teachers
     return *(next(found) if w else None for w in ctx.wanted), nothing, nothing, *[None] * 9
 
 
@@ -222,4 +215,10 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
+register(
+    "fused_linear_kd(Tensor hidden_s, Tensor weight_s, Tensor[] hidden_t, Tensor[] weight_t, Tensor? labels,"
+    " Tensor? weights, float[] constants, float temperature, float alpha, int ignore_index, str reduction, bool to_hidden,"
+    " bool to_weight) -> (Tensor, Tensor, Tensor)",
+    _fused, _fake,
+)  # fmt: skip
 torch.library.register_autograd("metadistil::fused_linear_kd", _backward, setup_context=_setup)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels.ops import backends, reference
 from engine.kernels.ops.kd_loss import check, split_weights
+from engine.kernels.ops.kd_ops import register, traced
 
 
 def meta_cotangent(
@@ -42,7 +43,11 @@ def meta_cotangent(
     if plain or learned or reference.forward_mode([tangent, *teachers]):
         return reference.meta_cotangent(teachers, tangent, weights=weights, **settings)
     teachers, weights, constants = split_weights(teachers, weights)
-    return torch.ops.metadistil.meta_cotangent(teachers, tangent, weights, constants, temperature, alpha)
+    arguments = (teachers, tangent, weights, constants, temperature, alpha)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (tangent, *teachers))
+    if differentiated or traced([tangent, *teachers]):
+        return torch.ops.metadistil.meta_cotangent(*arguments)
+    return _meta_cotangent(*arguments)
 
 
 def _meta_cotangent(teachers, tangent, weights, constants, temperature, alpha):
@@ -73,15 +78,14 @@ def _backward(ctx, arriving) -> tuple:
     return to_teachers, to_tangent, None, None, None, None
 
 
-torch.library.define(
-    "metadistil::meta_cotangent",
-    "(Tensor[] teachers, Tensor tangent, Tensor? weights, float[] constants, float temperature, float alpha) -> Tensor[]",
-)
-torch.library.impl("metadistil::meta_cotangent", ("CPU", "CUDA"), _meta_cotangent)
-torch.library.register_autograd("metadistil::meta_cotangent", _backward, setup_context=_setup)
-
-
-@torch.library.register_fake("metadistil::meta_cotangent")
-def _(teachers, tangent, weights, constants, temperature, alpha):
+def _fake(teachers, tangent, weights, constants, temperature, alpha):
     dtype = reference.arithmetic([tangent, *teachers])
     return [torch.empty(t.shape, dtype=dtype, device=t.device) for t in teachers]
+
+
+register(
+    "meta_cotangent(Tensor[] teachers, Tensor tangent, Tensor? weights, float[] constants, float temperature, float alpha)"
+    " -> Tensor[]",
+    _meta_cotangent, _fake,
+)  # fmt: skip
+torch.library.register_autograd("metadistil::meta_cotangent", _backward, setup_context=_setup)

@@ -114,12 +114,12 @@ def kd_rows(
     gradient = soft_scale * alpha * temperature * (log_q.exp() - p)
     if labels is not None:
         check_labels(labels, s.shape[-1], ignore_index)
-        scale = (labels != ignore_index) * (1 - alpha) * (1.0 if hard_scale is None else hard_scale)
-        log_q1, label = F.log_softmax(s, -1), labels.clamp_min(0).unsqueeze(-1)
-        loss = loss - scale * log_q1.gather(-1, label).squeeze(-1)
-        gradient += scale.unsqueeze(-1) * log_q1.exp().scatter_add_(
-            -1, label, torch.full_like(label, -1, dtype=s.dtype)
-        )
+        counts = labels != ignore_index
+        scale = (1 - alpha) * (1.0 if hard_scale is None else hard_scale)
+        log_q1, label = F.log_softmax(s, -1), torch.where(counts, labels, 0).unsqueeze(-1)
+        loss = loss - torch.where(counts, scale * log_q1.gather(-1, label).squeeze(-1), 0.0)
+        hard = log_q1.exp().scatter_add_(-1, label, torch.full_like(label, -1, dtype=dtype))
+        gradient += torch.where(counts.unsqueeze(-1), scale * hard, 0.0)
     return loss, gradient
 
 
@@ -141,7 +141,7 @@ def check_labels(labels: Tensor | None, classes: int, ignore_index: int) -> None
 
     $ENGINE_KERNELS_CHECK=1 has labels looked at on every device.
     """
-    if labels is None or type(labels) is not Tensor or torch.compiler.is_compiling():
+    if labels is None or type(labels) is not Tensor or torch.compiler.is_compiling() or transformed():
         return
     if labels.device.type != "cpu" and os.environ.get("ENGINE_KERNELS_CHECK", "0") != "1":
         return
@@ -166,9 +166,16 @@ def arithmetic(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def forward_mode(tensors: Sequence[Tensor]) -> bool:
-    """Whether one carries a forward-mode tangent, which the kernels would lose without a word."""
-    return not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors)
+    """Whether one carries a forward-mode tangent, or may: the kernels would lose it without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return transformed() or any(unpack_dual(t).tangent is not None for t in tensors)
 
 
 def leaf(t: Tensor) -> Tensor:

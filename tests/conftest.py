@@ -16,9 +16,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`engine.kernels` computes with Triton's kernels on the CPU."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        pytest.skip("where there is a GPU, Triton is not interpreted: tests/test_kernels_gpu.py")
+    monkeypatch.setenv("ENGINE_KERNELS", "triton")
+
+
 @pytest.fixture(params=["reference", "triton", "cpp"])
 def backend(request, monkeypatch):
     """What `engine.kernels` computes with, on the CPU. One that is missing fails; only a user may switch one off."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
     if request.param == "cpp":
         chosen = native.backend()
         if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):

@@ -114,7 +114,7 @@ class Problem:
         meta = torch.autograd.grad((slope * self.tangent.double()).sum(), inputs[1:], materialize_grads=True)
         return named({"loss": [loss], "gradient": first, "first": first, "second": second, "meta": meta})
 
-    def agree(self, floor: float = 0.0) -> None:
+    def agree(self, floor: float = 0.0) -> dict[str, Tensor]:
         """Numbers, dtypes and shapes; and no input is written. `floor` is the size of terms that may cancel."""
         before = [t.detach().clone() for t in self.tensors()]
         found, expected = self.found(), self.expected()
@@ -127,6 +127,7 @@ class Problem:
             # what training takes is rounded in the forward, and again when the upstream is known
             near(found[name], correct, dtype, tolerance(dtype, self.wide, 2 if group == "gradient" else 1), name, floor)
         assert all(torch.equal(a, b) for a, b in zip(self.tensors(), before, strict=True))
+        return found
 
     def tensors(self) -> list[Tensor]:
         more = [t for t in (self.labels, self.weights) if isinstance(t, Tensor)]

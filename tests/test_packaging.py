@@ -115,7 +115,8 @@ def test_dependencies_are_what_is_imported():
 
 def test_constraints_pin_the_direct_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    direct = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    direct = [*project["dependencies"], *extras["test"], *extras["bench"]]
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins)
     assert [pin.split("==")[0] for pin in pins] == [re.split(r"[<>=!~\[; ]", line)[0] for line in direct]

@@ -1,0 +1,161 @@
+"""What differs between a CPU and a CUDA device when something is timed on it: clock, caches, memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+LEAST, MOST = 5, 50  # rounds; three, where one takes seconds
+SAMPLE = 2e-3  # seconds: shorter calls are repeated in a round until it takes so long
+
+
+class Host:
+    """The CPU."""
+
+    name, copied = "cpu", 2**28  # bytes: many times the last cache
+
+    def __init__(self):
+        self.device = torch.device(self.name)
+        self._evict = torch.zeros(2 * self.cache(), dtype=torch.uint8, device=self.device)
+
+    def cache(self) -> int:
+        """Bytes of the last-level cache."""
+        sizes = [f.read_text().strip() for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max((int(s.removesuffix("K")) * 1024 for s in sizes if s.endswith("K")), default=2**25)
+
+    def flush(self) -> None:
+        """Put something else into the caches."""
+        self._evict.add_(1)
+
+    def seconds(self, call: Callable[[], Any], repeat: int = 1) -> float:
+        """Of one call. What the last one returns is freed outside."""
+        kept = None
+        started = time.perf_counter()
+        for _ in range(repeat):
+            kept = call()
+        found = (time.perf_counter() - started) / repeat
+        del kept
+        return found
+
+    def peak(self, call: Callable[[], Any]) -> int:
+        """Highest memory during a call over what was there before, results included, in bytes.
+
+        From the events of torch's allocator, which are exact at any size: resident memory also shows what the C library
+        keeps of freed blocks, more than twice as much for plain PyTorch at 8 million logits.
+        """
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            kept = call()
+        del kept
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = highest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            highest = max(highest, now)
+        return highest
+
+    def copy_rate(self) -> float:
+        """Bytes per second of a large copy, read and written both counted."""
+        source = torch.rand(self.copied // 4, device=self.device)
+        target = torch.empty_like(source)
+        target.copy_(source)
+        return 2 * self.copied / median(self.seconds(lambda: target.copy_(source)) for _ in range(10))
+
+    def product_rate(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+        """Floating-point operations per second of a matrix product, a multiplication and an addition counted as two."""
+        left, right = (torch.randn(n, inner, device=self.device).to(dtype) for n in (rows, columns))
+        product = left @ right.T
+        times = [self.seconds(lambda: torch.mm(left, right.T, out=product)) for _ in range(10)]
+        return 2 * rows * inner * columns / median(times)
+
+
+class Cuda(Host):
+    """The current CUDA device."""
+
+    name, copied = "cuda", 2**32
+
+    def cache(self) -> int:
+        return 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
+
+    def seconds(self, call: Callable[[], Any], repeat: int = 1) -> float:
+        kept = None
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        for _ in range(repeat):
+            kept = call()
+        ended.record()
+        ended.synchronize()
+        del kept
+        return started.elapsed_time(ended) / 1e3 / repeat
+
+    def peak(self, call: Callable[[], Any]) -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = call()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Replays one call as a CUDA graph; its results are the same tensors every time."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return kept
+
+        return replay
+
+
+class Run(NamedTuple):
+    """A call to be timed, and what has to be done before each, untimed."""
+
+    call: Callable[[], Any]
+    before: Callable[[], Any] = lambda: None
+
+
+def interleaved(device: Host, runs: dict[str, Run], budget: float, small: bool = False) -> dict[str, dict[str, Any]]:
+    """Times of several runs, one of each in a round, so that whatever else the machine does meets all of them alike.
+
+    Caches are flushed before each, unless it is `small`: launching is then what costs, and calls are repeated. Whoever
+    is first in a round is last in the next. Each has run before, so that nothing is compiled here.
+    """
+    expected = {}
+    for name, (call, before) in runs.items():
+        before()
+        expected[name] = device.seconds(call)
+    repeat = {name: max(1, min(1000, int(SAMPLE / s))) if small else 1 for name, s in expected.items()}
+    total = sum(expected[name] * repeat[name] for name in runs)
+    rounds = max(LEAST if total < 2 else 3, min(MOST, int(budget / total)))
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            runs[name].before()
+            if not small:
+                device.flush()
+            found[name].append(device.seconds(runs[name].call, repeat[name]))
+    return {name: _summary(seconds) for name, seconds in found.items()}
+
+
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    lower, middle, upper = quantiles(seconds, n=4, method="inclusive")
+    return {"seconds": middle, "lower": lower, "upper": upper, "fastest": min(seconds), "slowest": max(seconds),
+            "rounds": len(seconds)}  # fmt: skip

@@ -1,0 +1,99 @@
+"""The tiles of csrc/kd_few.cpp, 32 rows at a time up to FEW classes, against float64 autograd and the rows one by one."""
+
+from dataclasses import replace
+
+import pytest
+import test_kernels_cpp as cpp
+import torch
+from test_kernels_cpp import FEW, IGNORE, B, D, F, H, agree, case, close, logits
+
+ops = cpp.ops
+ROWS = [1, 31, 32, 33, 4097]
+CLASSES = [1, 2, 3, 4, 5, 31, 32]  # up to 4 have loops of their own
+
+
+def wider(x, value=-torch.inf):
+    """More classes, so that rows are computed one by one."""
+    return torch.cat([x, torch.full((*x.shape[:-1], FEW), value, dtype=x.dtype)], -1)
+
+
+def everything(ops, one, upstream, cotangents):
+    """All results, those that have classes as a list of their own."""
+    memory = one.student.clone()
+    rows, *gradients = one.first(ops, upstream=upstream)
+    to_upstream, *second = one.second(ops, upstream, cotangents)
+    meta = ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, one.T, 1.5)
+    return [rows, to_upstream, ops.kd_rows_(memory, *one.settings())], [*gradients, *second, *meta, memory]
+
+
+def pick(one, index):
+    """Some rows of a case."""
+    teachers = [z[index] for z in one.teachers]
+    return replace(one, student=one.student[index], teachers=teachers, labels=one.labels[index])
+
+
+@pytest.mark.parametrize("C", CLASSES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtypes", [(F,), (D,), (B,), (H, D), (F, H)], ids=str)
+def test_ragged(ops, dtypes, rows, C):
+    for K, T in ((1, 5), (2, 1)):
+        agree(ops, case((rows, C), K=K, T=T, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("C", CLASSES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
+def test_like_the_rows_one_by_one(ops, dtype, rows, C):
+    """The same rows with classes that carry nothing; in both, bad rows and classes that are masked in some rows."""
+    wide = D if dtype == D else F
+    for K, T in ((1, 1), (2, 5)):
+        one = case((rows, C), K=K, T=T, dtypes=(dtype,))
+        upstream, cotangents = logits(rows, seed=20), [logits(rows, C, seed=30 + i) for i in range(K + 1)]
+        for i, z in enumerate(one.logits):
+            z[7 + i :: 40, C // 2] = [torch.nan, torch.inf, -torch.nan][i]
+            if C > 3:
+                z[3::5, 2] = -torch.inf
+        one.labels[one.labels == 2] = 1
+        other = replace(one, student=wider(one.student), teachers=[wider(z) for z in one.teachers])
+        per_row, per_class = everything(ops, one, upstream, cotangents)
+        other_row, other_class = everything(ops, other, upstream, [wider(c, 1.0) for c in cotangents])
+        for got, row in zip(per_row + per_class, other_row + [x[:, :C] for x in other_class], strict=True):
+            assert torch.equal(got.isnan(), row.isnan())
+            assert close(got.nan_to_num(0), row.double().nan_to_num(0), got.dtype, wide)
+        for x in other_class:
+            assert (x[:, C:].nan_to_num(0) == 0).all()
+
+
+@pytest.mark.parametrize("C", CLASSES)
+@pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
+def test_same_bits_wherever_a_tile_begins(ops, dtype, C):
+    """A row depends on none around it: on no bad one, and on none that fills up the last tile."""
+    one, upstream = case((75, C), dtypes=(dtype,)), logits(75, seed=20)
+    cotangents = [logits(75, C, seed=30 + i, dtype=dtype) for i in range(3)]
+    whole = sum(everything(ops, one, upstream, cotangents), [])
+    for begin, end in ((0, 1), (1, 75), (17, 49), (30, 34), (74, 75)):
+        some = slice(begin, end)
+        parts = sum(everything(ops, pick(one, some), upstream[some], [c[some] for c in cotangents]), [])
+        assert cpp.same(parts, [x[some] for x in whole])
+    odd = torch.arange(75) % 2 == 1
+    for z in one.logits:
+        z[~odd] = torch.nan
+    spoiled = sum(everything(ops, one, upstream, cotangents), [])
+    assert cpp.same([x[odd] for x in spoiled], [x[odd] for x in whole])
+    assert all(x[~odd].isnan().all() for x in spoiled)
+
+
+@pytest.mark.parametrize("dtype", [F, D], ids=str)
+def test_logarithms(ops, dtype):
+    """Losses where they are logarithms of sums alone, log(1 + e) - log 2 and log(1 + e), and where they nearly vanish."""
+    x = torch.linspace(0, -80, 20001, dtype=dtype)
+    student, teacher = torch.stack([torch.zeros_like(x), x], -1), torch.zeros(20001, 2, dtype=dtype)
+    labels = torch.zeros(20001, dtype=torch.int64)
+    wide = student.double().log_softmax(-1)
+    for alpha, correct in ((0, -wide[:, 0]), (1, -wide.mean(-1) - torch.tensor(2.0, dtype=D).log())):
+        rows = ops.kd_first(
+            student, [teacher], labels, None, [1.0], 1.0, alpha, IGNORE, 1.0, None, None, True, [False, False]
+        )[0]
+        error, roundings = (rows.double() - correct).abs(), 4 * torch.finfo(dtype).eps
+        assert (error <= roundings * (1 + correct) / 2).all()
+        assert rows[0] == (0 if alpha else torch.tensor(2.0, dtype=D).log().to(dtype))

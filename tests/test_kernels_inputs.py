@@ -1,0 +1,223 @@
+"""What kd_loss and meta_cotangent of every backend make of unusual inputs: layouts, masked classes, labels, mistakes."""
+
+import pytest
+import torch
+from kernel_helpers import BF16, F32, F64, TOLERANCE, Case, Problem, logits, near
+
+from engine.kernels import kd_loss, mean_logits, meta_cotangent
+
+INF, NAN = torch.inf, torch.nan
+SETTINGS = {"temperature": 2.0, "alpha": 0.3}
+
+# Layouts
+
+
+def wide(z):  # every other class of a tensor that is twice as wide
+    return torch.stack([z, torch.full_like(z, NAN)], -1).flatten(-2)[..., ::2]
+
+
+LAYOUTS = {
+    "all but the last position": [lambda z: z[:, :-1]],
+    "every other position": [lambda z: z[:, ::2]],
+    "neighbours: two slices of other places": [lambda z: z[:, 1:], lambda z: z[:, :-1]],
+    "positions first": [lambda z: z.transpose(0, 1)],
+    "classes strided": [wide],
+    "classes first": [lambda z: z.permute(2, 0, 1).contiguous().permute(1, 2, 0)],
+    "too many leading dimensions to be rows": [lambda z: z.reshape(2, 2, 2, 3).permute(2, 0, 1, 3)],
+    "a teacher's row for every position": [lambda z: z, lambda z: z[:, :1].expand_as(z)],
+    "a teacher's class for every class": [lambda z: z, lambda z: z[..., :1].expand_as(z)],
+    "one row of everything": [lambda z: z[:1, :1].expand_as(z)],
+    "not from the first number on": [lambda z: z[1:], lambda z: z[:-1]],
+    "each in its own way": [lambda z: z, lambda z: z.transpose(0, 1).contiguous().transpose(0, 1), wide],
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, reduction, backend):
+    case = Case(C=3, leading=(2, 4), K=2, reduction=reduction, dtypes=(F64,), ignore=-1)
+    Problem(case, *LAYOUTS[layout], labels=lambda y: torch.stack([y, y - 9], -1)[..., 0]).agree()
+
+
+@pytest.mark.parametrize("labels", [lambda y: y.T.contiguous().T, lambda y: y[:1, :1].expand_as(y)])
+def test_layouts_of_labels(labels, backend):
+    Problem(Case(leading=(3, 4)), labels=labels).agree()
+
+
+def test_upstream_of_any_layout(backend):
+    problem = Problem(Case(leading=(3, 4), reduction="none"))
+    problem.upstream = logits(4, 3, seed=20).T.requires_grad_()
+    problem.agree()
+    problem.upstream = logits(3, 1, seed=20).expand(3, 4).detach().requires_grad_()
+    problem.agree()
+
+
+def test_rows_summed_afterwards_are_the_sum(backend):
+    """Whose upstream is one number, expanded."""
+    total, rows = (Problem(Case(leading=(3, 4), reduction=r)) for r in ("sum", "none"))
+    wanted = torch.autograd.grad(total.loss(), total.logits, create_graph=True)
+    found = torch.autograd.grad(rows.loss().sum(), rows.logits, create_graph=True)
+    for a, b in zip(found, wanted, strict=True):
+        near(a.detach(), b.detach().double(), F32, TOLERANCE[F32])
+    wanted = torch.autograd.grad(sum(g.square().sum() for g in wanted), total.logits)
+    found = torch.autograd.grad(sum(g.square().sum() for g in found), rows.logits)
+    for a, b in zip(found, wanted, strict=True):
+        near(a, b.double(), F32, TOLERANCE[F32])
+
+
+# Infinities
+
+
+@pytest.mark.parametrize("weights", [None, "list", "tensor"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_classes_that_all_mask_carry_nothing(dtype, weights, backend):
+    dead = torch.tensor([False, True, False, True, True, False, False])
+    masked = Problem(Case(C=7, leading=(4,), dtypes=(dtype,), weights=weights), lambda z: z.masked_fill(dead, -INF))
+    masked.labels = torch.tensor([0, -100, 5, 6])
+    short = Problem(Case(C=7, leading=(4,), dtypes=(dtype,), weights=weights), lambda z: z[:, ~dead])
+    short.labels = torch.tensor([0, -100, 2, 3])
+    short.cotangents = [c[:, ~dead] for c in masked.cotangents]
+    short.tangent = masked.tangent[:, ~dead]
+    found, wanted = masked.agree(), short.found()
+    for name, got in found.items():
+        assert got.isfinite().all(), name
+        if got.dim():
+            assert (got[:, dead] == 0).all(), name
+            got = got[:, ~dead]
+        near(got, wanted[name].double(), got.dtype, TOLERANCE[dtype], name)
+
+
+def test_classes_that_the_teachers_mask_take_no_part_in_the_kl(backend):
+    dead = torch.tensor([False, True, False, False, True])
+    problem = Problem(Case(reduction="none"), lambda z: z, *[lambda z: z.masked_fill(dead, -INF)] * 2)
+    found = problem.agree()
+    assert all((found[f"{name} {k}"][:, dead] == 0).all() for name in ("gradient", "first") for k in (1, 2))
+    assert (found["first 0"][1, dead] != 0).all()  # its label is ignored: what the KL sends
+
+
+def test_a_class_that_one_teacher_masks_is_masked(backend):
+    problem = Problem(Case(reduction="none"), *[lambda z: z] * 2, lambda z: z.index_fill(-1, torch.tensor(2), -INF))
+    assert (problem.agree()["first 1"][:, 2] == 0).all()
+
+
+def test_a_class_that_the_student_alone_masks_costs_everything(backend):
+    student, teacher = logits(3, 5), logits(3, 5, seed=1)
+    student[1, 2] = -INF
+    rows = kd_loss(student, [teacher], reduction="none", **SETTINGS)
+    assert rows.isposinf().tolist() == [False, True, False]
+    assert kd_loss(student, [teacher], **SETTINGS) == INF
+    rows = kd_loss(student, [student], torch.tensor([0, 2, -100]), reduction="none", **SETTINGS)
+    assert rows.isposinf().tolist() == [False, True, False]  # its cross-entropy alone
+    assert rows[2] == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("T", [1, 20])
+def test_extreme_logits(T, dtype, backend):
+    far = torch.tensor([[1e4, -1e4, 0, 1e4], [-1e4, -1e4, 1e4, 5], [0, 1e4, 3, -1e4]], dtype=dtype)
+    case = Case(C=4, K=1, T=T, labels="all", reduction="none", dtypes=(dtype,))
+    problem = Problem(case, lambda z: far, lambda z: far.flip(-1))
+    assert all(t.isfinite().all() for t in problem.agree(floor=1.0).values())
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("who", [0, 1, 2])
+@pytest.mark.parametrize("C", [5, 1100])
+def test_a_bad_number_shows_and_stays_in_its_row(C, who, value, backend):
+    def run(logits, reduction):
+        student, *teachers = leaves = [z.clone().requires_grad_() for z in logits]
+        loss = kd_loss(student, teachers, torch.tensor([1, -100, 0]), reduction=reduction, **SETTINGS)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    given = [logits(3, C, seed=k) for k in range(3)]
+    before = run(given, "none")
+    given[who][1, C - 2] = value
+    after = run(given, "none")
+    assert after[0].isnan().tolist() == [False, True, False]
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert run(given, "mean")[0].isnan()
+    assert run(given, "sum")[0].isnan()
+
+
+# Labels
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bad", [-1, 5, -101, 2**40])
+def test_labels_out_of_range(bad, reduction, backend):
+    student = logits(3, 5).requires_grad_()
+    with pytest.raises(IndexError, match=rf"label .*{bad}"):
+        kd_loss(student, [student.detach()], torch.tensor([0, bad, -100]), reduction=reduction, **SETTINGS)
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_ignored_labels_carry_no_cross_entropy(ignored, backend):
+    student, teachers = logits(4, 5), [logits(4, 5, seed=1)]
+    labels = torch.tensor([1, ignored, 3, ignored])
+    settings = SETTINGS | {"ignore_index": ignored}
+    rows = kd_loss(student, teachers, labels, reduction="none", **settings)
+    soft = kd_loss(student, teachers, reduction="none", **settings)
+    assert torch.equal(rows[[1, 3]], soft[[1, 3]])
+    assert (rows > soft).tolist() == [True, False, True, False]
+    all_ignored = kd_loss(student, teachers, torch.full((4,), ignored), **settings)
+    assert torch.equal(all_ignored, kd_loss(student, teachers, **settings))
+
+
+# What is refused
+
+z = torch.zeros(3, 5)
+META = torch.zeros(3, 5, device="meta")
+LONG = torch.zeros(3, dtype=torch.int64)
+MISTAKES = {
+    "at least one teacher's logits; got none": {"teachers": []},
+    r"share one shape; got \[\(3, 5\), \(3, 4\)\]": {"teachers": [z, z[:, 1:]]},
+    r"student logits are \(3, 4\), teachers' are \(3, 5\)": {"student": z[:, 1:]},
+    r"student logits are \(2, 5\), teachers' are \(3, 5\)": {"student": z[1:]},
+    r"at least one class; got \(3, 0\)": {"student": z[:, :0], "teachers": [z[:, :0]]},
+    r"at least one class; got \(\)": {"student": z[0, 0], "teachers": [z[0, 0]]},
+    r"floating dtype; got \[torch.int64, torch.float32": {"student": z.long()},
+    r"floating dtype; got \[torch.float32, torch.float32, torch.int32": {"teachers": [z, z.int()]},
+    r"floating dtype; got \[torch.complex64": {"student": z.cfloat()},
+    r"one device; got \['cpu', 'cpu', 'meta'\]": {"teachers": [z, META]},
+    "temperature must be above 0; got 0": {"temperature": 0},
+    "temperature must be above 0; got -1.5": {"temperature": -1.5},
+    "temperature must be above 0; got nan": {"temperature": NAN},
+    "1 weights for 2 teachers": {"weights": [1.0]},
+    "3 weights for 2 teachers": {"weights": torch.ones(3)},
+}
+MISTAKES_OF_LOSSES = {
+    "mean, sum or none; got 'batchmean'": {"reduction": "batchmean"},
+    r"int64 \(3,\) on cpu, .* got torch.int32 \(3,\) on cpu": {"labels": LONG.int()},
+    r"int64 \(3,\) on cpu, .* got torch.float32 \(3,\)": {"labels": LONG.float()},
+    r"int64 \(3,\) on cpu, .* got torch.int64 \(3, 1\)": {"labels": LONG[:, None]},
+    r"int64 \(3,\) on cpu, .* got torch.int64 \(3,\) on meta": {"labels": META[:, 0].long()},
+}
+MISTAKES_OF_TANGENTS = {
+    r"tangent is torch.float32 \(2, 5\) on cpu, .* \(3, 5\) on cpu": {"tangent": z[1:]},
+    r"tangent is torch.int64 \(3, 5\)": {"tangent": z.long()},
+    r"tangent is torch.float32 \(3, 5\) on meta, .* on cpu": {"tangent": META},
+}
+
+
+@pytest.mark.parametrize("says", [*MISTAKES, *MISTAKES_OF_LOSSES])
+def test_a_loss_refuses_what_does_not_fit(says, backend):
+    given = {"student": z, "teachers": [z, z], **SETTINGS} | (MISTAKES | MISTAKES_OF_LOSSES)[says]
+    with pytest.raises(ValueError, match=says):
+        kd_loss(**given)
+
+
+@pytest.mark.parametrize("says", [*MISTAKES, *MISTAKES_OF_TANGENTS])
+def test_a_cotangent_refuses_what_does_not_fit(says, backend):
+    given = {"student": z, "teachers": [z, z], "tangent": z, **SETTINGS} | (MISTAKES | MISTAKES_OF_TANGENTS)[says]
+    with pytest.raises(ValueError, match=says):
+        meta_cotangent(**given)
+
+
+def test_a_mean_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="at least one teacher"):
+        mean_logits([])
+    with pytest.raises(ValueError, match="share one shape"):
+        mean_logits([z, z[1:]])
+    with pytest.raises(ValueError, match="1 weights for 2 teachers"):
+        mean_logits([z, z], [1.0])

@@ -1,0 +1,268 @@
+"""How the Triton kernels are cut into programs, which plan is taken, and where they find a number."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, near, plain
+
+pytest.importorskip("triton")
+
+from engine.kernels.ops import kd_triton, tuning
+from engine.kernels.ops.layout import Rows
+from engine.kernels.ops.tuning import Plan
+
+# Of rows of 11 classes. Interpreted, a program takes some 10 ms, whatever it has to do.
+PLANS = {
+    "whole, several rows a program, the last one ragged": Plan(False, 2, 16, 4),
+    "whole, wider than it has to be": Plan(False, 1, 32, 4),
+    "one tile": Plan(True, 1, 16, 4),
+    "two tiles, the last one ragged": Plan(True, 1, 8, 4),
+    "three tiles": Plan(True, 1, 4, 4),
+    "a tile for each class": Plan(True, 1, 1, 4),
+}
+slow = dict.fromkeys(["one tile", "a tile for each class"], pytest.mark.slow)
+every_plan = pytest.mark.parametrize(
+    "plan", [pytest.param(plan, id=name, marks=slow.get(name, ())) for name, plan in PLANS.items()], indirect=True
+)
+both_kinds = pytest.mark.parametrize(
+    "plan", [PLANS["whole, wider than it has to be"], PLANS["three tiles"]], indirect=True
+)
+DEAD = {
+    "the first tile": [0, 1, 2, 3],
+    "a tile in the middle": [4, 5, 6, 7],
+    "the last tile": [8, 9, 10],
+    "two tiles and a class": [0, 1, 2, 3, 4, 5, 6, 7, 9],
+}
+
+
+@pytest.fixture
+def plan(request, interpreted, monkeypatch):
+    monkeypatch.setattr(kd_triton, "plans", lambda *_: [request.param])
+    return request.param
+
+
+@every_plan
+@pytest.mark.parametrize(("reduction", "weights"), [("mean", None), ("none", "tensor")])
+def test_every_plan(plan, reduction, weights):
+    Problem(Case(C=11, reduction=reduction, weights=weights, dtypes=(F64, F32))).agree()
+
+
+@both_kinds
+def test_expanded_and_strided_logits(plan):
+    case = Case(C=11, leading=(2, 3), dtypes=(F64,), labels=None)
+    layouts = [lambda z: z[:, :-1], lambda z: z[:, :1].expand(2, 2, 11), lambda z: z.mT.contiguous().mT[:, 1:]]
+    Problem(case, *layouts).agree()
+
+
+@both_kinds
+@pytest.mark.parametrize(("who", "dead"), [*(("all", dead) for dead in DEAD), ("the teachers", "a tile in the middle")])
+def test_masked_classes(plan, who, dead):
+    def mask(z):
+        return z.index_fill(-1, torch.tensor(DEAD[dead], dtype=torch.int64), -torch.inf)
+
+    problem = Problem(Case(C=11, leading=(2,), K=1, dtypes=(F64,)), mask if who == "all" else lambda z: z, mask)
+    problem.labels = torch.tensor([3 if dead == "the last tile" else 10, -100])
+    found = problem.agree()
+    for name in found:
+        assert found[name].isfinite().all(), name
+    for name in ("gradient 1", "first 1", "second 2", "meta 0"):
+        assert (found[name][:, DEAD[dead]] == 0).all(), name
+
+
+@both_kinds
+def test_cotangents_on_some_gradients(plan):
+    """On one alone too, where a tile is masked: sums that nobody needs must not become NaN."""
+    case = Case(C=11, leading=(2,), K=1, dtypes=(F64,), reduction="none")
+    problem = Problem(case, lambda z: z.index_fill(-1, torch.arange(4, 8), -torch.inf))
+    problem.labels = torch.tensor([0, -100])
+    inputs, leaves = [problem.upstream, *problem.logits], problem.logits
+    wide = [z.detach().requires_grad_() for z in inputs]
+    loss = plain(wide[1], wide[2:], problem.labels, **problem.settings, **problem.reduced)
+    first = torch.autograd.grad(problem.loss(), leaves, problem.upstream, create_graph=True)
+    correct = torch.autograd.grad(loss, wide[1:], wide[0], create_graph=True)
+    for some in ([0], [1], [0, 1]):
+        cotangents = [problem.cotangents[i] for i in some]
+        again = {"retain_graph": True, "materialize_grads": True}
+        found = torch.autograd.grad([first[i] for i in some], inputs, cotangents, **again)
+        wanted = torch.autograd.grad([correct[i] for i in some], wide, cotangents, **again)
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            near(a, b, F64, TOLERANCE[F64], f"{i} of {some}")
+
+
+@pytest.mark.parametrize("resident", [0, 7, 10_000])
+def test_statistics_ahead_of_gradients(resident, interpreted, monkeypatch):
+    """By one row, by some, by all of them."""
+    monkeypatch.setattr(kd_triton, "resident", lambda *_: resident)
+    monkeypatch.setattr(kd_triton, "plans", lambda *_: [Plan(True, 1, 4, 4)])
+    Problem(Case(C=7, leading=(5,), labels="all", K=1)).agree()
+
+
+def test_many_tiles(interpreted, monkeypatch):
+    """Half of which are behind the last."""
+    monkeypatch.setattr(kd_triton, "plans", lambda *_: [Plan(True, 1, 2, 4)])
+    Problem(Case(C=35, leading=(1,), labels="all", K=1)).agree()
+
+
+@both_kinds
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_number_stays_in_its_row(plan, value):
+    """In any tile, of student or teacher."""
+
+    def run(who, column, value):
+        problem = Problem(Case(C=11, K=1, leading=(2,), reduction="none", labels="all"))
+        with torch.no_grad():
+            problem.logits[who][1, column] = value
+        loss = problem.loss()
+        return loss.detach(), *torch.autograd.grad(loss.sum(), problem.logits)
+
+    for who, column in ((0, 0), (1, 10)):
+        before, after = run(who, column, 1.0), run(who, column, value)
+        assert after[0].isnan().tolist() == [False, True]
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(after, before, strict=True))
+
+
+# Which plans there are, and which one is taken
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    classes=st.one_of(
+        st.integers(1, 2**20), st.integers(1, 20).map(lambda n: 2**n), st.integers(1, 20).map(lambda n: 2**n - 1)
+    )
+)
+def test_plans_cover_the_classes(classes):
+    found = tuning.plans(classes, kd_triton.ON_CHIP, kd_triton.TILES)
+    assert found
+    assert len(found) == len(set(found))
+    for plan in found:
+        for size in (plan.block_r, plan.block_c, plan.warps):
+            assert size > 0
+            assert size & (size - 1) == 0, "Triton wants powers of two"
+        assert plan.block_r == 1 or not plan.tiled
+        tiles = -(-classes // plan.block_c)
+        assert tiles <= (kd_triton.TILES if plan.tiled else 1)
+    assert classes > 1024 or len(found) == 1
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A device that nobody has, and a timer: the seconds that a plan takes."""
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    calls = []
+
+    def timed(launch, **_):
+        launch()
+        return -calls[-1].block_c
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", timed)
+    tuning._known.cache_clear()
+    yield calls
+    tuning._known.cache_clear()
+
+
+CHOICES = [Plan(True, 1, width, 4) for width in (8, 32, 16)]
+DEVICE = torch.device("cuda")
+
+
+def test_the_quickest_plan_is_remembered(gpu, tmp_path):
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert gpu == CHOICES
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    tuning._known.cache_clear()  # as in the next process
+    assert tuning.choose(("first", 50), CHOICES[::-1], gpu.append, DEVICE) == CHOICES[1]
+    assert len(gpu) == 3, "tried once"
+    assert tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert len(gpu) == 6, "another shape is tried"
+    (file,) = tmp_path.rglob("*.json")
+    assert set(json.loads(file.read_text())) == {"first 50", "first 51"}
+
+
+def test_a_damaged_file_of_plans_is_written_again(gpu, tmp_path):
+    tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(file.read_text()[:-9])
+    tuning._known.cache_clear()
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert len(gpu) == 6
+    assert list(json.loads(file.read_text())) == ["first 50"]
+    assert list(tmp_path.rglob("*")) == [file.parent, file], "nothing is left beside it"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(gpu, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "file"))
+    with caplog.at_level("WARNING", "engine.kernels"):
+        assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert "not kept for the next run" in caplog.text
+
+
+def test_nothing_is_tried_where_it_must_not_be(gpu, monkeypatch):
+    assert tuning.choose(("first", 50), CHOICES[:1], gpu.append, DEVICE) == CHOICES[0]
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, torch.device("cpu")) == CHOICES[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[0]
+    assert gpu == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1], "after the capture it is tried"
+
+
+# Where a row lies
+
+
+@st.composite
+def views(draw):
+    """A few tensors of one shape, each a view of its own; every number is another."""
+    shape = draw(st.lists(st.integers(0, 4), min_size=0, max_size=4)) + [draw(st.integers(1, 4))]
+    made = []
+    for _ in range(draw(st.integers(1, 3))):
+        order = draw(st.permutations(range(len(shape))))
+        memory, cuts = [], []
+        for d in order:
+            steps, before, expanded = draw(st.integers(1, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 4)) == 0
+            memory.append(1 if expanded else shape[d] * steps + before)
+            cuts.append(slice(None) if expanded else slice(before, None, steps))
+        count = int(torch.tensor(memory).prod())
+        x = torch.arange(count, dtype=F64).reshape(memory)[tuple(cuts)]
+        made.append(x.permute([order.index(d) for d in range(len(shape))]).expand(shape))
+    return made
+
+
+def read(x: torch.Tensor, offset: int) -> float:
+    return torch.as_strided(x, (), (), x.storage_offset() + offset).item()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(views())
+def test_rows_are_found_by_their_strides(tensors):
+    lie = Rows(tensors)
+    C = tensors[0].shape[-1]
+    assert (lie.shape, lie.classes) == (tensors[0].shape, C)
+    assert lie.rows * C == tensors[0].numel()
+    assert lie.inner >= 1
+    assert not lie.rows or len(lie.strides) == 3 * len(tensors)
+    for k, (x, kept) in enumerate(zip(tensors, lie.tensors, strict=True)):
+        assert torch.equal(kept, x)
+        if not lie.rows:
+            return
+        outer, step, across = lie.strides[3 * k : 3 * k + 3]
+        numbers = x.reshape(-1, C)
+        for r, c in product(range(lie.rows), range(C)):
+            assert read(kept, (r // lie.inner) * outer + (r % lie.inner) * step + c * across) == numbers[r][c]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(views())
+def test_what_two_strides_describe_is_not_copied(tensors):
+    assume(tensors[0].dim() <= 3)
+    assert all(a is b for a, b in zip(Rows(tensors).tensors, tensors, strict=True))
+
+
+def test_arithmetic_of_rows():
+    assert Rows([torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16)]).dtype == F32
+    assert Rows([torch.zeros(2, 3), torch.zeros(2, 3, dtype=F64)]).dtype == F64
