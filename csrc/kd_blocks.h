@@ -128,6 +128,7 @@ struct Peak {
   void join(Peak other) { key = std::max(key, other.key), size = std::max(size, other.size); }
   T value() const { return as<T>(mirrored(key)); }
   bool below_inf() const { return size <= as<Bits<T>>(static_cast<T>(INF)) && value() < static_cast<T>(INF); }
+  bool finite() const { return size < as<Bits<T>>(static_cast<T>(INF)); }
   bool sound() const { return below_inf() && value() > static_cast<T>(-INF); }
 };
 

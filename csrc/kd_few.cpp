@@ -1,6 +1,6 @@
-// Distillation over few classes, by the formulas of kd_rows.cpp. Row by row, as there, 2 classes take as long as 32, some
-// 130 ns. Here 32 rows make a tile, each a lane, and sums over classes are sums of vectors: 8 ns for 2
-// classes, 53 for 32 (loss and student's gradient in float32 with labels, AVX-512).
+// Distillation over few classes, by the formulas of kd_rows.cpp. Row by row, as there, 2 classes take as long as 32:
+// some 130 ns. Here 32 rows make a tile, each a lane, and sums over classes are sums of vectors: 8 ns a row of 2
+// classes, 53 of 32 (loss and student's gradient in float32 with labels, AVX-512).
 //
 // A lane depends on no other, so a row that becomes NaN leaves its neighbours alone, and it changes no bit where a tile
 // begins. The last tile is filled up with zeros, which are not written.
@@ -56,7 +56,10 @@ class Few {
 
   void load_cotangents() {
     gather(call_.cotangents[0], t.S);
-    if (t.bent) mix(call_.cotangents.data() + 1, t.A, false);
+    finite_tile(t, t.S);
+    if (!t.bent) return;
+    mix(call_.cotangents.data() + 1, t.A, false);
+    finite_tile(t, t.A);
   }
 
   void write(const Target& target, double weight = 1) {

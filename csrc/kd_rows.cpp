@@ -91,12 +91,17 @@ class Row {
     return below_inf && top.sound();
   }
 
-  void load_cotangents() {
+  // False for a row that becomes NaN: a cotangent that is not finite may meet a probability of zero.
+  bool load_cotangents() {
+    Peak<T> top;
     by_block([&](int64_t i, int64_t n) {
       call_.cotangents[0].data ? copy(call_.cotangents[0], row_, S, i, n, 0) : fill(S + i, padded(n), 0);
       mix(call_.cotangents.data() + 1, A, i, n);
       pad(A + i, n, 0);
+      top.join(peak_block(S + i, padded(n)));
+      top.join(peak_block(A + i, padded(n)));
     });
+    return top.finite();
   }
 
   // From logits to exponentials and their sums.
@@ -273,12 +278,11 @@ void kd_second_rows(const KdCall& call, int64_t begin, int64_t end) {
   Row<T> x(call, true, true);
   const bool bent = std::any_of(call.cotangents.begin() + 1, call.cotangents.end(), [](auto& t) { return t.data; });
   for (int64_t row = begin; row < end; row++) {
-    if (!x.load(row)) {
+    if (!x.load(row) || !x.load_cotangents()) {
       x.spoil();
       continue;
     }
     x.soften();
-    x.load_cotangents();
     const T* e1 = x.unsoftened();
     const auto mean = [&](const T* weights, double sum, const T* values) {
       return x.sum_up([&](int64_t i, int64_t n) { return dot_block(weights + i, values + i, n); }) / sum;
@@ -312,12 +316,11 @@ void kd_cotangent_rows(const KdCall& call, int64_t begin, int64_t end) {
   if (call.classes <= FEW) return kd_cotangent_few<T>(call, begin, end);
   Row<T> x(call, false, true);
   for (int64_t row = begin; row < end; row++) {
-    if (!x.load_mean(row)) {
+    if (!x.load_mean(row) || !x.load_cotangents()) {
       x.spoil();
       continue;
     }
     x.soften_mean();
-    x.load_cotangents();
     const auto term = [&](int64_t i, int64_t n) { return dot_block(x.m + i, x.S + i, n); };
     const double mean = x.sum_up(term) / x.sum_m;
     x.write_weighted(call.gradients.data(), [&](T* out, int64_t i, int64_t n) {

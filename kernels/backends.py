@@ -27,13 +27,16 @@ def _no_library() -> tuple[frozenset[str], str]:
 native: Callable[[], tuple[frozenset[str], str]] = _no_library
 
 
-@torch.compiler.assume_constant_result
 def backend(device: str) -> Backend:
     """For tensors on a device of this type ("cpu", "cuda"), decided at the first call and said once in the log.
 
     $ENGINE_KERNELS forces one. Raises ValueError where it cannot serve the device, or is none of the choices.
     """
     return _decide(device, os.environ.get(VARIABLE) or "auto")
+
+
+# What torch.compiler.assume_constant_result does, which takes a second to import the compiler for it.
+backend._dynamo_marked_constant = True
 
 
 @cache

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.ops import backends, reference
-from engine.kernels.ops.kd_loss import check, split_weights
-from engine.kernels.ops.kd_ops import register, scaled
+from engine.kernels.ops.kd_loss import check, split_weights, together
+from engine.kernels.ops.kd_ops import register, save, saved, scaled
 
 CHUNK = {"cuda": 2**27, "cpu": 2**22}  # logits of a model at a time: 256 MiB in bfloat16, 16 MiB in float32
 BLOCK = 8192  # classes of the weights' gradient that are rounded before they are added up in float32
@@ -40,17 +40,22 @@ def fused_linear_kd(
 
     Gradients for `hidden_s` and `weight_s`; teachers and `weights` are constants. First-order: a second derivative raises
     RuntimeError. `reduction` is "mean" or "sum". Raises ValueError on shapes, dtypes or settings that do not fit, and on
-    a teacher that requires gradient; labels as in `kd_loss`.
+    a teacher that requires gradient; labels as in `kd_loss`. Under autocast the products are of its dtype.
     """
-    hidden_t, weight_t = list(hidden_t), list(weight_t)
-    _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, weights, reduction)
-    _, weights, constants = split_weights(hidden_t, weights)
+    hidden_t, weight_t, weights = list(hidden_t), list(weight_t), together(weights)
+    kind = hidden_s.device.type
+    if torch.is_autocast_enabled(kind):  # as a linear layer would be
+        dtype = torch.get_autocast_dtype(kind)
+        hidden_s, weight_s = hidden_s.to(dtype), weight_s.to(dtype)
+        hidden_t, weight_t = [h.to(dtype) for h in hidden_t], [w.to(dtype) for w in weight_t]
+    _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, alpha, weights, reduction)
+    _, weights, constants = split_weights(hidden_s, hidden_t, weights)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden_s, weight_s)]
     settings = (labels, weights, constants, temperature, alpha, ignore_index, reduction)
     return torch.ops.metadistil.fused_linear_kd(hidden_s, weight_s, hidden_t, weight_t, *settings, *wanted)[0]
 
 
-def _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, weights, reduction) -> None:
+def _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, alpha, weights, reduction) -> None:
     if not hidden_t or len(hidden_t) != len(weight_t):
         raise ValueError(
             f"a teacher is one hidden tensor and one weight; got {len(hidden_t)} and {len(weight_t)}, at least one of each is needed."
@@ -72,7 +77,9 @@ def _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, weights,
         raise ValueError("fused_linear_kd has no gradient for teachers; detach theirs, or use kd_loss on logits.")
     if isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("fused_linear_kd has no gradient for weights; detach them, or use kd_loss on logits.")
-    if reference.forward_mode([hidden_s, weight_s, *hidden_t, *weight_t]):
+    if reference.forward_mode(
+        [hidden_s, weight_s, *hidden_t, *weight_t, *([weights] if isinstance(weights, Tensor) else [])]
+    ):
         raise RuntimeError("fused_linear_kd has no forward mode; use kd_loss on logits.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum here; got {reduction!r}. For rows, use kd_loss on logits.")
@@ -81,7 +88,7 @@ def _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, weights,
         h[..., :1].detach().expand(*h.shape[:-1], w.shape[0])
         for h, w in zip((hidden_s, *hidden_t), (weight_s, *weight_t), strict=True)
     )
-    check(student, teachers, labels, temperature, weights, reduction)
+    check(student, teachers, labels, temperature, alpha, weights, reduction)
 
 
 def _fused(
@@ -101,7 +108,7 @@ def _fused(
     chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
     buffers = [h.new_empty(size, classes) for h in (hidden_s, *hidden_t)]
     loss = hidden_s.new_zeros((), dtype=reference.arithmetic([hidden_s, *hidden_t]))
-    to_hidden = torch.empty_like(hidden_s) if to_hidden else None
+    to_hidden = torch.empty_like(hidden_s, memory_format=torch.contiguous_format) if to_hidden else None
     summed = torch.float32 if len(chunks) > 1 and weight_s.dtype.itemsize < 4 else weight_s.dtype
     to_weight = weight_s.new_zeros(weight_s.shape, dtype=summed) if to_weight else None
     for chunk in chunks:
@@ -162,15 +169,13 @@ def _fake(hidden_s, weight_s, hidden_t, weight_t, *settings):
 
 
 def _setup(ctx, inputs, output) -> None:
-    hidden_s, weight_s, hidden_t, weight_t, labels, weights, *ctx.settings, to_hidden, to_weight = inputs
+    hidden_s, weight_s, hidden_t, weight_t, *settings, to_hidden, to_weight = inputs
     ctx.wanted, ctx.gradients, ctx.teachers = (to_hidden, to_weight), output[1:], len(hidden_t)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros for both gradients
-    mean = ctx.settings[-1] == "mean"
+    mean = settings[-1] == "mean"
     ctx.late = 1 / max(1, reference.rows(hidden_s)) if mean and _scaled_late(hidden_s) else 1.0
-    optional = [t for t in (labels, weights) if t is not None]
-    ctx.given = labels is not None, weights is not None
-    ctx.save_for_backward(hidden_s, weight_s, *hidden_t, *weight_t, *optional)
+    save(ctx, settings, hidden_s, weight_s, *hidden_t, *weight_t)
 
 
 def _backward(ctx, upstream, _to_hidden, _to_weight) -> tuple:
@@ -181,23 +186,23 @@ def _backward(ctx, upstream, _to_hidden, _to_weight) -> tuple:
     if gradients is None:  # a second backward: the first gave them away
         gradients = _again(ctx)
     gradients = [g for g, w in zip(gradients, ctx.wanted, strict=True) if w]
-    gradients = (
-        scaled(gradients, upstream) if ctx.late == 1 else [(g * (upstream * ctx.late)).to(g.dtype) for g in gradients]
-    )
     if torch.is_grad_enabled():
-        sources = [t for t, w in zip(ctx.saved_tensors[:2], ctx.wanted, strict=True) if w]
-        gradients = [_FirstOrder.apply(g, *sources) for g in gradients]
+        sources = [upstream, *(t for t, w in zip(saved(ctx)[1], ctx.wanted, strict=False) if w)]
+        gradients = [_FirstOrder.apply(g * (upstream.detach() * ctx.late), *sources) for g in gradients]
+    elif ctx.late == 1:
+        gradients = scaled(gradients, upstream)
+    else:
+        gradients = [g * (upstream * ctx.late) for g in gradients]
     found = iter(gradients)
     return *(next(found) if w else None for w in ctx.wanted), nothing, nothing, *[None] * 9
 
 
 def _again(ctx) -> Sequence[Tensor]:
-    hidden_s, weight_s, *tensors = ctx.saved_tensors
-    optional, n = iter(tensors[2 * ctx.teachers :]), ctx.teachers
-    labels, weights = (next(optional) if given else None for given in ctx.given)
+    settings, (hidden_s, weight_s, *tensors) = saved(ctx)
+    n = ctx.teachers
     with torch.no_grad():
         return torch.ops.metadistil.fused_linear_kd(
-            hidden_s, weight_s, tensors[:n], tensors[n : 2 * n], labels, weights, *ctx.settings, *ctx.wanted
+            hidden_s, weight_s, tensors[:n], tensors[n:], *settings, *ctx.wanted
         )[1:]
 
 

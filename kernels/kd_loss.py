@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.kernels.ops import backends, kd_ops, reference
 
+DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -32,21 +33,22 @@ def kd_loss(
     `reduction` is "mean" (KL over all rows, cross-entropy over the rows whose label is not `ignore_index`), "sum" or "none"
     ([...]). An ignored label takes the cross-entropy off its row, not the KL: what should carry nothing at all, padding for
     one, is left out of the logits. A class whose teacher probability is zero adds nothing, so that models may mask classes
-    by -inf; NaN or +inf in a row makes the loss NaN.
+    by -inf; NaN or +inf in a row makes the loss NaN, and so does an infinite term whose factor (alpha, 1 - alpha) is zero.
+    float32 knows the KL to about 1e-7: at a high temperature the loss is no more exact than T^2 times that.
 
     Raises ValueError on shapes, dtypes or settings that do not fit, and IndexError, on a CPU, on a label that is out of
     range. On CUDA such a label makes the loss NaN, since to look at it would wait for the device; $ENGINE_KERNELS_CHECK=1
     has it looked at there too.
     """
-    teachers = list(teachers)
-    check(student, teachers, labels, temperature, weights, reduction)
+    teachers, weights = list(teachers), together(weights)
+    check(student, teachers, labels, temperature, alpha, weights, reduction)
     plain = backends.backend(student.device.type).name == "reference"
     if plain or reference.forward_mode([student, *teachers, *([weights] if isinstance(weights, Tensor) else [])]):
         return reference.kd_loss(
             student, teachers, labels, temperature=temperature, alpha=alpha, weights=weights, ignore_index=ignore_index,
             reduction=reduction,
         )  # fmt: skip
-    teachers, weights, constants = split_weights(teachers, weights)
+    teachers, weights, constants = split_weights(student, teachers, weights)
     inputs = (student, *teachers)
     # "none" waits for the gradient of every row, and float16 for the factor of a GradScaler, without which it underflows
     early = reduction != "none" and torch.is_grad_enabled() and all(t.dtype != torch.float16 for t in inputs)
@@ -55,7 +57,7 @@ def kd_loss(
     return kd_ops.loss(student, teachers, settings, wanted)
 
 
-def check(student: Tensor, teachers: list[Tensor], labels, temperature: float, weights, reduction: str) -> None:
+def check(student: Tensor, teachers: list[Tensor], labels, temperature, alpha, weights, reduction: str) -> None:
     """Metadata alone: nothing waits for a device."""
     reference.check_teachers(teachers, teachers if weights is None else weights)
     if student.shape != teachers[0].shape:
@@ -64,10 +66,14 @@ def check(student: Tensor, teachers: list[Tensor], labels, temperature: float, w
         )
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"logits must be [..., C] with at least one class; got {tuple(student.shape)}.")
-    if any(not t.is_floating_point() for t in (student, *teachers)):
-        raise ValueError(f"logits must be of a floating dtype; got {[t.dtype for t in (student, *teachers)]}.")
+    if any(t.dtype not in DTYPES for t in (student, *teachers)):
+        raise ValueError(
+            f"logits must be float32, bfloat16, float16 or float64; got {[str(t.dtype) for t in (student, *teachers)]}."
+        )
     if any(t.device != student.device for t in teachers):
         raise ValueError(f"logits must be on one device; got {[str(t.device) for t in (student, *teachers)]}.")
+    if isinstance(temperature, Tensor) or isinstance(alpha, Tensor):
+        raise ValueError("temperature and alpha must be numbers; got a tensor, which would have to be waited for.")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0; got {temperature}.")
     if reduction not in REDUCTIONS:
@@ -81,7 +87,15 @@ def check(student: Tensor, teachers: list[Tensor], labels, temperature: float, w
         )
 
 
-def split_weights(teachers: list[Tensor], weights) -> tuple[list[Tensor], Tensor | None, list[float]]:
+def together(weights) -> Sequence[float] | Tensor | None:
+    """A list that holds tensors [] as one tensor [K]."""
+    if weights is None or isinstance(weights, Tensor) or not any(isinstance(w, Tensor) for w in weights):
+        return weights
+    first = next(w for w in weights if isinstance(w, Tensor))
+    return torch.stack([torch.as_tensor(w, dtype=first.dtype, device=first.device) for w in weights])
+
+
+def split_weights(student: Tensor, teachers: list[Tensor], weights) -> tuple[list[Tensor], Tensor | None, list[float]]:
     """For the ops: the teachers, their weights as a tensor on the device or else as numbers.
 
     Weights that are learned take the mean of the logits by autograd, and the ops see one teacher: at any number of
@@ -89,6 +103,6 @@ def split_weights(teachers: list[Tensor], weights) -> tuple[list[Tensor], Tensor
     """
     if isinstance(weights, Tensor):
         if weights.requires_grad and torch.is_grad_enabled():
-            return [reference.mean_logits(teachers, weights)], None, [1.0]
+            return [reference.mean(teachers, weights, reference.arithmetic([student, *teachers]))], None, [1.0]
         return teachers, weights.detach().contiguous(), [0.0] * len(teachers)
     return teachers, None, [1 / len(teachers)] * len(teachers) if weights is None else [float(w) for w in weights]

@@ -84,10 +84,29 @@ def _scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     """factor x, in place: for gradients that came with a loss and that nobody else has."""
-    if traced([factor]):  # what a traced forward returned is not written in its backward
-        return [(t * factor).to(t.dtype) for t in tensors]
+    # what a traced forward returned is not written in its backward, and a kernel would lose a tangent
+    if traced([factor]) or reference.forward_mode([factor]):
+        return [t * factor for t in tensors]  # a factor [] does not widen them
     _scale_(tensors, factor)
     return tensors
+
+
+def save(ctx, settings: Settings, *tensors: Tensor) -> None:
+    """For `saved`. What was made in inference mode cannot be saved, nor be part of a graph: it is kept as it is."""
+    labels, weights, *ctx.numbers = settings
+    ctx.kept = [labels, weights, *tensors]
+    ctx.places = [i for i, t in enumerate(ctx.kept) if t is not None and not t.is_inference()]
+    ctx.save_for_backward(*(ctx.kept[i] for i in ctx.places))
+    for i in ctx.places:
+        ctx.kept[i] = None
+
+
+def saved(ctx) -> tuple[Settings, list[Tensor]]:
+    found = list(ctx.kept)
+    for i, t in zip(ctx.places, ctx.saved_tensors, strict=True):
+        found[i] = t
+    labels, weights, *tensors = found
+    return (labels, weights, *ctx.numbers), tensors
 
 
 class _Loss(torch.autograd.Function):
@@ -96,8 +115,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Callable, settings: Settings, wanted: list[bool], *inputs: Tensor):
         found, gradients = run(inputs[0], list(inputs[1:]), *settings, wanted)
-        ctx.settings, ctx.wanted, ctx.gradients = settings, wanted, gradients if any(wanted) else None
-        ctx.save_for_backward(*inputs)
+        ctx.wanted, ctx.gradients = wanted, gradients if any(wanted) else None
+        save(ctx, settings, *inputs)
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)  # else zeros for every gradient
         return found, *gradients
@@ -109,12 +128,12 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         wanted = list(ctx.needs_input_grad[3:])
         if gradients is None or torch.is_grad_enabled() or wanted != ctx.wanted:
-            inputs = ctx.saved_tensors
+            settings, inputs = saved(ctx)
             if traced([upstream, *inputs]):
-                arguments = (upstream, inputs[0], list(inputs[1:]), *ctx.settings, wanted)
+                arguments = (upstream, inputs[0], inputs[1:], *settings, wanted)
                 gradients = torch.ops.metadistil.kd_gradients(*arguments)
             else:
-                gradients = _Gradients.apply(_gradients, ctx.settings, wanted, upstream, *inputs)
+                gradients = _Gradients.apply(_gradients, settings, wanted, upstream, *inputs)
         else:  # a second backward computes them again
             gradients = scaled(gradients, upstream)
         return None, None, None, *_placed(gradients, wanted)
@@ -125,8 +144,8 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run: Callable, settings: Settings, wanted: list[bool], upstream: Tensor, *inputs: Tensor):
-        ctx.settings, ctx.wanted = settings, wanted
-        ctx.save_for_backward(upstream, *inputs)
+        ctx.wanted = wanted
+        save(ctx, settings, upstream, *inputs)
         ctx.set_materialize_grads(False)
         return tuple(run(upstream, inputs[0], list(inputs[1:]), *settings, wanted))
 
@@ -134,15 +153,15 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx, *cotangents: Tensor | None):
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        upstream, *inputs = ctx.saved_tensors
+        settings, (upstream, *inputs) = saved(ctx)
         wanted, given = list(ctx.needs_input_grad[4:]), [c is not None for c in _placed(cotangents, ctx.wanted)]
         cotangents = [c for c in cotangents if c is not None]
         if traced([upstream, *inputs, *cotangents]):
-            arguments = (upstream, inputs[0], inputs[1:], *ctx.settings, cotangents, given, wanted)
+            arguments = (upstream, inputs[0], inputs[1:], *settings, cotangents, given, wanted)
             to_upstream, gradients = torch.ops.metadistil.kd_double_backward(*arguments)
         else:
             to_upstream, *gradients = _DoubleBackward.apply(
-                _double_backward, ctx.settings, given, wanted, upstream, *inputs, *cotangents
+                _double_backward, settings, given, wanted, upstream, *inputs, *cotangents
             )
         return None, None, None, to_upstream, *_placed(gradients, wanted)
 
@@ -152,8 +171,8 @@ class _DoubleBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run: Callable, settings: Settings, given: list[bool], wanted: list[bool], upstream, *tensors):
-        ctx.settings, ctx.given, ctx.wanted = settings, given, wanted
-        ctx.save_for_backward(upstream, *tensors)
+        ctx.given, ctx.wanted = given, wanted
+        save(ctx, settings, upstream, *tensors)
         student, *teachers = tensors[: len(given)]
         to_upstream, gradients = run(
             upstream, student, teachers, *settings, list(tensors[len(given) :]), given, wanted
@@ -163,7 +182,7 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *arriving: Tensor):
         """By the reference, which has derivatives of every order; nothing in training takes this one."""
-        labels, weights, constants, temperature, alpha, ignore_index, reduction = ctx.settings
+        (labels, weights, constants, temperature, alpha, ignore_index, reduction), tensors = saved(ctx)
 
         def loss(student: Tensor, *teachers: Tensor) -> Tensor:
             return reference.kd_loss(
@@ -173,7 +192,7 @@ class _DoubleBackward(torch.autograd.Function):
 
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            sources = [reference.leaf(t) for t in ctx.saved_tensors]
+            sources = [reference.leaf(t) for t in tensors]
             upstream, inputs, cotangents = sources[0], sources[1 : 1 + len(ctx.given)], sources[1 + len(ctx.given) :]
             full = [
                 torch.zeros_like(t) if c is None else c

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.ops import backends, reference
-from engine.kernels.ops.kd_loss import check, split_weights
+from engine.kernels.ops.kd_loss import check, split_weights, together
 from engine.kernels.ops.kd_ops import register, traced
 
 
@@ -30,8 +30,8 @@ def meta_cotangent(
     For a pilot step phi - eta dloss/dphi and a quiz gradient v, the direction is d = -eta v. Raises ValueError on shapes,
     dtypes or settings that do not fit.
     """
-    teachers = list(teachers)
-    check(student, teachers, None, temperature, weights, "mean")
+    teachers, weights = list(teachers), together(weights)
+    check(student, teachers, None, temperature, alpha, weights, "mean")
     if tangent.shape != student.shape or tangent.device != student.device or not tangent.is_floating_point():
         raise ValueError(
             f"the tangent is {tangent.dtype} {tuple(tangent.shape)} on {tangent.device}, the logits are "
@@ -40,9 +40,13 @@ def meta_cotangent(
     settings = {"temperature": temperature, "alpha": alpha}
     plain = backends.backend(student.device.type).name == "reference"
     learned = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
-    if plain or learned or reference.forward_mode([tangent, *teachers]):
+    if (
+        plain
+        or learned
+        or reference.forward_mode([tangent, *teachers, *([weights] if isinstance(weights, Tensor) else [])])
+    ):
         return reference.meta_cotangent(teachers, tangent, weights=weights, **settings)
-    teachers, weights, constants = split_weights(teachers, weights)
+    teachers, weights, constants = split_weights(student, teachers, weights)
     arguments = (teachers, tangent, weights, constants, temperature, alpha)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (tangent, *teachers))
     if differentiated or traced([tangent, *teachers]):

@@ -25,11 +25,15 @@ def mean_logits(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | 
     if weights is None:
         weights = [1 / max(1, len(teachers))] * len(teachers)
     check_teachers(teachers, weights)
-    return _mean(teachers, weights, arithmetic(teachers))
+    return mean(teachers, weights, arithmetic(teachers))
 
 
-def _mean(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None, dtype: torch.dtype) -> Tensor:
-    weights = [1 / len(teachers)] * len(teachers) if weights is None else weights
+def mean(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor | None, dtype: torch.dtype) -> Tensor:
+    if weights is None:
+        weights = [1 / len(teachers)] * len(teachers)
+    elif isinstance(weights, Tensor) or any(w < 0 for w in weights):
+        # +inf is no mask, and must not become one by its weight
+        teachers = [torch.where(z == torch.inf, torch.nan, z) for z in teachers]
     return sum(w * z.to(dtype) for w, z in zip(weights, teachers, strict=True))
 
 
@@ -46,27 +50,34 @@ def kd_loss(
 ) -> Tensor:
     """`engine.kernels.kd_loss` by autograd: differentiable any number of times, forward mode included."""
     dtype = arithmetic([student, *teachers])
-    mean, student = _mean(teachers, weights, dtype), student.to(dtype)
-    log_p = F.log_softmax(mean / temperature, -1)
+    averaged, student = mean(teachers, weights, dtype), student.to(dtype)
+    log_p = F.log_softmax(averaged / temperature, -1)
     log_q = F.log_softmax(student / temperature, -1)
-    # a class that the teachers give no probability adds nothing, also where both logits are -inf; the inner choice keeps
-    # the derivative of the one that is not taken from being NaN
-    nothing = log_p == -torch.inf
+    p = log_p.exp()
+    # a class that the teachers give no probability adds nothing, also where logits are -inf; the inner choice keeps the
+    # derivative of the one that is not taken from being NaN
+    nothing = p == 0
     distance = torch.where(nothing, 0.0, log_p) - torch.where(nothing, 0.0, log_q)
-    soft = alpha * temperature**2 * (log_p.exp() * distance).sum(-1)  # [...]
+    soft = alpha * temperature**2 * (p * distance).sum(-1)  # [...]
     if reduction != "none":
         soft = soft.mean() if reduction == "mean" and soft.numel() else soft.sum()  # no rows lose nothing
     if labels is None:
         return soft
-    check_labels(labels, student.shape[-1], ignore_index)
+    hard = _hard(student, labels, ignore_index)
+    if reduction != "none":
+        hard = hard.sum() / (counted(labels, ignore_index) if reduction == "mean" else 1)
+    return soft + (1 - alpha) * hard
+
+
+def _hard(student: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy [...], zero where the label is ignored. NaN where it is out of range and was not looked at."""
     classes = student.shape[-1]
-    hard = F.cross_entropy(
-        student.reshape(-1, classes), labels.reshape(-1), ignore_index=ignore_index,
-        reduction="none" if reduction == "none" else "sum",
-    )  # fmt: skip
-    if reduction == "mean":
-        hard = hard / counted(labels, ignore_index)
-    return soft + (1 - alpha) * (hard.reshape(labels.shape) if reduction == "none" else hard)
+    check_labels(labels, classes, ignore_index)
+    counts, inside = labels != ignore_index, (labels >= 0) & (labels < classes)
+    # a label that is out of range would stop the whole device
+    safe = torch.where(counts & inside, labels, -100).reshape(-1)
+    hard = F.cross_entropy(student.reshape(-1, classes), safe, reduction="none").reshape(labels.shape)
+    return torch.where(counts & ~inside, torch.nan, hard)
 
 
 def kd_second(inputs: Sequence[Tensor], loss, upstream: Tensor, cotangents: Sequence[Tensor]) -> list[Tensor]:
@@ -87,7 +98,7 @@ def meta_cotangent(
     """`engine.kernels.meta_cotangent` of logits of R rows: -alpha w_k / R p (u - <p, u>)."""
     dtype = arithmetic([tangent, *teachers])
     weights = [1 / len(teachers)] * len(teachers) if weights is None else weights
-    p, u = torch.softmax(_mean(teachers, weights, dtype) / temperature, -1), tangent.to(dtype)
+    p, u = torch.softmax(mean(teachers, weights, dtype) / temperature, -1), tangent.to(dtype)
     common = (-alpha / max(1, rows(p))) * p * (u - (p * u).sum(-1, keepdim=True))
     return [w * common for w in weights]
 
@@ -106,33 +117,36 @@ def kd_rows(
 ) -> tuple[Tensor, Tensor]:
     """Row losses and their gradient to the student, in closed form; see kd_kernels.py."""
     dtype = arithmetic([student, *teachers])
-    mean, s = _mean(teachers, constants if weights is None else weights, dtype), student.to(dtype)
-    log_p, log_q = F.log_softmax(mean / temperature, -1), F.log_softmax(s / temperature, -1)
+    averaged, s = mean(teachers, constants if weights is None else weights, dtype), student.to(dtype)
+    log_p, log_q = F.log_softmax(averaged / temperature, -1), F.log_softmax(s / temperature, -1)
     p = log_p.exp()
-    distance = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    distance = torch.where(p == 0, 0.0, log_p - log_q)
     loss = soft_scale * alpha * temperature**2 * (p * distance).sum(-1)
     gradient = soft_scale * alpha * temperature * (log_q.exp() - p)
     if labels is not None:
-        check_labels(labels, s.shape[-1], ignore_index)
-        counts = labels != ignore_index
+        counts, inside = labels != ignore_index, (labels >= 0) & (labels < s.shape[-1])
         scale = (1 - alpha) * (1.0 if hard_scale is None else hard_scale)
-        log_q1, label = F.log_softmax(s, -1), torch.where(counts, labels, 0).unsqueeze(-1)
-        loss = loss - torch.where(counts, scale * log_q1.gather(-1, label).squeeze(-1), 0.0)
+        scale = torch.where(inside, scale, torch.nan)
+        loss = loss + torch.where(counts, scale * _hard(s, labels, ignore_index), 0.0)
+        log_q1, label = F.log_softmax(s, -1), torch.where(counts & inside, labels, 0).unsqueeze(-1)
         hard = log_q1.exp().scatter_add_(-1, label, torch.full_like(label, -1, dtype=dtype))
-        gradient += torch.where(counts.unsqueeze(-1), scale * hard, 0.0)
+        gradient += torch.where(counts.unsqueeze(-1), scale.unsqueeze(-1) * hard, 0.0)
     return loss, gradient
 
 
 def check_teachers(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor) -> None:
     if not teachers:
-        raise ValueError("kd_loss needs at least one teacher's logits; got none.")
+        raise ValueError("at least one teacher's logits are needed; got none.")
     if any(z.shape != teachers[0].shape for z in teachers):
         raise ValueError(f"teachers' logits must share one shape; got {[tuple(z.shape) for z in teachers]}.")
     if len(weights) != len(teachers):
         raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
-    if isinstance(weights, Tensor) and (weights.dim() != 1 or weights.device != teachers[0].device):
+    if isinstance(weights, Tensor) and (
+        weights.dim() != 1 or weights.device != teachers[0].device or not weights.is_floating_point()
+    ):
         raise ValueError(
-            f"weights must be [K] on the logits' device, {teachers[0].device}; got {tuple(weights.shape)} on {weights.device}."
+            f"weights must be numbers, or a floating tensor [K] on the logits' device, {teachers[0].device}; got "
+            f"{weights.dtype} {tuple(weights.shape)} on {weights.device}."
         )
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,10 +32,13 @@ def plans(classes: int, on_chip: int, most_tiles: int) -> list[Plan]:
     if width <= 1024:
         return [Plan(False, max(1, 1024 // width), width, 4)]
     usual = max(4, width // 1024)
-    whole = [Plan(False, 1, width, w) for w in sorted({4, 8, 16}, key=lambda w: abs(w - usual))]
+    # at most 64 numbers of a row in a thread: more spill, by kilobytes
+    whole = [Plan(False, 1, width, w) for w in sorted({4, 8, 16}, key=lambda w: abs(w - usual)) if width <= 2048 * w]
     sizes = [(4096, 8), (4096, 4), (2048, 4), (8192, 8), (8192, 16), (16384, 16)]
     least = triton.next_power_of_2(triton.cdiv(classes, most_tiles))
-    tiles = [Plan(True, 1, c, w) for c, w in sizes if least <= c < width] or [Plan(True, 1, least, 16)]
+    tiles = [Plan(True, 1, c, w) for c, w in sizes if least <= c < width]
+    if least > max(c for c, _ in sizes):
+        tiles = [Plan(True, 1, least, 16)]
     if width <= on_chip:
         return whole + tiles
     return tiles + whole if width <= 2 * on_chip else tiles
@@ -54,30 +58,49 @@ def choose(
     order, and a resumed run must give the same bits. During the capture of a CUDA graph, and on a CPU, the first one."""
     if len(choices) == 1 or device.type != "cuda":
         return choices[0]
-    key = " ".join(map(str, key))
-    known = _known(torch.cuda.get_device_name(device))
+    key, name = " ".join(map(str, key)), torch.cuda.get_device_name(device)
+    known = _known(name)
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return choices[0]
-        times = {plan: triton.testing.do_bench(lambda plan=plan: launch(plan), warmup=10, rep=50) for plan in choices}
-        known[key] = list(min(times, key=times.get))
-        logger.info("tuned %s: %s", key, Plan(*known[key]))
-        _remember(torch.cuda.get_device_name(device), known)
+        with _one_at_a_time:
+            times = {plan: _time(plan, launch) for plan in choices}
+            known[key] = list(min(times, key=times.get))
+            logger.info("tuned %s: %s", key, Plan(*known[key]))
+            _remember(name, known)
     return Plan(*known[key])
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _time(plan: Plan, launch: Callable[[Plan], None]) -> float:
+    """Milliseconds; without end for a plan that does not fit the device, or beside what is in its memory."""
+    try:
+        return triton.testing.do_bench(lambda: launch(plan), warmup=10, rep=50)
+    except (torch.OutOfMemoryError, triton.runtime.errors.OutOfResources):
+        return float("inf")
 
 
 @cache
 def _known(device: str) -> dict[str, list]:
+    return _read(_file(device))
+
+
+def _read(file: Path) -> dict[str, list]:
     try:
-        return json.loads(_file(device).read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):  # none yet, or one that was cut off
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _remember(device: str, known: dict[str, list]) -> None:
+    """Beside what other processes have found since; where they were first, their plans are kept."""
     file = _file(device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        known |= _read(file)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
             json.dump(known, written, indent=1)
         os.replace(written.name, file)
@@ -88,6 +111,6 @@ def _remember(device: str, known: dict[str, list]) -> None:
 def _file(device: str) -> Path:
     """Of this device, this Triton and these kernels."""
     root = Path(os.environ.get("METADISTIL_CACHE") or "~/.cache/metadistil-engine").expanduser()
-    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("kd_*.py")))
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("kd_kernels.py", "tuning.py"))
     digest = hashlib.sha256(b"\0".join([device.encode(), triton.__version__.encode(), sources])).hexdigest()[:16]
     return root / "kernels" / f"plans-{digest}.json"

@@ -21,9 +21,7 @@ TOLERANCE = {F64: 1e-12, F32: 1e-4, BF16: 1.6e-2, F16: 1.5e-3}
 SETTINGS = {"temperature": 2.0, "alpha": 0.3}
 
 
-@pytest.fixture(
-    params=[10**6, 3 * 7, 1], ids=["one chunk", "three rows a chunk", "a row a chunk"]
-)
+@pytest.fixture(params=[10**6, 3 * 7, 1], ids=["one chunk", "three rows a chunk", "a row a chunk"])
 def chunk(request, monkeypatch):
     monkeypatch.setitem(module.CHUNK, "cpu", request.param)
 
@@ -295,7 +293,7 @@ MISTAKES = {
     r"student's hidden \(\) torch.float32 and weight \(5, 2\)": {"hidden_s": h[0, 0]},
     r"student logits are \(3, 6\), teachers' are \(3, 5\)": {"weight_s": torch.zeros(6, 2)},
     r"student logits are \(2, 5\), teachers' are \(3, 5\)": {"hidden_s": h[1:]},
-    r"floating dtype; got \[torch.int64": {"hidden_s": h.long(), "weight_s": w.long()},
+    r"float16 or float64; got \['torch.int64'": {"hidden_s": h.long(), "weight_s": w.long()},
     r"one device; got \['cpu', 'meta'\]": {"hidden_t": [h.to("meta")], "weight_t": [w.to("meta")]},
     "no gradient for teachers": {"hidden_t": [h.clone().requires_grad_()]},
     "no gradient for teachers; detach": {"weight_t": [w.clone().requires_grad_()]},

@@ -63,7 +63,7 @@ def test_case(case, backend):
 
 
 @settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+    max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(
@@ -84,6 +84,17 @@ def test_case(case, backend):
 )
 def test_combinations(backend, case):
     Problem(case).agree()
+
+
+def test_a_list_of_learned_weights(backend):
+    student, first, second = (logits(3, 5, seed=k, dtype=F64) for k in range(3))
+    weights = [torch.tensor(w, dtype=F64, requires_grad=True) for w in (0.25, 0.6)]
+    stacked = torch.tensor([0.25, 0.6], dtype=F64, requires_grad=True)
+    settings = {"temperature": 2.0, "alpha": 0.3}
+    losses = [kd_loss(student, [first, second], weights=w, **settings) for w in (weights, stacked)]
+    assert torch.equal(*losses)
+    found = torch.autograd.grad(losses[0], weights)
+    assert torch.equal(torch.stack(found), *torch.autograd.grad(losses[1], stacked))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)

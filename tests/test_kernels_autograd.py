@@ -302,6 +302,21 @@ def arguments_of(op):
             yield teachers, student, weights, [0.5] * K, 2.0, 0.3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_op_is_the_function(reduction, backend):
+    """What a tracer sees, and what runs where nothing is traced, have the same bits."""
+    if backend == "reference":
+        pytest.skip("the reference has no ops")
+    given = leaves()
+    settings = (LABELS, None, [0.5, 0.5], 2.0, 0.3, -100, reduction, [reduction == "mean"] * 3)
+    results = []
+    for loss in (loss_of(given, reduction=reduction), ops.kd_loss(given[0], given[1:], *settings)[0]):
+        first = torch.autograd.grad(loss.sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), given, retain_graph=True)
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), given), *(g.detach() for g in first), *second])
+    assert equal(*results)
+
+
 @pytest.mark.parametrize("op", ["kd_loss", "kd_gradients", "kd_double_backward", "kd_scale_", "meta_cotangent"])
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_opcheck(op, backend):

@@ -23,7 +23,7 @@ LAYOUTS = {
     "positions first": [lambda z: z.transpose(0, 1)],
     "classes strided": [wide],
     "classes first": [lambda z: z.permute(2, 0, 1).contiguous().permute(1, 2, 0)],
-    "too many leading dimensions to be rows": [lambda z: z.reshape(2, 2, 2, 3).permute(2, 0, 1, 3)],
+    "too many leading dimensions to be rows": [lambda z: z.reshape(2, 2, 2, 3).permute(2, 1, 0, 3)],
     "a teacher's row for every position": [lambda z: z, lambda z: z[:, :1].expand_as(z)],
     "a teacher's class for every class": [lambda z: z, lambda z: z[..., :1].expand_as(z)],
     "one row of everything": [lambda z: z[:1, :1].expand_as(z)],
@@ -111,6 +111,26 @@ def test_a_class_that_the_student_alone_masks_costs_everything(backend):
     assert rows[2] == 0
 
 
+@pytest.mark.parametrize("C", [5, 1100])
+def test_a_teacher_probability_that_is_too_small_for_a_number_adds_nothing(C, backend):
+    """Though the student masks this class, and is infinitely far away."""
+    student, teacher = logits(2, C).requires_grad_(), logits(2, C, seed=1)
+    with torch.no_grad():
+        teacher[:, 0] = 1e4
+    teacher.requires_grad_()
+    results = []
+    for value in (-1e3, -INF):
+        with torch.no_grad():
+            student[1, C - 2] = value
+        loss = kd_loss(student, [teacher], torch.tensor([0, -100]), **SETTINGS)
+        first = torch.autograd.grad(loss, [student, teacher], create_graph=True)
+        cotangents = [logits(2, C, seed=7 + k) for k in range(2)]
+        second = torch.autograd.grad(first, [student, teacher], cotangents)
+        results.append([loss.detach(), *(g.detach() for g in first), *second])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(x.isfinite().all() for x in results[0])
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("T", [1, 20])
 def test_extreme_logits(T, dtype, backend):
@@ -138,6 +158,14 @@ def test_a_bad_number_shows_and_stays_in_its_row(C, who, value, backend):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
     assert run(given, "mean")[0].isnan()
     assert run(given, "sum")[0].isnan()
+
+
+@pytest.mark.parametrize("weights", [[-0.5, 1.0], torch.tensor([-0.5, 1.0])], ids=["list", "tensor"])
+def test_a_negative_weight_makes_no_mask_of_plus_infinity(weights, backend):
+    student, teachers = logits(2, 5), [logits(2, 5, seed=1), logits(2, 5, seed=2)]
+    teachers[0][1, 3] = INF
+    rows = kd_loss(student, teachers, weights=weights, reduction="none", **SETTINGS)
+    assert rows.isnan().tolist() == [False, True]
 
 
 # Labels
@@ -170,21 +198,29 @@ z = torch.zeros(3, 5)
 META = torch.zeros(3, 5, device="meta")
 LONG = torch.zeros(3, dtype=torch.int64)
 MISTAKES = {
-    "at least one teacher's logits; got none": {"teachers": []},
+    "at least one teacher's logits are needed; got none": {"teachers": []},
     r"share one shape; got \[\(3, 5\), \(3, 4\)\]": {"teachers": [z, z[:, 1:]]},
     r"student logits are \(3, 4\), teachers' are \(3, 5\)": {"student": z[:, 1:]},
     r"student logits are \(2, 5\), teachers' are \(3, 5\)": {"student": z[1:]},
     r"at least one class; got \(3, 0\)": {"student": z[:, :0], "teachers": [z[:, :0]]},
     r"at least one class; got \(\)": {"student": z[0, 0], "teachers": [z[0, 0]]},
-    r"floating dtype; got \[torch.int64, torch.float32": {"student": z.long()},
-    r"floating dtype; got \[torch.float32, torch.float32, torch.int32": {"teachers": [z, z.int()]},
-    r"floating dtype; got \[torch.complex64": {"student": z.cfloat()},
+    r"float16 or float64; got \['torch.int64', 'torch.float32'": {"student": z.long()},
+    r"float16 or float64; got \['torch.float32', 'torch.float32', 'torch.int32'": {"teachers": [z, z.int()]},
+    r"float16 or float64; got \['torch.complex64'": {"student": z.cfloat()},
+    r"float16 or float64; got \['torch.float8_e5m2'": {"student": z.to(torch.float8_e5m2)},
+    "temperature and alpha must be numbers; got a tensor": {"temperature": torch.tensor(2.0)},
+    "temperature and alpha must be numbers": {"alpha": torch.tensor(0.3)},
     r"one device; got \['cpu', 'cpu', 'meta'\]": {"teachers": [z, META]},
     "temperature must be above 0; got 0": {"temperature": 0},
     "temperature must be above 0; got -1.5": {"temperature": -1.5},
     "temperature must be above 0; got nan": {"temperature": NAN},
     "1 weights for 2 teachers": {"weights": [1.0]},
     "3 weights for 2 teachers": {"weights": torch.ones(3)},
+    r"tensor \[K\] on the logits' device, cpu; got torch.float32 \(2, 1\) on cpu": {"weights": torch.ones(2, 1)},
+    r"tensor \[K\] on the logits' device, cpu; got torch.int64 \(2,\) on cpu": {"weights": torch.ones(2).long()},
+    r"tensor \[K\] on the logits' device, cpu; got torch.float32 \(2,\) on meta": {
+        "weights": torch.ones(2, device="meta")
+    },
 }
 MISTAKES_OF_LOSSES = {
     "mean, sum or none; got 'batchmean'": {"reduction": "batchmean"},

@@ -108,6 +108,17 @@ def test_many_tiles(interpreted, monkeypatch):
 
 
 @both_kinds
+def test_a_tile_whose_teacher_probability_is_too_small_for_a_number(plan):
+    """Adds nothing, though the student masks a class of it, and is infinitely far away there."""
+    problem = Problem(Case(C=11, leading=(2,), K=1, reduction="none"))
+    with torch.no_grad():
+        problem.logits[1][:, 1] = 1e4
+        problem.logits[0][0, 5] = -torch.inf
+    problem.labels = torch.tensor([1, -100])
+    assert all(x.isfinite().all() for x in problem.found().values())
+
+
+@both_kinds
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_number_stays_in_its_row(plan, value):
     """In any tile, of student or teacher."""
@@ -200,6 +211,26 @@ def test_a_cache_that_cannot_be_written_is_no_error(gpu, tmp_path, monkeypatch, 
     with caplog.at_level("WARNING", "engine.kernels"):
         assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
     assert "not kept for the next run" in caplog.text
+
+
+def test_what_another_process_found_is_kept(gpu, tmp_path):
+    tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(json.dumps({"second 50": list(CHOICES[0]), "first 51": list(CHOICES[2])}))
+    tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE)
+    assert set(json.loads(file.read_text())) == {"first 50", "first 51", "second 50"}
+    tuning._known.cache_clear()
+    assert tuning.choose(("second", 50), CHOICES, gpu.append, DEVICE) == CHOICES[0]
+    assert tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE) == CHOICES[2], "of two, the one that came first"
+
+
+def test_a_plan_that_does_not_fit_is_not_taken(gpu):
+    def launch(plan):
+        gpu.append(plan)
+        if plan == CHOICES[1]:
+            raise torch.OutOfMemoryError("too large")
+
+    assert tuning.choose(("first", 50), CHOICES, launch, DEVICE) == CHOICES[2]
 
 
 def test_nothing_is_tried_where_it_must_not_be(gpu, monkeypatch):
