@@ -125,7 +125,7 @@ def kd_rows(
     gradient = soft_scale * alpha * temperature * (log_q.exp() - p)
     if labels is not None:
         counts, inside = labels != ignore_index, (labels >= 0) & (labels < s.shape[-1])
-        scale = (1 - alpha) * (1.0 if hard_scale is None else hard_scale)
+        scale = (1 - alpha) * (s.new_ones(()) if hard_scale is None else hard_scale)  # a number would be a float32
         scale = torch.where(inside, scale, torch.nan)
         loss = loss + torch.where(counts, scale * _hard(s, labels, ignore_index), 0.0)
         log_q1, label = F.log_softmax(s, -1), torch.where(counts & inside, labels, 0).unsqueeze(-1)
@@ -139,8 +139,6 @@ def check_teachers(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor
         raise ValueError("at least one teacher's logits are needed; got none.")
     if any(z.shape != teachers[0].shape for z in teachers):
         raise ValueError(f"teachers' logits must share one shape; got {[tuple(z.shape) for z in teachers]}.")
-    if len(weights) != len(teachers):
-        raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
     if isinstance(weights, Tensor) and (
         weights.dim() != 1 or weights.device != teachers[0].device or not weights.is_floating_point()
     ):
@@ -148,6 +146,8 @@ def check_teachers(teachers: Sequence[Tensor], weights: Sequence[float] | Tensor
             f"weights must be numbers, or a floating tensor [K] on the logits' device, {teachers[0].device}; got "
             f"{weights.dtype} {tuple(weights.shape)} on {weights.device}."
         )
+    if len(weights) != len(teachers):
+        raise ValueError(f"got {len(weights)} weights for {len(teachers)} teachers.")
 
 
 def check_labels(labels: Tensor | None, classes: int, ignore_index: int) -> None:

@@ -140,6 +140,12 @@ def test_a_list_of_weights_may_hold_tensors(student, teachers, backend):
     torch.testing.assert_close(found, expected[0])
 
 
+@pytest.mark.parametrize("weights", [torch.tensor(0.5), torch.ones(2, 1), torch.ones(2, dtype=torch.int64)], ids=str)
+def test_weights_of_another_kind_are_refused(weights, student, teachers, backend):
+    with pytest.raises(ValueError, match="floating tensor"):
+        kd_loss(student, teachers, weights=weights, **SETTINGS)
+
+
 @pytest.mark.parametrize("weights", [[1.5, -0.5], torch.tensor([1.5, -0.5])], ids=["list", "tensor"])
 def test_a_negative_weight_makes_no_mask_of_infinity(weights, student, teachers, backend):
     teachers[1][1, 2] = torch.inf
