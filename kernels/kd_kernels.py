@@ -46,7 +46,8 @@ def _mean(tensors, weights, constants, row, inner, strides, columns, live, GIVEN
     for k in tl.static_range(1, len(tensors)):
         if (GIVEN >> k) & 1:
             z = tl.load(tensors[k] + _offsets(row, inner, strides, k, columns), mask=live, other=0.0).to(DTYPE)
-            z = tl.where(z == float("inf"), float("nan"), z)  # no mask, and not to become one by its weight
+            if GIVEN == -1:  # of a logit, no mask, and not to become one by its weight
+                z = tl.where(z == float("inf"), float("nan"), z)
             total += _weight(weights, constants, k - 1, DTYPE) * z
     return total
 

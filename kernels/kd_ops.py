@@ -34,7 +34,9 @@ def loss(student: Tensor, teachers: Sequence[Tensor], settings: Settings, wanted
     """[] or, for reduction="none", [...]; `wanted` says for which of student and teachers a gradient comes with it."""
     if traced([student, *teachers]):
         return torch.ops.metadistil.kd_loss(student, list(teachers), *settings, wanted)[0]
-    return _Loss.apply(_loss, settings, wanted, student, *teachers)[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (student, *teachers)):
+        return _Loss.apply(_loss, settings, wanted, student, *teachers)[0]
+    return _loss(student, teachers, *settings, wanted)[0]
 
 
 def _scales(student, teachers, labels, ignore_index: int, reduction: str) -> tuple[float, Tensor | None]:
