@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import sentences, succeed, table
 
 from engine import native
 
@@ -47,10 +46,14 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, cache):
+    from run_helpers import sentences, table  # not above: the kernels' tests run where few packages are installed
+
     return table(tmp_path_factory.mktemp("data") / "reviews.tsv", sentences(200))
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory, cache):
     """One run of MetaDistil with two unlike teachers, looked at from many sides."""
+    from run_helpers import succeed
+
     return succeed(data, tmp_path_factory.mktemp("runs") / "finished", teachers="bert,roberta", seed=1, log_steps=2)
