@@ -32,20 +32,22 @@ STATISTICS = tl.constexpr(13)  # of a row or a tile, in the order in which `_sta
 
 
 @triton.jit
-def _offsets(row, inner, strides, k: tl.constexpr, columns):
-    """Of rows [r, 1] and columns [1, c] in tensor k, whose strides are (outer, inner, class)."""
-    return (
-        (row // inner) * strides[3 * k] + (row % inner) * strides[3 * k + 1] + columns.to(tl.int64) * strides[3 * k + 2]
-    )
+def _offsets(row, inner, strides, k: tl.constexpr, columns, ALIGN: tl.constexpr):
+    """Of rows [r, 1] and columns [1, c] in tensor k, whose strides are (outer, inner, class), the first two over ALIGN."""
+    start = (row // inner) * (strides[3 * k] * ALIGN) + (row % inner) * (strides[3 * k + 1] * ALIGN)
+    return start + columns.to(tl.int64) * strides[3 * k + 2]
 
 
 @triton.jit
-def _mean(tensors, weights, constants, row, inner, strides, columns, live, GIVEN: tl.constexpr, DTYPE: tl.constexpr):
+def _mean(
+    tensors, weights, constants, row, inner, strides, columns, live, GIVEN: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """sum_k w_k tensors[1 + k] of those that GIVEN names; [r, c], zero outside."""
     total = tl.zeros(live.shape, DTYPE)
     for k in tl.static_range(1, len(tensors)):
         if (GIVEN >> k) & 1:
-            z = tl.load(tensors[k] + _offsets(row, inner, strides, k, columns), mask=live, other=0.0).to(DTYPE)
+            z = tl.load(tensors[k] + _offsets(row, inner, strides, k, columns, ALIGN), mask=live, other=0.0).to(DTYPE)
             if GIVEN == -1:  # of a logit, no mask, and not to become one by its weight
                 z = tl.where(z == float("inf"), float("nan"), z)
             total += _weight(weights, constants, k - 1, DTYPE) * z
@@ -59,29 +61,31 @@ def _weight(weights, constants, k: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _logits(
-    tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT: tl.constexpr, DTYPE: tl.constexpr
-):
+    tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """s and m [r, c], -inf beyond the last class; rows beyond the last are zeros."""
     live, inside = (row < R) & (columns < C), columns < C
-    m = _mean(tensors, weights, constants, row, inner, strides, columns, live, -1, DTYPE)
+    m = _mean(tensors, weights, constants, row, inner, strides, columns, live, -1, DTYPE, ALIGN)
     m = tl.where(inside, m, float("-inf"))
     s = m
     if STUDENT:
-        s = tl.load(tensors[0] + _offsets(row, inner, strides, 0, columns), mask=live, other=0.0).to(DTYPE)
+        s = tl.load(tensors[0] + _offsets(row, inner, strides, 0, columns, ALIGN), mask=live, other=0.0).to(DTYPE)
         s = tl.where(inside, s, float("-inf"))
     return s, m
 
 
 @triton.jit
 def _cotangents(
-    cotangents, weights, constants, row, inner, strides, columns, R, C, GIVEN: tl.constexpr, DTYPE: tl.constexpr
-):
+    cotangents, weights, constants, row, inner, strides, columns, R, C, GIVEN: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """X and A [r, c]; zeros where none is given."""
     live = (row < R) & (columns < C)
     x = tl.zeros(live.shape, DTYPE)
     if GIVEN & 1:
-        x = tl.load(cotangents[0] + _offsets(row, inner, strides, 0, columns), mask=live, other=0.0).to(DTYPE)
-    return x, _mean(cotangents, weights, constants, row, inner, strides, columns, live, GIVEN, DTYPE)
+        x = tl.load(cotangents[0] + _offsets(row, inner, strides, 0, columns, ALIGN), mask=live, other=0.0).to(DTYPE)
+    return x, _mean(cotangents, weights, constants, row, inner, strides, columns, live, GIVEN, DTYPE, ALIGN)
 
 
 @triton.jit
@@ -289,10 +293,12 @@ def kd_first_kernel(
     loss,  # [R], or None
     outputs,  # 1 + K x [R, C] contiguous; those that WANTED names are written
     parts, tickets, lag, tiles,  # [R, STATISTICS, tiles], [1 + R] int32 zeros: the second plan's
-    strides, step, R, inner, C, ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
-    WANTED: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr, TILED: tl.constexpr, WIDTH: tl.constexpr,
+    strides, step, R, inner, C,  # C, and strides but those of classes, divided by ALIGN
+    ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
+    WANTED: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr, TILED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = C * ALIGN
     inv_t, a, alpha = tl.full([], inv_t, DTYPE), tl.full([], a, DTYPE), tl.full([], alpha, DTYPE)
     if TILED:
         turn, tile, again = _take(tickets, lag, tiles)
@@ -303,7 +309,7 @@ def kd_first_kernel(
             if again:
                 while tl.atomic_add(done, 0, sem="acquire") < tiles:
                     pass
-            s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE)
+            s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE, ALIGN)
             if again:
                 statistics = _combined(parts, row, tiles, inv_t, WIDTH)
                 _finish_first(
@@ -317,7 +323,7 @@ def kd_first_kernel(
         row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         columns = tl.arange(0, BLOCK_C)[None, :]
         g, b, label = _scales(upstream, step, hard_scale, labels, row, R, C, ignore_index, HARD, DTYPE)
-        s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE)
+        s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE, ALIGN)
         statistics = _statistics(s, m, s, m, label, columns, inv_t, True, HARD, 0)
         _finish_first(
             s, m, statistics, g, b, label, columns, row, loss, outputs, weights, constants, R, C, inv_t, a, alpha, True,
@@ -335,8 +341,9 @@ def kd_second_kernel(
     parts, tickets, lag, tiles,
     strides, cotangent_strides, step, R, inner, C, ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
     WANTED: tl.constexpr, GIVEN: tl.constexpr, STUDENT: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr,
-    TILED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, TILED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = C * ALIGN
     inv_t, a, alpha = tl.full([], inv_t, DTYPE), tl.full([], a, DTYPE), tl.full([], alpha, DTYPE)
     if TILED:
         turn, tile, again = _take(tickets, lag, tiles)
@@ -347,9 +354,9 @@ def kd_second_kernel(
             if again:
                 while tl.atomic_add(done, 0, sem="acquire") < tiles:
                     pass
-            s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT, DTYPE)
+            s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT, DTYPE, ALIGN)
             x, a_k = _cotangents(
-                cotangents, weights, constants, row, inner, cotangent_strides, columns, R, C, GIVEN, DTYPE
+                cotangents, weights, constants, row, inner, cotangent_strides, columns, R, C, GIVEN, DTYPE, ALIGN
             )
             if again:
                 statistics = _combined(parts, row, tiles, inv_t, WIDTH)
@@ -364,8 +371,10 @@ def kd_second_kernel(
         row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         columns = tl.arange(0, BLOCK_C)[None, :]
         g, b, label = _scales(upstream, step, hard_scale, labels, row, R, C, ignore_index, HARD, DTYPE)
-        s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT, DTYPE)
-        x, a_k = _cotangents(cotangents, weights, constants, row, inner, cotangent_strides, columns, R, C, GIVEN, DTYPE)
+        s, m = _logits(tensors, weights, constants, row, inner, strides, columns, R, C, STUDENT, DTYPE, ALIGN)
+        x, a_k = _cotangents(
+            cotangents, weights, constants, row, inner, cotangent_strides, columns, R, C, GIVEN, DTYPE, ALIGN
+        )
         statistics = _statistics(s, m, x, a_k, label, columns, inv_t, STUDENT, HARD, GIVEN)
         _finish_second(
             s, m, x, a_k, statistics, g, b, label, columns, row, to_upstream, outputs, weights, constants, R, C, inv_t, a,

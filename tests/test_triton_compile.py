@@ -119,12 +119,11 @@ def compiled(tmp_path_factory) -> dict[tuple, dict]:
 def test_compiled(request_, compiled):
     kernel, classes, _, dtype = request_
     found = compiled[request_]
-    # a number or two that a whole row of 8192 classes leaves no register for are no matter, a row of them would be
-    assert max(found["STACK"], found["LOCAL"]) <= 16, "registers are spilled"
+    assert max(found["STACK"], found["LOCAL"]) == 0, "registers are spilled"
     # three numbers that are passed as float64 are converted, for all rows at once
     assert all(name.startswith(("cvt.rn.f32.f64", "ld.param")) for name in found["double"]), found["double"]
     assert len(found["double"]) <= 6
-    if classes % 16 == 0:
+    if classes % 8 == 0:
         assert "ld.global.v4.b32" in found["loads"], "16 bytes at a time"
         assert dtype == "float32" or "ld.global.b16" not in found["loads"], "no logit on its own"
     assert found["tiled"] == (classes > 16384)
