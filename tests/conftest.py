@@ -15,6 +15,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session")
+def compiled():
+    """The compiled operations, taken from the cache or compiled once."""
+    chosen = native.backend()
+    if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):
+        pytest.skip(f"nothing is compiled here, {chosen.why}")
+    assert chosen.name != "torch", chosen.why
+    return torch.ops.metadistil
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """`engine.kernels` computes with Triton's kernels on the CPU."""
@@ -29,9 +39,7 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         request.getfixturevalue("interpreted")
     if request.param == "cpp":
-        chosen = native.backend()
-        if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):
-            pytest.skip(f"nothing is compiled here, {chosen.why}")
+        request.getfixturevalue("compiled")
     monkeypatch.setenv("ENGINE_KERNELS", request.param)
     return request.param
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import native, native_build
+from engine import native_build
 
 IGNORE = -100
 F, D, B, H = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -20,14 +20,9 @@ either = pytest.mark.parametrize("C", [7, FEW + 7], ids=["tiles", "rows"])
 masked = pytest.mark.parametrize("more", [0, FEW], ids=["tiles", "rows"])  # classes at -inf
 
 
-@pytest.fixture(scope="module")
-def ops():
-    """The compiled operations, taken from the cache or compiled once."""
-    chosen = native.backend()
-    if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):
-        pytest.skip(f"nothing is compiled here, {chosen.why}")
-    assert chosen.name != "torch", chosen.why
-    return torch.ops.metadistil
+@pytest.fixture
+def ops(compiled):
+    return compiled
 
 
 def logits(*shape, seed=0, dtype=F, scale=3):

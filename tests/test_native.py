@@ -15,16 +15,6 @@ both = pytest.mark.parametrize("operations", [native, native_reference], ids=["n
 shadowed = pytest.mark.parametrize("shadowed", [True, False], ids=["shadow", "plain"])
 
 
-@pytest.fixture(scope="session")
-def compiled():
-    """The compiled operations, taken from the cache or compiled once."""
-    chosen = native.backend()
-    if chosen.name == "torch" and (native.VARIABLE in chosen.why or "no C++ compiler" in chosen.why):
-        pytest.skip(f"nothing is compiled here, {chosen.why}")
-    assert chosen.name != "torch", chosen.why
-    return torch.ops.metadistil
-
-
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
