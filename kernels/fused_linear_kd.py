@@ -77,9 +77,7 @@ def _check(hidden_s, weight_s, hidden_t, weight_t, labels, temperature, alpha, w
         raise ValueError("fused_linear_kd has no gradient for teachers; detach theirs, or use kd_loss on logits.")
     if isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("fused_linear_kd has no gradient for weights; detach them, or use kd_loss on logits.")
-    if reference.forward_mode(
-        [hidden_s, weight_s, *hidden_t, *weight_t, *([weights] if isinstance(weights, Tensor) else [])]
-    ):
+    if reference.forward_mode([hidden_s, weight_s, *hidden_t, *weight_t, weights]):
         raise RuntimeError("fused_linear_kd has no forward mode; use kd_loss on logits.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum here; got {reduction!r}. For rows, use kd_loss on logits.")

@@ -339,7 +339,8 @@ def kd_second_kernel(
     to_upstream,  # [R], or None
     outputs,  # 1 + K x [R, C] contiguous; those that WANTED names are written
     parts, tickets, lag, tiles,
-    strides, cotangent_strides, step, R, inner, C, ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
+    strides, cotangent_strides, step, R, inner, C,  # C, and strides but those of classes, divided by ALIGN
+    ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
     WANTED: tl.constexpr, GIVEN: tl.constexpr, STUDENT: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr,
     ALIGN: tl.constexpr, TILED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

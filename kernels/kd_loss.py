@@ -43,7 +43,7 @@ def kd_loss(
     teachers, weights = list(teachers), together(weights)
     check(student, teachers, labels, temperature, alpha, weights, reduction)
     plain = backends.backend(student.device.type).name == "reference"
-    if plain or reference.forward_mode([student, *teachers, *([weights] if isinstance(weights, Tensor) else [])]):
+    if plain or reference.forward_mode([student, *teachers, weights]):
         return reference.kd_loss(
             student, teachers, labels, temperature=temperature, alpha=alpha, weights=weights, ignore_index=ignore_index,
             reduction=reduction,

@@ -1,7 +1,7 @@
 """c_k = d/dz_k < d loss / d z_S, u >, in closed form and one pass: what the meta-gradient sends to each teacher's logits.
 
 For `kd_loss` with the mean over R rows, p = softmax(zbar / T):  c_k = -alpha w_k / R p (u - <p, u>), row by row. Its
-cross-entropy carries none. Source: design of the exact meta-gradient, engine/metagrad.py.
+cross-entropy carries none. engine/metagrad.py says where it comes from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.kernels.ops import backends, reference
 from engine.kernels.ops.kd_loss import check, split_weights, together
-from engine.kernels.ops.kd_ops import register, traced
+from engine.kernels.ops.kd_ops import register, save, saved, traced
 
 
 def meta_cotangent(
@@ -40,11 +40,7 @@ def meta_cotangent(
     settings = {"temperature": temperature, "alpha": alpha}
     plain = backends.backend(student.device.type).name == "reference"
     learned = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
-    if (
-        plain
-        or learned
-        or reference.forward_mode([tangent, *teachers, *([weights] if isinstance(weights, Tensor) else [])])
-    ):
+    if plain or learned or reference.forward_mode([tangent, *teachers, weights]):
         return reference.meta_cotangent(teachers, tangent, weights=weights, **settings)
     teachers, weights, constants = split_weights(student, teachers, weights)
     arguments = (teachers, tangent, weights, constants, temperature, alpha)
@@ -61,18 +57,16 @@ def _meta_cotangent(teachers, tangent, weights, constants, temperature, alpha):
 
 
 def _setup(ctx, inputs, output) -> None:
-    teachers, tangent, weights, *ctx.settings = inputs
-    ctx.weighted = weights is not None
-    ctx.save_for_backward(*([weights] if ctx.weighted else []), tangent, *teachers)
+    teachers, tangent, *settings = inputs
+    save(ctx, (None, *settings), tangent, *teachers)
 
 
 def _backward(ctx, arriving) -> tuple:
     """By the reference, which has derivatives of every order; nothing in training takes this one."""
-    weights, tangent, *teachers = ctx.saved_tensors if ctx.weighted else (None, *ctx.saved_tensors)
-    constants, temperature, alpha = ctx.settings
+    (_, weights, constants, temperature, alpha), tensors = saved(ctx)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tangent, *teachers = (reference.leaf(t) for t in (tangent, *teachers))
+        tangent, *teachers = (reference.leaf(t) for t in tensors)
         found = reference.meta_cotangent(
             teachers, tangent, temperature=temperature, alpha=alpha, weights=constants if weights is None else weights
         )

@@ -185,11 +185,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def forward_mode(tensors: Sequence[Tensor]) -> bool:
-    """Whether one carries a forward-mode tangent, or may: the kernels would lose it without a word."""
+def forward_mode(tensors: Sequence) -> bool:
+    """Whether a tensor among them carries a forward-mode tangent, or may: the kernels would lose it without a word."""
     if torch.compiler.is_compiling():
         return False
-    return transformed() or any(unpack_dual(t).tangent is not None for t in tensors)
+    return transformed() or any(isinstance(t, Tensor) and unpack_dual(t).tangent is not None for t in tensors)
 
 
 def leaf(t: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ def test_teachers_that_ran_in_inference_mode(student, teachers, labels, backend)
             for z, t in ((frozen, y), (teachers, labels))
         )
         assert torch.equal(got, expected)
+    tangent = logits(3, 5, seed=3).requires_grad_()
+    found = torch.autograd.grad(meta_cotangent(student, frozen, tangent, **SETTINGS)[0].square().sum(), tangent)[0]
+    assert found.norm() > 0
     hidden, head = logits(4, 6).requires_grad_(), logits(9, 6, seed=1)
     with torch.inference_mode():
         theirs = [logits(4, 7)], [logits(9, 7)]

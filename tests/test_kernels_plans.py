@@ -45,6 +45,16 @@ def plan(request, interpreted, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5, torch.nan])
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_is_scaled_in_place(dtype, factor, interpreted):
+    """By more blocks than programs, the last one ragged; a half is exact in every dtype."""
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (50_001, 3, 0)]
+    expected = [t * factor for t in tensors]
+    kd_triton.scale_(tensors, torch.tensor(factor, dtype=F64 if dtype == F64 else F32))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(tensors, expected, strict=True))
+
+
 @every_plan
 @pytest.mark.parametrize(("reduction", "weights"), [("mean", None), ("none", "tensor")])
 def test_every_plan(plan, reduction, weights):
