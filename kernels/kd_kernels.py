@@ -389,7 +389,9 @@ def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
     f = tl.load(factor)
     dtype: tl.constexpr = f.dtype if f.dtype.is_fp64() else tl.float32
     if f != 1:
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < n:  # a range of tensors is more than the interpreter of Triton 3.6 takes
             here = start + tl.arange(0, BLOCK)
             value = tl.load(x + here, mask=here < n, other=0.0).to(dtype) * f.to(dtype)
             tl.store(x + here, value.to(x.dtype.element_ty), mask=here < n)
+            start += tl.num_programs(0) * BLOCK

@@ -194,4 +194,6 @@ def forward_mode(tensors: Sequence) -> bool:
 
 def leaf(t: Tensor) -> Tensor:
     """To differentiate by: in the graph that t has, or else the beginning of one."""
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+    if t.requires_grad:
+        return t.view_as(t)
+    return (t.clone() if t.is_inference() else t.detach()).requires_grad_()
