@@ -15,7 +15,7 @@ import gc
 import pytest
 import torch
 
-from bench.devices import Cuda, Host, Run, interleaved
+from bench.devices import Host, Run, interleaved
 from bench.kernel_cases import DTYPES, FUSED, LAUNCH, LOGITS, Case, Inputs, fused_runs, logits_runs, operations, traffic
 from bench.kernel_truth import validate
 from engine.kernels.ops import backends
@@ -47,35 +47,32 @@ def cpu_cases() -> list[Case]:
     return cases
 
 
-CASES = cuda_cases() if CUDA else cpu_cases()
-if CUDA:
-    FUSED_CASES = [
-        ("fused", Case(131072, 8192, "bf16", hidden=4096)),
-        ("fused_kl", Case(131072, 8192, "bf16", hidden=4096)),
-    ]
-else:
-    FUSED_CASES = [
+def fused_cases() -> list[tuple[str, Case]]:
+    if CUDA:
+        return [(name, Case(131072, 8192, "bf16", hidden=4096)) for name in FUSED]
+    return [
         (name, Case(32000, 512, dtype, hidden=512, full=(name, dtype) != ("fused", "fp32")))
         for name in FUSED for dtype in ("fp32", "bf16")
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def device():
-    found = Cuda() if CUDA else Host()
-    found.rate = found.copy_rate()
-    return found
+def passes(small: bool) -> list[tuple[str, Case]]:
+    """Every pass over every case."""
+    if small:
+        return [*((name, Case(1000, 64, "fp32")) for name in LOGITS), ("fused", Case(1000, 16, "fp32", hidden=16))]
+    return [(name, case) for case in (cuda_cases() if CUDA else cpu_cases()) for name in LOGITS] + fused_cases()
 
 
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [pytest.param(n, c, id=f"{n}-{c.name}") for c in CASES for n in LOGITS]
-    + [pytest.param(n, c, id=f"{n}-{c.name}") for n, c in FUSED_CASES],
-)
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        found = passes(metafunc.config.getoption("--small"))
+        metafunc.parametrize(("name", "case"), found, ids=[f"{name}-{case.name}" for name, case in found])
+
+
 def test_kernels(request, record, device, name, case):
     if case.full and not request.config.getoption("--full"):
         pytest.skip("--full runs it")
-    for row in measured(name, case, device, BUDGET):
+    for row in measured(name, case, device, 0.0 if request.config.getoption("--small") else BUDGET):
         record(**row)
 
 

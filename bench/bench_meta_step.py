@@ -1,12 +1,16 @@
 """The meta-step on the CPU at MiniLM size, beside the published loop and plain KD: time, memory, FLOPs.
 
-Teacher of 6 layers, student of 3 (width 384, vocabulary 30,522, random weights, dropout 0.1 in the student), batch and
-quiz batch of 32. A step is a whole one: pilot, quiz, meta-gradient, the teacher's AdamW, rewind, the student's AdamW.
+Teacher of 6 layers, student of 3 (width 384, vocabulary 30,522, random weights, dropout 0.1), batch and quiz batch of 32. A
+step is a whole one: pilot, quiz, meta-gradient, the teacher's AdamW, rewind, the student's AdamW.
 
     equal shapes    float32, every example 128 tokens long: the published loop and each strategy, plain KD on both sides
     lengths         every strategy and checkpointing at 64, 128, 256 and 512 tokens, 4,096 tokens a batch at most
     pilot steps     exact with M = 1, 2, 4
-    as shipped      `python -m engine.train` on SST-2's own lengths in bf16, beside the published loop padded to 128
+    as shipped      `python -m engine.train` on SST-2's own lengths, beside the published loop padded to 128, in one run
+
+    pytest bench/bench_meta_step.py --full --save
+
+Without --full the strategies are only compared: `bench_steps.py` has the short rows.
 """
 
 from __future__ import annotations
@@ -18,90 +22,50 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer
 
-from bench.baselines.published_loop import PlainKD, PublishedLoop
+from bench.baselines.published_loop import PublishedLoop
 from bench.measure import flops, measure
-from engine.batch import Batch
-from engine.learner import Learner
+from bench.step_cases import LR, SETTINGS, SIZES, Case, Setting, as_dict, engine_step, masters, plain_step
 from engine.meta_step import MetaStep
 from engine.metagrad import STRATEGIES
-from engine.methods import METHODS, State
 from engine.network import Encoder
 from engine.objectives import Objective
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+CPU, SIZE = torch.device("cpu"), SIZES["minilm"]
 ROUNDS, BATCH, LENGTH = 3, 32, 128
-LR = {"lr": 6e-5, "teacher_lr": 1e-5, "pilot_lr": 6e-5}
-SETTINGS = {"temperature": 5.0, "alpha": 0.5}
 
 
-def model(layers: int, attention: str = "sdpa", dropout: float = 0.1) -> BertForSequenceClassification:
-    return BertForSequenceClassification(BertConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=12,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention,
-    ))  # fmt: skip
+@pytest.fixture
+def full(request) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("--full runs it")
 
 
-def models(**settings) -> tuple[BertForSequenceClassification, BertForSequenceClassification]:
-    """Student and teacher, the same ones every time."""
-    torch.manual_seed(0)
-    return model(3, **settings), model(6, **settings).eval()
+def setting(method: str, length: int = LENGTH, size: int = BATCH, pilots: int = 1) -> Setting:
+    return Setting(Case(method, size, length, 1), SIZE, CPU, pilots)
 
 
-def batch(length: int, size: int = BATCH) -> Batch:
-    ids = torch.randint(1000, 30_000, (size, length))
-    return Batch(torch.randint(2, (size,)), {"words": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}})
-
-
-def plain(batch: Batch) -> dict[str, torch.Tensor]:
-    return batch.inputs["words"] | {"labels": batch.labels}
-
-
-def learner(module, name: str, lr: float, precision: str) -> Learner:
-    network = Encoder(name, module, "words", precision)
-    return Learner.adamw(network, lr=lr, steps=10_000, warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0)
-
-
-def engine_step(how: str, length: int, size: int = BATCH, pilots: int = 1, precision: str = "fp32", **settings):
+def step_of(how: str, length: int, size: int = BATCH, pilots: int = 1, **meta):
     """A step function of the engine: "kd" or a strategy."""
-    student, teacher = models()
-    student = learner(student, "student", LR["lr"], precision)
-    batches, quiz = [batch(length, size) for _ in range(pilots)], [batch(length, size)]
     if how == "kd":
-        state = State(student, Objective(**SETTINGS), [Encoder("teacher", teacher, "words", precision)])
-        return lambda: METHODS["kd"].step(state, batches)
-    teacher = learner(teacher, "teacher", LR["teacher_lr"], precision)
-    step = MetaStep.of(student, [teacher.network], [teacher], None, Objective(**SETTINGS), pilot_lr=LR["pilot_lr"],
-                       strategy=how, **settings)  # fmt: skip
-    return lambda: step(batches, quiz)
-
-
-def published_step(length: int = LENGTH, attention: str = "eager"):
-    student, teacher = models(attention=attention)
-    loop = PublishedLoop(student, [teacher], **LR, **SETTINGS, length=length)
-    pilot, quiz = plain(batch(length)), plain(batch(length))
-    return lambda: loop.step(pilot, quiz)
-
-
-def plain_kd_step(length: int = LENGTH):
-    student, teacher = models(attention="eager")
-    kd, pilot = PlainKD(student, [teacher], lr=LR["lr"], **SETTINGS, length=length), plain(batch(length))
-    return lambda: kd.step(pilot)
+        return engine_step(setting("kd", length, size))[1]
+    return engine_step(setting("metadistil", length, size, pilots), strategy=how, **meta)[1]
 
 
 def test_everything_agrees_before_it_is_timed():
     """float32, no dropout (masks differ where a layer runs on one token): the teacher's meta-gradient, from all."""
-    torch.manual_seed(1)
-    pilot, quiz = batch(16), batch(16)
-    student, teacher = models(attention="eager", dropout=0.0)
-    PublishedLoop(student, [teacher], **LR, **SETTINGS, length=16).meta_gradient(plain(pilot), plain(quiz))
+    given = setting("metadistil", 16)
+    (pilot,), (quiz,) = given.batches()
+    student, (teacher,) = given.models(attention="eager", dropout=False)
+    PublishedLoop(student, [teacher], **LR, **SETTINGS, length=16).meta_gradient(as_dict(pilot), as_dict(quiz))
     expected = {n: p.grad for n, p in teacher.named_parameters()}
     size = torch.stack([g.norm() for g in expected.values()]).norm()
     tolerance = {"exact": 1e-4, "double_backward": 1e-4, "finite_difference": 0.1}
     for strategy in STRATEGIES:
-        student, teacher = models(dropout=0.0)
+        student, (teacher,) = given.models(dropout=False)
         networks = Encoder("student", student, "words"), [Encoder("teacher", teacher, "words")]
         MetaStep(*networks, Objective(**SETTINGS), pilot_lr=LR["pilot_lr"], strategy=strategy).meta_gradient(
             [pilot], [quiz]
@@ -115,19 +79,19 @@ def test_everything_agrees_before_it_is_timed():
 
 
 EQUAL = {
-    "published loop": published_step,
-    "plain KD in PyTorch": plain_kd_step,
-    "kd": lambda: engine_step("kd", LENGTH),
-    "exact": lambda: engine_step("exact", LENGTH),
-    "exact, checkpointing teachers": lambda: engine_step("exact", LENGTH, checkpointing="teachers"),
-    "double_backward": lambda: engine_step("double_backward", LENGTH),
-    "finite_difference": lambda: engine_step("finite_difference", LENGTH),
-    "first_order": lambda: engine_step("first_order", LENGTH),
+    "published loop": lambda: plain_step(setting("metadistil"))[1],
+    "plain KD in PyTorch": lambda: plain_step(setting("kd"))[1],
+    "kd": lambda: step_of("kd", LENGTH),
+    "exact": lambda: step_of("exact", LENGTH),
+    "exact, checkpointing teachers": lambda: step_of("exact", LENGTH, checkpointing="teachers"),
+    "double_backward": lambda: step_of("double_backward", LENGTH),
+    "finite_difference": lambda: step_of("finite_difference", LENGTH),
+    "first_order": lambda: step_of("first_order", LENGTH),
 }
 
 
 @pytest.mark.parametrize("row", EQUAL)
-def test_equal_shapes(record, row):
+def test_equal_shapes(full, record, row):
     step = EQUAL[row]()
     found = measure(step, ROUNDS)
     record(part="equal", row=row, flops=flops(step), **found)
@@ -141,19 +105,15 @@ CHOICES = [("kd", "none"), *((s, c) for s in ("exact", "double_backward") for c 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("strategy", "checkpointing"), CHOICES)
-def test_lengths(request, record, strategy, checkpointing, length):
-    if length > 64 and not request.config.getoption("--full"):
-        pytest.skip("takes minutes; --full runs it")
-    settings = {} if strategy == "kd" else {"checkpointing": checkpointing}
-    step = engine_step(strategy, length, LENGTHS[length], **settings)
-    found = measure(step, ROUNDS)
+def test_lengths(full, record, strategy, checkpointing, length):
+    meta = {} if strategy == "kd" else {"checkpointing": checkpointing}
+    found = measure(step_of(strategy, length, LENGTHS[length], **meta), ROUNDS)
     record(part="lengths", row=strategy, checkpointing=checkpointing, length=length, batch=LENGTHS[length], **found)
 
 
 @pytest.mark.parametrize("pilots", [1, 2, 4])
-def test_pilot_steps(record, pilots):
-    found = measure(engine_step("exact", 64, pilots=pilots), ROUNDS)
-    record(part="pilots", row="exact", pilots=pilots, **found)
+def test_pilot_steps(full, record, pilots):
+    record(part="pilots", row="exact", pilots=pilots, **measure(step_of("exact", 64, pilots=pilots), ROUNDS))
 
 
 @pytest.fixture(scope="module")
@@ -167,26 +127,54 @@ def sst2(tmp_path_factory):
                        "test": lines[4164:4228]}.items():  # fmt: skip
         (folder / f"{name}.tsv").write_text("\n".join([header, *part]) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "minilm-l6-h384")
-    for name, module in zip(("student", "teacher"), models(), strict=True):
+    student, (teacher,) = masters(SIZE, 1, CPU).copies()
+    for name, module in (("student", student), ("teacher", teacher)):
         module.config.id2label, module.config.label2id = {0: "0", 1: "1"}, {"0": 0, "1": 1}
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 
 
-@pytest.mark.parametrize("method", ["kd", "metadistil"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_as_shipped(record, sst2, tmp_path, method, precision):
-    command = [
-        sys.executable, "-m", "engine.train", "--method", method, "--teachers", str(sst2 / "teacher"), "--student",
-        str(sst2 / "student"), "--data", str(sst2), "--precision", precision, "--epochs", "1", "--output", str(tmp_path / "run"),
-    ]  # fmt: skip
+SHIPPED = {
+    "finetune": ["--method", "finetune"],
+    "kd": ["--method", "kd"],
+    "kd, answers kept": ["--method", "kd", "--cache-teacher-logits"],
+    "metadistil": ["--method", "metadistil"],
+}
+RUNS = [("published loop", "fp32"), *((row, precision) for precision in ("fp32", "bf16") for row in SHIPPED)]
+
+
+@pytest.mark.parametrize(("row", "precision"), RUNS)
+def test_as_shipped(full, record, sst2, tmp_path, row, precision):
+    """One run of all rows, so that each can be held against any other."""
+    shipped = published if row == "published loop" else trained
+    record(part="shipped", row=row, precision=precision, **shipped(sst2, tmp_path, row, precision))
+
+
+def published(sst2: Path, folder: Path, row: str, precision: str) -> dict:
+    models = ["--student", str(sst2 / "student"), "--teacher", str(sst2 / "teacher")]
+    return json.loads(output("bench.published_run", *models, "--data", str(sst2)).splitlines()[-1])
+
+
+def trained(sst2: Path, folder: Path, row: str, precision: str) -> dict:
+    method = SHIPPED[row]
+    teachers = [] if row == "finetune" else ["--teachers", str(sst2 / "teacher")]
+    output(
+        "engine.train", *method, *teachers, "--student", str(sst2 / "student"), "--data", str(sst2), "--precision", precision,
+        "--epochs", "1", "--output", str(folder / "run"), "--cache-dir", str(folder / "cache"),
+    )  # fmt: skip
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    phase = summary["phases"][method[1]]
+    answers = [p["seconds"] for name, p in summary["phases"].items() if name.startswith("answers of ")]
+    return {
+        "examples_per_second": phase["examples_per_second"], "seconds": phase["seconds"], "steps": phase["steps"],
+        "padding_waste": summary["padding_waste"], "peak": summary["peak_memory"]["host"], "answers_seconds": sum(answers),
+    }  # fmt: skip
+
+
+def output(module: str, *arguments: str) -> str:
+    """What a module prints. The shell between forks: a child of this process would begin with its peak of memory."""
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    phase = summary["phases"][method]
-    record(
-        part="shipped", row=method, precision=precision, examples_per_second=phase["examples_per_second"],
-        seconds=phase["seconds"], steps=phase["steps"], padding_waste=summary["padding_waste"],
-        peak=summary["peak_memory"]["host"],
-    )  # fmt: skip
+    return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -20,10 +21,12 @@ class Host:
     """The CPU."""
 
     name, copied = "cpu", 2**28  # bytes: many times the last cache
+    square = 2048  # rows of a matrix large enough that its product runs at the full rate
 
     def __init__(self):
         self.device = torch.device(self.name)
         self._evict = torch.zeros(2 * self.cache(), dtype=torch.uint8, device=self.device)
+        self._rates: dict[torch.dtype, float] = {}
 
     def cache(self) -> int:
         """Bytes of the last-level cache."""
@@ -60,12 +63,27 @@ class Host:
             highest = max(highest, now)
         return highest
 
+    @cached_property
+    def rate(self) -> float:
+        """`copy_rate`, measured once."""
+        return self.copy_rate()
+
     def copy_rate(self) -> float:
         """Bytes per second of a large copy, read and written both counted."""
         source = torch.rand(self.copied // 4, device=self.device)
         target = torch.empty_like(source)
         target.copy_(source)
         return 2 * self.copied / median(self.seconds(lambda: target.copy_(source)) for _ in range(10))
+
+    def dense_rate(self, dtype: torch.dtype) -> float:
+        """`product_rate` of large square matrices, measured once."""
+        if dtype not in self._rates:
+            self._rates[dtype] = self.product_rate(self.square, self.square, self.square, dtype)
+        return self._rates[dtype]
+
+    def reserved(self) -> int:
+        """Bytes that the device's allocator holds, used or not; 0 where it does not say."""
+        return 0
 
     def product_rate(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
         """Floating-point operations per second of a matrix product, a multiplication and an addition counted as two."""
@@ -78,7 +96,11 @@ class Host:
 class Cuda(Host):
     """The current CUDA device."""
 
-    name, copied = "cuda", 2**32
+    name, copied, square = "cuda", 2**32, 8192
+
+    def reserved(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
 
     def cache(self) -> int:
         return 2 * torch.cuda.get_device_properties(self.device).L2_cache_size

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from bench.records import describe
+
 PASSES = {
     "forward": "forward", "backward": "forward and backward", "double": "double backward", "cotangent": "meta cotangent",
     "fused": "last layers and loss", "fused_kl": "last layers and KL alone",
@@ -40,7 +42,7 @@ def _device(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any
         "|---|---|---|---|---|---|" + "---|" * len(OTHERS) + "---|---|",
         *(_line(g) for g in sorted(groups.values(), key=lambda g: order.index(g["ours"]["pass"]))),
         "",
-        f"{_caption(rows)} {' '.join(_machine(**m) for m in machines)}",
+        f"{_caption(rows)} {' '.join(describe(**m) for m in machines)}",
     ]
     return "\n".join(lines)
 
@@ -96,14 +98,3 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
-
-
-def _machine(hardware: dict[str, Any], versions: dict[str, str]) -> str:
-    threads = hardware["threads"]
-    shown = [hardware["name"], f"torch {versions['torch']}"]
-    if hardware["device"].startswith("cuda"):
-        names = {"triton": "triton", "liger-kernel": "liger-kernel", "cuda": "CUDA", "driver": "driver"}
-        shown += [f"{title} {versions[name]}" for name, title in names.items() if versions.get(name)]
-    else:
-        shown.insert(1, f"{threads} thread{'s' * (threads != 1)}")
-    return ", ".join([*shown, f"Python {versions['python']}"]) + "."

@@ -1,6 +1,7 @@
 """The README's tables, from results under `bench/results/`; no figure is written by hand.
 
 python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
+python -m bench.table merge DIR                                       # results of another machine into bench/results/
 python -m bench.table                                                 # write every table into README.md
 """
 
@@ -14,6 +15,9 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from bench.kernel_table import render_kernels
+from bench.records import joined, read, write
+from bench.step_table import render_steps
+from bench.time_machine_table import render_time_machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -46,7 +50,22 @@ def collect(directories: list[str]) -> dict[str, Any]:
 
 def render(results: dict[str, Any]) -> str:
     """The table of a file of results, by its kind."""
-    return {"runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels}[results["kind"]](results)
+    return RENDER[results["kind"]](results)
+
+
+def merge(folder: Path) -> list[str]:
+    """Take the results in `folder`, as `make gpu-check` leaves them, into bench/results/; the subjects that were there.
+
+    A part that was measured there replaces ours. Raises FileNotFoundError where there are none.
+    """
+    found = {file.stem: read(file) for file in sorted(folder.glob("*.json"))}
+    found = {subject: results for subject, results in found.items() if results.get("kind") in MEASURED}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no results; name the folder that make gpu-check wrote.")
+    for subject, results in found.items():
+        ours = RESULTS / f"{subject}.json"
+        write(ours, subject, joined(read(ours), results))
+    return list(found)
 
 
 def render_meta_step(results: dict[str, Any]) -> str:
@@ -100,10 +119,29 @@ def _shipped(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['row']} | {row['precision']} | {row['examples_per_second']:.0f} | {100 * row['padding_waste']:.0f} % | "
+            f"| {row['row']} | {row['precision']} | {_speed(row['examples_per_second'])} | {100 * row['padding_waste']:.0f} % | "
             f"{row['peak'] / 2**30:.1f} GiB |"
         )
+    if ratios := _ratios(rows):
+        lines += ["", ratios]
     return "\n".join(lines)
+
+
+def _speed(examples: float) -> str:
+    return f"{examples:.1f}" if examples < 10 else f"{examples:.0f}"
+
+
+def _ratios(rows: list[dict[str, Any]]) -> str:
+    """What is claimed of the rows of one run; empty for files from before there were such rows."""
+    speed = {(row["row"], row["precision"]): row["examples_per_second"] for row in rows}
+    found = []
+    for row, other, precision in (("kd, answers kept", "finetune", None), ("metadistil", "published loop", "fp32")):
+        pairs = [(p, speed[row, p], speed.get((other, precision or p))) for p in ("fp32", "bf16") if (row, p) in speed]
+        if parts := [f"{ours / theirs:.2f} ({p})" for p, ours, theirs in pairs if theirs]:
+            found.append(f"{row} makes {' and '.join(parts)} times the examples/s of {other}")
+    kept = {row["answers_seconds"] for row in rows if row.get("answers_seconds")}
+    once = f" The kept answers took {min(kept):.0f} to {max(kept):.0f} s, once." if kept else ""
+    return f"In this run {'; '.join(found)}.{once}" if found else ""
 
 
 def _lengths(rows: list[dict[str, Any]]) -> str:
@@ -208,15 +246,28 @@ def update(text: str) -> str:
     """README text with the table behind each `<!-- table: NAME -->` ... `<!-- end -->` made anew from NAME.json."""
 
     def table(match: re.Match) -> str:
-        results = json.loads((RESULTS / f"{match[1]}.json").read_text())
-        return f"<!-- table: {match[1]} -->\n{render(results)}\n<!-- end -->"
+        file = RESULTS / f"{match[1]}.json"
+        if not file.exists() and match[1] not in MEASURED:
+            raise FileNotFoundError(f"{file} is missing, and the README asks for its table.")
+        rendered = render(read(file)) if file.exists() else "Not yet measured."
+        return f"<!-- table: {match[1]} -->\n{rendered}\n<!-- end -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+RENDER = {
+    "runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels, "steps": render_steps,
+    "time-machine": render_time_machine,
+}  # fmt: skip
+MEASURED = {"kernels", "steps", "time-machine"}  # whose rows name their device, and come from several machines
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
         print(json.dumps(collect(sys.argv[2:]), indent=1))
+    elif sys.argv[1:2] == ["merge"] and len(sys.argv) == 3:
+        print("merged:", ", ".join(merge(Path(sys.argv[2]))))
+    elif sys.argv[1:]:
+        sys.exit("usage: python -m bench.table [collect RUN_DIR... | merge DIR]")
     else:
         readme = ROOT / "README.md"
         readme.write_text(update(readme.read_text()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass
@@ -14,16 +16,40 @@ class Batch:
 
     labels: Tensor  # [B] int64 class ids, or float32 for regression
     inputs: dict[str, dict[str, Tensor]]  # encoding -> {input_ids, attention_mask, token_type_ids: [B, L] int64}
+    # per teacher what it gives to these examples, where that was kept: [B, C] logits, [B, layers, H] features if matched
+    answers: list[list[Tensor]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not block the host."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
-
-        return Batch(move(self.labels), {k: {n: move(t) for n, t in v.items()} for k, v in self.inputs.items()})
+        return self._each(lambda t: t.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
+        """The batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Have the allocator wait for `stream`, which reads the batch, before it reuses memory that another stream took."""
+
+        def record(t: Tensor) -> Tensor:
+            t.record_stream(stream)
+            return t
+
+        self._each(record)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            self.labels.pin_memory(), {k: {n: t.pin_memory() for n, t in v.items()} for k, v in self.inputs.items()}
+            change(self.labels),
+            {encoding: {name: change(t) for name, t in given.items()} for encoding, given in self.inputs.items()},
+            [[change(t) for t in given] for given in self.answers],
         )
+
+
+pytree.register_pytree_node(  # a batch is its tensors, named as they are in the program
+    Batch,
+    lambda batch: (list(vars(batch).values()), tuple(vars(batch))),
+    lambda values, names: Batch(**dict(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda batch: (
+        [(pytree.GetAttrKey(name), value) for name, value in vars(batch).items()],
+        tuple(vars(batch)),
+    ),
+)

@@ -79,17 +79,38 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as "<parameter number>.<key>"."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, entries in state.items() for key, value in entries.items()}
+    """Optimizer state as "<parameter number>.<key>", and "group<number>.step" where a group counts its steps, as apex does."""
+    found = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, entries in found["state"].items() for key, value in entries.items()}
+    for i, group in enumerate(found["param_groups"]):
+        if "step" in group:
+            tensors[f"group{i}.step"] = torch.as_tensor(group["step"])
+    return tensors
 
 
+@torch.no_grad()
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load `optimizer_tensors`. The settings stay those of `optimizer`, tensors among them (a learning rate) the very ones
+    that schedules and CUDA graphs hold."""
     state: dict[int, dict[str, Tensor]] = {}
+    counts: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = tensor
+        if number.startswith("group"):
+            counts[int(number.removeprefix("group"))] = tensor
+        else:
+            state.setdefault(int(number), {})[key] = tensor
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for i, (group, kept) in enumerate(zip(optimizer.param_groups, before, strict=True)):
+        group.update({key: value for key, value in kept.items() if isinstance(value, Tensor)})
+        if isinstance(group.get("step"), Tensor):
+            group["step"].copy_(counts.get(i, torch.zeros(())))
+        elif i in counts:  # a number was saved without dimensions; a new optimizer has no count yet
+            device = group["params"][0].device
+            group["step"] = counts[i].to(device, copy=True) if counts[i].dim() else int(counts[i])
+        else:
+            group.pop("step", None)
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

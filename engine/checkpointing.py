@@ -26,6 +26,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from engine.random_state import RandomState
+
 CHOICES = ("none", "student", "teachers", "both")
 
 # What else goes by the name of checkpointing, and why a gradient of a gradient cannot run through it; each seen to fail
@@ -154,8 +156,8 @@ class _Call:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in {"cpu", *(d.type for d in devices)}
         ]
-        self.random = torch.get_rng_state()
-        self.cuda_random = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+        # a layer in eval mode draws nothing, and then a CUDA graph, which cannot draw again, can hold both passes
+        self.random = RandomState(devices) if any(m.training for m in self.body.layer.modules()) else None
         outputs, *self.outputs = _split(self._run(tensors, {}))
         return outputs
 
@@ -166,10 +168,7 @@ class _Call:
                 stack.callback(_set, now)
                 _set(recorded)
             stack.enter_context(sdpa_kernel(self.kernels) if self.kernels else nullcontext())
-            stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_random)))
-            torch.set_rng_state(self.random)
-            for device, state in self.cuda_random.items():
-                torch.cuda.set_rng_state(state, device)
+            stack.enter_context(nullcontext() if self.random is None else self.random.again())
             for kind, dtype, enabled in self.casts:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             # a batch norm would otherwise count the batch once more

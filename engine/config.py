@@ -74,6 +74,9 @@ class DataConfig(_Section):
         0, "seed of the cuts; the same for every --seed, so that runs are compared on one test set", 0
     )
     max_length: int = option(128, "tokens an example is cut to, special tokens included", 4)
+    length_buckets: int = option(
+        16, "widths at most that batches are padded to, chosen for each tokenizer so that the training set has the fewest "
+        "padded tokens; more of them pad less and make more shapes", 1)  # fmt: skip
 
 
 @dataclass
@@ -123,6 +126,9 @@ class MethodConfig(_Section):
         "all", "which of a teacher's weights the meta-updates train: all, head, last-N (encoder layers and head), or lora:R "
         "(adapters of rank R and head; needs peft)")  # fmt: skip
     quiz_batches: int = option(1, "quiz batches a round, drawn at random", 1)
+    cache_teacher_logits: bool = option(
+        False, "with frozen teachers (kd): compute what they answer on the training set once, and keep it in the cache; they "
+        "then take no time of a step, and no memory on the device")  # fmt: skip
 
 
 @dataclass
@@ -137,12 +143,19 @@ class OptimConfig(_Section):
         None, "peak learning rate of the teachers' fine-tuning (default: 6e-5; miniatures 1e-3)", 0.0
     )
     batch_size: int = option(32, "examples a batch", 1)
+    micro_batch_size: int | None = option(
+        None, "examples that go through the models at once, for memory: a batch's gradients are added up over its parts "
+        "(default: the whole batch)", 1
+    )  # fmt: skip
     epochs: int | None = option(None, "epochs of the student (default: 3)", 1)
     prepare_epochs: int | None = option(None, "epochs of the teachers' fine-tuning (default: 3; miniatures 4)", 1)
     max_steps: int | None = option(None, "train the student for this many optimizer steps, whatever --epochs says", 1)
     warmup_ratio: float = option(0.1, "part of the steps over which the learning rate rises to its peak", 0.0, 1.0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices; biases and norms have none", 0.0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm", 1e-9)
+    optimizer: Literal["flat", "torch", "apex"] = option(
+        "flat", "whose AdamW steps students and teachers: the engine's own in one pass, torch's fused one, or FusedAdam of "
+        "NVIDIA's apex (CUDA; built from its source)")  # fmt: skip
 
 
 @dataclass
@@ -151,8 +164,16 @@ class RunConfig(_Section):
 
     seed: int = option(0, "seed of initialisation, batch order and dropout of the student", 0, LARGEST_SEED)
     teacher_seed: int | None = option(None, "seed of the teachers' fine-tuning (default: --seed)", 0, LARGEST_SEED)
-    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of forward and backward; weights stay fp32")
+    precision: Literal["fp32", "tf32", "bf16"] = option(
+        "fp32", "products of forward and backward; weights and losses stay fp32. tf32 needs a GPU of compute capability 8.0, "
+        "bf16 one too, or a processor with bf16 instructions (others compute in fp32)")  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda or cuda:0, cuda:1, ...")
+    cuda_graphs: Literal["auto", "on", "off"] = option(
+        "auto", "capture a step once for each shape of its batches and replay it with one launch; auto: where that can be "
+        "done, on: or stop")  # fmt: skip
+    compile: bool = option(
+        False, "torch.compile the encoder layers in passes that are differentiated once: fused kernels for a GPU, seconds of "
+        "compiling for each kind of pass")  # fmt: skip
     output: str | None = option(None, "directory of the results (default: runs/<time>-<method>)")
     resume: bool = option(False, "continue the interrupted run in --output")
     eval_steps: int | None = option(None, "validate every so many steps (default: at the end of each epoch)", 1)

@@ -40,8 +40,12 @@ def family(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def lean_layers(module: nn.Module, kind: str | None, higher: bool):
-    """For the body, the last layer gives [B, 1, H], and where no `higher` derivatives are taken, networks keep less."""
+def lean_layers(module: nn.Module, kind: str | None, higher: bool, compiled: Callable | None = None):
+    """For the body, the last layer gives [B, 1, H], and where no `higher` derivatives are taken, networks keep less.
+
+    Layers before the last are `compiled(layer, hidden, mask)` where it is given; it may take first derivatives only.
+    Raises ValueError where a layer that it is for has another forward already (activation checkpointing).
+    """
     if kind is None:
         yield
         return
@@ -49,6 +53,14 @@ def lean_layers(module: nn.Module, kind: str | None, higher: bool):
     last = _bert if kind == "bert" else _distilbert
     with ExitStack() as stack:
         stack.enter_context(_set(layers[-1], "forward", _on_hidden(last, layers[-1])))
+        if compiled is not None:
+            # the compiler itself keeps h and not gelu(h)
+            layers, rest = layers[-1:], layers[:-1]
+            if any("forward" in layer.__dict__ for layer in rest):
+                raise ValueError("compiled layers do not go with activation checkpointing, which runs layers in its own way; "
+                                 "leave one of the two out.")  # fmt: skip
+            for layer in rest:
+                stack.enter_context(_set(layer, "forward", _on_hidden(compiled, layer)))
         if not higher and torch.is_grad_enabled():
             for layer in layers:
                 if kind == "bert" and _is_gelu(layer.intermediate.intermediate_act_fn, layer.output.dense):

@@ -199,6 +199,10 @@ class FlatParameters:
         self._stamp = stamp
         return self._leaves
 
+    def stale(self) -> None:
+        """The shadow is to be made again from the weights, whatever was written since."""
+        self._stamp = -1
+
     @contextmanager
     def lookups(self, tangents: Vector | None = None, differentiate: bool = True):
         """Row-wise tables for the forwards of the body: yields `Lookups`; with `tangents` the looked-up rows are duals.
@@ -261,7 +265,7 @@ class FlatParameters:
         if len(given) < len(self.dense_names):
             dense.zero_()
         else:  # all but the gaps between weights will be written
-            dense[self._gaps] = 0
+            dense.index_fill_(0, self._gaps, 0)
         if given:
             torch._foreach_copy_(list(self.views(dense, given).values()), [gradients[n] for n in given])
         return Vector(dense, [self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import kernels, native, report, teacher_params
+from engine import choices, kernels, native, report, teacher_params
 from engine.allocator import keep_freed_memory
-from engine.checkpointing import REFUSED, encoder_layers
+from engine.answers import Answers, answers_of
+from engine.compiling import CompiledLayers
 from engine.config import Config
 from engine.console import Console
-from engine.data.batches import LengthGroupedBatches, QuizBatches
+from engine.data.batches import QuizBatches, training_rows
 from engine.data.encode import EncodedSplits, Encoding
 from engine.data.splits import load_splits
 from engine.errors import UserError
 from engine.evaluation import predict, primary, score
-from engine.features import layers_to_match
 from engine.hub import Hub
 from engine.interrupts import Interrupts
 from engine.learner import Learner
@@ -32,15 +31,11 @@ from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
 from engine.network import Encoder, Network, describe_attention
-from engine.objectives import Objective
 from engine.output import OutputDirectory, require_directory
 from engine.teachers import Member, Teacher, prepare
-from engine.trainer import Phase, Plan, Trainer
+from engine.trainer import Phase, Plan, Progress, Trainer
 from engine.weights import TeacherWeights
 
-# The papers' settings. For the teachers' meta-updates MetaDistil's 1e-5, not the 6e-5 of its extension: AdamW takes the
-# scale out of the meta-gradient, and at 6e-5 a teacher loses its task while the student is new (docs/log.md).
-PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
 FALLEN = 0.05  # a loss of the primary metric worth a warning
 
 
@@ -49,15 +44,17 @@ class Job:
 
     def __init__(self, config: Config, console: Console):
         self.config, self.console = config, console
-        self.device = choose_device(config.run.device, config.run.precision)
+        self.answers: list[Answers] = []  # of the teachers, where they are kept
+        self.device = choices.settle_device(config, console.say)
         require_directory(self.cache, "--cache-dir")
+        self.compiled = CompiledLayers() if config.run.compile else None
         hub = Hub(config.models.source)
         teacher_sources, student_source = self._sources(hub)
         samples = 1 + max((source.sample for source in teacher_sources), default=0)
         self.splits = load_splits(config.data, samples, hub, console.say)
         self.task = self.splits.task
-        resolve_defaults(config, student_source, teacher_sources)
-        settle_source(config, [*teacher_sources, student_source], self.splits.source)
+        choices.resolve_defaults(config, student_source, teacher_sources)
+        choices.settle_source(config, [*teacher_sources, student_source], self.splits.source)
         if self.device.type == "cpu" and all(s.kind == "embedded" for s in [*teacher_sources, student_source]):
             torch.set_num_threads(1)  # the miniatures' operations are too small to share
         self._announce([*teacher_sources, student_source], hub)
@@ -68,16 +65,25 @@ class Job:
         self._compare_sizes()
         texts = sum(map(len, [*self.splits.train, self.splits.quiz, self.splits.validation, self.splits.test]))
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
-        self.encoded = EncodedSplits.of(self.splits, list(encodings.values()), self.cache / "tokens")
-        self.objective = self._objective()
-        self.given_weights, self.learned_weights = self._given_weights(), None
+        self.encoded = EncodedSplits.of(
+            self.splits,
+            list(encodings.values()),
+            self.cache / "tokens",
+            config.data.length_buckets,
+            config.optim.batch_size,
+        )
+        student, teachers = self.student.network, [member.network for member in self.teacher_members]
+        self.objective = choices.objective(config, self.task, student, teachers, console.say)
+        self.given_weights, self.learned_weights = choices.teacher_weights(config, len(teachers)), None
         if METHODS[config.method.method].teachers == "learning":
-            for member in self.teacher_members:
-                teacher_params.check(member.network.module, config.method.teacher_params)
-            self._check_checkpointing()
+            for teacher in teachers:
+                teacher_params.check(teacher.module, config.method.teacher_params)
+            choices.check_checkpointing(config.method.checkpointing, student, teachers)
         native.prepare(console.say)  # last: it may compile for some seconds
         if self.teacher_members and self.objective.soft_loss == "kl":
             self._say_kernels()
+        if self.compiled is not None:
+            self._say_compiled(self.compiled)
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -100,6 +106,8 @@ class Job:
                 prepare(config, member, self.encoded, self.objective, self.trainer, self.cache)
                 for member in self.teacher_members
             ]
+            if method.cache_teacher_logits:
+                self.answers = [self._answers(member.network) for member in self.teacher_members]
             if method.student_warmup_epochs and not self.trainer.stands_in(method.method):
                 self._fit("warm up", "finetune", method.student_warmup_epochs)
             self._fit(method.method, method.method, config.optim.epochs, config.optim.max_steps)
@@ -132,6 +140,9 @@ class Job:
         self.trainer.file.unlink(missing_ok=True)
         if summary["source"] == "embedded":
             self.console.banner("EMBEDDED DEMONSTRATION", report.DEMONSTRATION)
+        if self.compiled is not None:
+            graphs, taken = self.compiled.spent()
+            self.console.say(f"torch.compile: {graphs} graphs in {taken:.0f} s, which the times of this run include.")
         self.console.say(f"Results: {output.path} ({seconds:.0f} s)")
         self.console.table(**report.closing_table(summary))
 
@@ -183,7 +194,7 @@ class Job:
         loaded = load_model(source, self.task, texts, seed, keep_head)
         name = source.name
         if layers is not None:
-            keep_layers(loaded.module, _layer_numbers(layers))
+            keep_layers(loaded.module, choices.layer_numbers(layers))
             name += f"[{layers}]"
         length = min(self.config.data.max_length, loaded.max_length)
         if length < self.config.data.max_length:
@@ -192,7 +203,7 @@ class Job:
             )
         encoding = Encoding.of(loaded.tokenizer, length)
         encodings.setdefault(encoding.key, encoding)
-        network = Encoder(name, loaded.module, encoding.key, self.config.run.precision)
+        network = Encoder(name, loaded.module, encoding.key, self.config.run.precision, self.compiled)
         return Member(source, network, loaded.tokenizer, loaded.trained_head)
 
     def _compare_sizes(self) -> None:
@@ -210,75 +221,12 @@ class Job:
             raise UserError(str(error)) from error
         self.console.say(f"Kernels of the distillation loss: {chosen.name}, {chosen.why}.")
 
-    def _objective(self) -> Objective:
-        method = self.config.method
-        regression = self.task.kind == "regression"
-        if regression and method.soft_loss != "mse_logits":
-            if METHODS[method.method].teachers != "none":
-                self.console.say(
-                    f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead."
-                )
-            method.soft_loss = "mse_logits"
-        features = method.feature_loss if METHODS[method.method].teachers != "none" else "none"
-        if features != "none":
-            self._match_features()
-        return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
-
-    def _match_features(self) -> None:
-        """Which hidden states each model gives; raises UserError where two models' states cannot be compared."""
-        student = self.student.network
-        for teacher in (member.network for member in self.teacher_members):
-            widths = [network.module.config.hidden_size for network in (student, teacher)]
-            if widths[0] != widths[1]:
-                raise UserError(
-                    f"--feature-loss patient compares states of one width, but the student {student.name} has {widths[0]} "
-                    f"and {teacher.name} {widths[1]}; use --feature-loss none, or models of equal width.")  # fmt: skip
-            if teacher.encoding != student.encoding:
-                raise UserError(
-                    f"--feature-loss patient compares states of the same tokens, but {teacher.name} has another tokenizer "
-                    f"than the student {student.name}; use --feature-loss none.")  # fmt: skip
-            depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
-            student.feature_layers, teacher.feature_layers = map(
-                tuple, layers_to_match(*depths, self.config.method.feature_map)
-            )
-
-    def _check_checkpointing(self) -> None:
-        """Raises UserError for a choice that has no second derivatives, or a model whose layers are not known."""
-        choice = self.config.method.checkpointing
-        if choice in REFUSED:
-            raise UserError(f"--checkpointing {choice} is refused: {REFUSED[choice]}; use student, teachers or both.")
-        members = [self.student] if choice in ("student", "both") else []
-        members += self.teacher_members if choice in ("teachers", "both") else []
-        for member in members:
-            try:
-                encoder_layers(member.network.module)
-            except ValueError as e:
-                raise UserError(f"--checkpointing {choice} does not fit {member.network.name}: {e}") from e
-
-    def _given_weights(self) -> list[float] | str | None:
-        """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
-        given, method, teachers = (
-            self.config.method.teacher_weights,
-            self.config.method.method,
-            len(self.teacher_members),
-        )
-        if given is None:
-            return None
-        if given == "learned":
-            if METHODS[method].teachers != "learning":
-                raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; use "
-                                "--method metadistil, or leave it out.")  # fmt: skip
-            return given
-        if not teachers:
-            raise UserError(f"--method {method} has no teachers; leave --teacher-weights out.")
-        try:
-            weights = [float(part) for part in str(given).split(",")]
-        except ValueError:
-            weights = []
-        if len(weights) != teachers or not all(0 < w < float("inf") for w in weights):
-            raise UserError(f"--teacher-weights is {given!r}; give {teachers} positive number{'s' * (teachers != 1)}, one a "
-                            "teacher, as in 0.7,0.3, or learned.")  # fmt: skip
-        return weights
+    def _say_compiled(self, compiled: CompiledLayers) -> None:
+        compiled.try_out(self.device)
+        self.console.say(compiled.describe(METHODS[self.config.method.method].teachers, self.device))
+        for network in (member.network for member in [*self.teacher_members, self.student]):
+            if network.module.config.num_hidden_layers == 1:
+                self.console.say(f"--compile changes nothing for {network.name}: it has no layer but the last.")
 
     def _identity(self) -> str:
         """What a checkpoint belongs to: every example and every weight that this run begins with."""
@@ -291,11 +239,13 @@ class Job:
         learning = METHODS[method].teachers == "learning"
         plan = Plan(-(-len(train) // optim.batch_size), epochs, max_steps, settings.pilot_steps if learning else 1)
         common = {"warmup_ratio": optim.warmup_ratio, "weight_decay": optim.weight_decay,
-                  "max_grad_norm": optim.max_grad_norm}  # fmt: skip
-        networks = [teacher.member.network for teacher in self.teachers]
+                  "max_grad_norm": optim.max_grad_norm, "optimizer": optim.optimizer}  # fmt: skip
+        # teachers whose answers are kept have no part in the training: they stay where `_answers` left them
+        networks = [] if self.answers else [teacher.member.network for teacher in self.teachers]
         for network in [student, *networks]:
             network.module.to(self.device)  # before its weights are flattened
-        state = State(Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common), self.objective)
+        learner = Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common)
+        state = State(learner, self.objective, micro_batch=optim.micro_batch_size)
         if learning:
             for network in networks:
                 teacher_params.restrict(network.module, settings.teacher_params)
@@ -311,11 +261,18 @@ class Job:
                 self.device,
             )
         elif METHODS[method].teachers == "frozen":
-            state.teachers = networks
+            state.teachers, train = networks, train.with_answers([answers.arrays for answers in self.answers])
             weights = self._teacher_weights()
             state.weights = None if weights is None else weights.module().detach()
         validation, seed = self.encoded.validation, config.run.seed
         self.trainer.fit(Phase(phase_name, METHODS[method], state, train, validation, plan, optim.batch_size, seed))
+
+    def _answers(self, teacher: Network) -> Answers:
+        """What a frozen teacher answers on the student's training set; then it leaves the device."""
+        found = answers_of(teacher, self.encoded.train[0], self.encoded.hashes[0], self.device, self.cache / "answers",
+                           self.console)  # fmt: skip
+        teacher.move("cpu")
+        return found
 
     def _meta_step(self, student: Learner, teachers: list[Network], learners: list[Learner]) -> MetaStep:
         settings, weights = self.config.method, self._teacher_weights()
@@ -328,6 +285,7 @@ class Job:
             student, teachers, learners, weights, self.objective, pilot_lr=settings.pilot_lr,
             pilot_optimizer=settings.pilot_optimizer, strategy=settings.meta_grad, checkpointing=settings.checkpointing,
             independent_masks=settings.independent_masks, store=settings.snapshot_store,
+            micro_batch_size=self.config.optim.micro_batch_size,
         )  # fmt: skip
 
     def _teacher_weights(self) -> Network | None:
@@ -348,18 +306,20 @@ class Job:
 
     def _summary(self, teachers: list[dict[str, Any]], student: dict[str, Any], seconds: float) -> dict[str, Any]:
         phases = {f"prepare {t.member.network.name}": t.progress for t in self.teachers if t.origin != "as given"}
+        for member, answers in zip(self.teacher_members, self.answers, strict=False):  # none where none are kept
+            phases[f"answers of {member.network.name}"] = Progress(examples=len(answers), seconds=answers.seconds)
         phases |= self.trainer.finished
         train, optim = self.encoded.train[0], self.config.optim
-        batches = LengthGroupedBatches(train.lengths, optim.batch_size, self.config.run.seed)
+        batches = training_rows(train.widths, optim.batch_size, self.config.run.seed, epoch=0)
         sizes = {f"train{'' if i == 0 else i + 1}": len(sample) for i, sample in enumerate(self.splits.train)}
         return report.summarise(
             self.config, self.task, primary(self.task),
             {"data": self.splits.source, "student": self.student.source.kind,
              "teachers": [member.source.kind for member in self.teacher_members]},
             teachers, student,
-            {name: {"seconds": round(p.seconds, 3), "steps": p.step,
+            {name: {"seconds": round(p.seconds, 3), "steps": p.step, "skipped": p.skipped,
                     "examples_per_second": round(p.examples_per_second(), 2)} for name, p in phases.items()},
-            seconds=round(seconds, 3), padding_waste=round(train.padding_waste(list(batches)), 4),
+            seconds=round(seconds, 3), padding_waste=round(train.padding_waste(batches), 4),
             peak_memory=report.peak_memory(self.device), device=report.hardware(self.device),
             sizes=sizes | {name: len(getattr(self.splits, name)) for name in ("quiz", "validation", "test")},
             notes=self.splits.notes,
@@ -375,61 +335,3 @@ def _preparation(teacher: Teacher) -> dict[str, Any]:
     progress = teacher.progress
     prepared = {"validation": progress.best, "best_step": progress.best_step, "seconds": round(progress.seconds, 3)}
     return {"origin": teacher.origin, "sample": teacher.member.source.sample, "prepared": prepared}
-
-
-def choose_device(given: str, precision: str) -> torch.device:
-    """The device of `--device`; raises UserError where it does not exist or cannot do the precision."""
-    if given == "auto":
-        given = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(given)
-    except RuntimeError as e:
-        raise UserError(f"--device is {given!r}; it must be auto, cpu, cuda or cuda:N.") from e
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {given!r}; it must be auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device is {given}, but torch finds no CUDA device; use --device cpu or auto.")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device is {given}, but there are only {torch.cuda.device_count()} CUDA devices.")
-        torch.cuda.set_device(device)  # pinned memory and generators would open a context on device 0 otherwise
-        if precision == "bf16" and not torch.cuda.is_bf16_supported():
-            raise UserError("--precision is bf16, which this CUDA device cannot do; use --precision fp32.")
-    return device
-
-
-def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[ModelSource]) -> None:
-    """Fill in what was left to the models: the paper's settings, or those that suit the embedded miniatures."""
-    by_student = _defaults_for([student])
-    by_teachers = _defaults_for(teachers)
-    optim = config.optim
-    for name, defaults in {"lr": by_student, "epochs": by_student, "teacher_lr": by_teachers,
-                           "prepare_lr": by_teachers, "prepare_epochs": by_teachers}.items():  # fmt: skip
-        if getattr(optim, name) is None:
-            setattr(optim, name, defaults[name])
-    if config.method.pilot_lr is None:
-        config.method.pilot_lr = optim.lr
-    if config.run.teacher_seed is None:
-        config.run.teacher_seed = config.run.seed
-
-
-def settle_source(config: Config, sources: Sequence[ModelSource], data: str) -> None:
-    """Record where everything came from, so that config.yaml and --resume do not take the other when the hub is back."""
-    named = {data, *(source.kind for source in sources)} - {"local"}
-    if len(named) == 1:
-        config.models.source = named.pop()
-
-
-def _defaults_for(sources: Sequence[ModelSource]) -> dict[str, float]:
-    if not any(source.kind == "embedded" for source in sources):
-        return PAPER
-    from engine.embedded import DEFAULTS
-
-    return DEFAULTS
-
-
-def _layer_numbers(given: str) -> list[int]:
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError as e:
-        raise UserError(f"--student-layers is {given!r}; give layer numbers counted from 0, as in 1,3,5.") from e

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from engine.batch import Batch
 from engine.checkpointing import CHOICES, REFUSED
 from engine.learner import Learner
-from engine.metagrad import STRATEGIES, Kept, Meta, Problem, devices
+from engine.metagrad import STRATEGIES, Kept, Meta, Problem
 from engine.network import Network
 from engine.objectives import Objective
 from engine.pilot import SGD, AdamW
-from engine.time_machine import RandomState, Store, TimeMachine
+from engine.time_machine import Store, TimeMachine
 from engine.weights import TeacherWeights
 
 
@@ -46,6 +46,7 @@ class MetaStep:
                        meta-gradient at `weights_lr` (AdamW on their logarithms)
     checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
     independent_masks  new dropout masks for the real step, instead of the pilot's
+    micro_batch_size   examples that go through the models at once; gradients are those of the whole batch
     store              where snapshots are kept: "device", or "pinned" host memory
 
     A step puts the student in train mode and the teachers in eval mode, and leaves them so.
@@ -68,6 +69,7 @@ class MetaStep:
         weights_lr: float = 0.01,
         checkpointing: str = "none",
         independent_masks: bool = False,
+        micro_batch_size: int | None = None,
         max_grad_norm: float | None = 1.0,
         store: Store = "device",
     ):
@@ -91,27 +93,28 @@ class MetaStep:
             each.flatten()
         self._set_up(
             learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
-            checkpointing, independent_masks, store,
+            checkpointing, independent_masks, micro_batch_size, store,
         )  # fmt: skip
 
     @classmethod
     def of(
         cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
         objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str = "exact",
-        checkpointing: str = "none", independent_masks: bool = False, store: Store = "device",
+        checkpointing: str = "none", independent_masks: bool = False, micro_batch_size: int | None = None,
+        store: Store = "device",
     ) -> MetaStep:  # fmt: skip
         """From learners that bring their schedules; `learners` are those of the teachers and of learned `weights`."""
         step = cls.__new__(cls)
         step._set_up(
             student, teachers, learners, weights, objective, pilot_lr, pilot_optimizer, strategy, checkpointing,
-            independent_masks, store,
+            independent_masks, micro_batch_size, store,
         )  # fmt: skip
         return step
 
     def _set_up(
         self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
         objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str, checkpointing: str,
-        independent_masks: bool, store: Store,
+        independent_masks: bool, micro_batch_size: int | None, store: Store,
     ) -> None:  # fmt: skip
         if not teachers:
             raise ValueError("a meta-step needs at least one teacher; got none.")
@@ -120,6 +123,8 @@ class MetaStep:
         if checkpointing in REFUSED:
             raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
         _choice("checkpointing", checkpointing, CHOICES)
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}; it must be at least 1, or None.")
         self.learner = student if isinstance(student, Learner) else None
         self.learners, self.independent_masks = list(learners), independent_masks
         network = student.network if isinstance(student, Learner) else student
@@ -132,7 +137,7 @@ class MetaStep:
         keep = strategy in ("exact", "first_order", "finite_difference") and not independent_masks
         self.problem = Problem(
             network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
-            keep and self.learner is not None,
+            keep and self.learner is not None, micro_batch=micro_batch_size,
         )  # fmt: skip
         self.strategy = STRATEGIES[strategy]
 
@@ -178,22 +183,22 @@ class MetaStep:
 
     def _real(self, batch: Batch, meta: Meta, number: int) -> Tensor:
         """The student's step on `batch` from the updated teachers, with the pilot's dropout masks unless independent."""
-        student, problem = self.learner, self.problem
-        with torch.no_grad():
-            taught, weights = [teacher(batch) for teacher in problem.teachers], self.weights
-        if meta.kept is not None:
-            outputs, lookups = _resumed(problem.student, meta.kept)
-        elif self.independent_masks:
-            outputs, lookups = student.forward(batch)
-        else:
-            after = RandomState(devices(problem.student))
-            meta.masks[number].restore()
-            outputs, lookups = student.forward(batch, repeated=True)
-            after.restore()
-        loss, slopes = problem.objective.slopes(outputs, taught, batch.labels, weights)
-        student.backward(outputs.given(), slopes, lookups)
+        student, problem, losses, weights = self.learner, self.problem, [], self.weights
+        for part, masks in zip(problem.parts(batch), meta.masks[number], strict=True):
+            with torch.no_grad():
+                taught = [teacher(part.batch) for teacher in problem.teachers]
+            if meta.kept is not None:
+                outputs, lookups = _resumed(problem.student, meta.kept)
+            elif self.independent_masks:
+                outputs, lookups = student.forward(part.batch)
+            else:
+                with masks.again():
+                    outputs, lookups = student.forward(part.batch, repeated=True)
+            loss, slopes = part.objective.slopes(outputs, taught, part.batch.labels, weights)
+            student.backward(outputs.given(), slopes, lookups)
+            losses.append(loss)
         student.update()
-        return loss
+        return torch.stack(losses).sum()
 
 
 def _resumed(network: Network, kept: Kept):

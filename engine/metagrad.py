@@ -38,11 +38,14 @@ from engine.batch import Batch
 from engine.checkpointing import checkpointed
 from engine.errors import UserError
 from engine.flat import Lookups, Vector
+from engine.micro_batches import Part, parts
 from engine.network import Network, Outputs
 from engine.objectives import Objective
 from engine.pilot import Pilot
+from engine.precision import ieee
+from engine.random_state import RandomState
 from engine.tape import Tape, UnrecordedRandomness
-from engine.time_machine import RandomState, TimeMachine
+from engine.time_machine import TimeMachine
 
 
 @dataclass
@@ -57,6 +60,11 @@ class Problem:
     weights: Network | None = None
     checkpointing: str = "none"  # student, teachers, both: whose activations are recomputed, layer by layer
     keep: bool = False  # whether the graph of a single pilot's forward is kept for the real step
+    taped: bool = True  # until the student was seen to draw random numbers that a tape does not record
+    micro_batch: int | None = None  # examples that go through the models at once
+
+    def parts(self, batch: Batch) -> list[Part]:
+        return parts(batch, self.objective, self.micro_batch)
 
 
 class Kept(NamedTuple):
@@ -72,7 +80,7 @@ class Meta(NamedTuple):
 
     pilot_loss: Tensor
     quiz_loss: Tensor
-    masks: list[RandomState]
+    masks: list[list[RandomState]]  # of each batch, of each of its parts
     kept: Kept | None = None
 
 
@@ -125,83 +133,116 @@ def _walk_back(
     only: Callable[[Network, Outputs], list[str]] | None = None,
 ) -> Meta:  # fmt: skip
     """First-order memory: the pilot steps forward, then back through the snapshots with `directional` derivatives."""
-    student, objective, pilot, time_machine = problem.student, problem.objective, problem.pilot, problem.time_machine
-    flat, leaves = student.flat, student.leaves()
-    masks, losses, answers, last, kept = [], [], [], len(pilots) - 1, None
+    student, pilot, time_machine = problem.student, problem.pilot, problem.time_machine
+    batches = [problem.parts(batch) for batch in pilots]
+    single, walked, names = len(batches) == len(batches[0]) == 1, [], None
     # with checkpointing the recorded pass would have to be recomputed as it was recorded, which it is not
-    tape = Tape() if taped and last == 0 and problem.checkpointing not in ("student", "both") else None
+    taped = taped and problem.taped and single
+    tape = Tape() if taped and problem.checkpointing not in ("student", "both") else None
     with time_machine.excursion():
         pilot.begin()
-        for j, batch in enumerate(pilots):
-            # With a single pilot the graph of the teachers is kept for their backward; the walk back over several
-            # recomputes it instead, so that activation memory does not grow with M.
-            with torch.set_grad_enabled(last == 0):
-                taught = _teach(problem, batch)
-            answers.append([o.detached() for o in taught.outputs])
-            masks.append(RandomState(devices(student)))
-            keep = problem.keep and last == 0
-            recording = nullcontext() if tape is None else tape.recording()
-            with flat.lookups() as lookups, _recomputed(problem, student, "student"), recording:
-                outputs = student(batch, repeated=True)
-            if keep:
-                kept = Kept(outputs, lookups, [b.clone() for b in student.module.buffers()])
-            loss, slopes = objective.slopes(outputs, taught.outputs, batch.labels, taught.weights)
-            gradient = flat.gradients_of(outputs.given(), slopes, leaves, lookups, retain_graph=keep)
-            losses.append(loss)
-            names = None if only is None else only(student, outputs)
-            del outputs, lookups
+        for j, batch in enumerate(batches):
+            gradient, pieces = None, []
+            for part in batch:
+                piece, outputs, g = _pilot(problem, part, single, tape)
+                gradient = g if gradient is None else gradient.plus(g)
+                names = None if only is None else only(student, outputs)
+                pieces.append(piece)
+                del piece, outputs, g
+            walked.append(pieces)
             pilot.advance(j, gradient, time_machine)
-        after = RandomState(devices(student))
+            del gradient
         quiz_loss, v = _quiz(problem, quizzes, names)
-        for j in range(last, -1, -1):
+        for j in range(len(batches) - 1, -1, -1):
             time_machine.rewind(j)
-            direction, carried = pilot.pull_back(j, v)
-            weights = None if problem.weights is None else problem.weights.module().detach()
-
-            head = None if j == 0 else _head(objective, answers[j], pilots[j].labels, weights)
-            outputs, tangents, hd = directional(problem, pilots[j], masks[j], direction, names, head, tape)
-            if j > 0:
-                v = carried.plus(hd)
-            if last > 0:
-                taught = _teach(problem, pilots[j])
-            cotangents, weights = objective.cotangents(
-                outputs, taught.outputs, pilots[j].labels, tangents, taught.weights
-            )
-            for teacher, o, c, found in zip(problem.teachers, taught.outputs, cotangents, taught.lookups, strict=True):
-                # an output without graph: a teacher whose trained weights it does not depend on
-                pairs = [(t, g) for t, g in zip(o.given(), c.given(), strict=False) if t.requires_grad]
-                _accumulate(teacher, [t for t, _ in pairs], [g for _, g in pairs], found)
-            if weights is not None:
-                _accumulate(problem.weights, [taught.weights], [weights], Lookups())
-            del taught
-        after.restore()
-    return Meta(torch.stack(losses).mean(), quiz_loss, masks, kept)
+            direction, v = pilot.pull_back(j, v)
+            for piece in walked[j]:
+                head = None if j == 0 else _head(problem, piece)
+                outputs, tangents, hd = directional(
+                    problem, piece.part.batch, piece.masks, direction, names, head, tape
+                )
+                if hd is not None:
+                    v = v.plus(hd)
+                _to_each(problem, piece, outputs, tangents)
+    loss = torch.stack([piece.loss for pieces in walked for piece in pieces]).sum() / len(batches)
+    return Meta(loss, quiz_loss, [[piece.masks for piece in pieces] for pieces in walked], walked[0][0].kept)
 
 
-def _head(objective: Objective, taught: list[Outputs], labels: Tensor, weights: Tensor | None) -> Head:
+@dataclass
+class _Piece:
+    """What the way back needs of the pilot's pass over one part of a batch."""
+
+    part: Part
+    masks: RandomState  # before the student's forward
+    answers: list[Outputs]  # the teachers', detached
+    loss: Tensor
+    taught: _Taught | None = None  # the teachers' forwards with their graph, where it is kept
+    kept: Kept | None = None
+
+
+def _pilot(problem: Problem, part: Part, single: bool, tape: Tape | None) -> tuple[_Piece, Outputs, Vector]:
+    """Loss and gradient of the student at its present weights. In a `single` pass of a round the graph of the teachers is
+    kept for their backward; otherwise it is recomputed, so that activation memory grows neither with M nor with parts."""
+    student, keep = problem.student, problem.keep and single
+    with torch.set_grad_enabled(single):
+        taught = _teach(problem, part.batch)
+    masks = RandomState(devices(student))
+    recording = nullcontext() if tape is None else tape.recording()
+    with student.flat.lookups() as lookups, _recomputed(problem, student, "student"), recording:
+        outputs = student(part.batch, repeated=True)
+    kept = Kept(outputs, lookups, [b.clone() for b in student.module.buffers()]) if keep else None
+    loss, slopes = part.objective.slopes(outputs, taught.outputs, part.batch.labels, taught.weights)
+    gradient = student.flat.gradients_of(outputs.given(), slopes, student.leaves(), lookups, retain_graph=keep)
+    answers = [o.detached() for o in taught.outputs]
+    return _Piece(part, masks, answers, loss, taught if single else None, kept), outputs.detached(), gradient
+
+
+def _to_each(problem: Problem, piece: _Piece, outputs: Outputs, tangents: Outputs) -> None:
+    """The cotangents c = d/do < dl/do_S, J d > into every teacher, and into teacher weights that learn."""
+    batch, taught = piece.part.batch, piece.taught or _teach(problem, piece.part.batch)
+    piece.taught = None
+    cotangents, weights = piece.part.objective.cotangents(
+        outputs, taught.outputs, batch.labels, tangents, taught.weights
+    )
+    for teacher, o, c, found in zip(problem.teachers, taught.outputs, cotangents, taught.lookups, strict=True):
+        # an output without graph: a teacher whose trained weights it does not depend on
+        pairs = [(t, g) for t, g in zip(o.given(), c.given(), strict=False) if t.requires_grad]
+        _accumulate(teacher, [t for t, _ in pairs], [g for _, g in pairs], found)
+    if weights is not None:
+        _accumulate(problem.weights, [taught.weights], [weights], Lookups())
+
+
+def _head(problem: Problem, piece: _Piece) -> Head:
+    objective, labels = piece.part.objective, piece.part.batch.labels
+    weights = None if problem.weights is None else problem.weights.module().detach()
     return Head(
-        lambda outputs: objective.slopes(outputs, taught, labels, weights)[1],
-        lambda outputs, tangents: objective.slopes_along(outputs, tangents, taught, labels, weights),
+        lambda outputs: objective.slopes(outputs, piece.answers, labels, weights)[1],
+        lambda outputs, tangents: objective.slopes_along(outputs, tangents, piece.answers, labels, weights),
     )
 
 
 def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
     """Autograd through the pilot steps: memory grows with M and with every activation of student and teachers."""
-    student, objective, pilot = problem.student, problem.objective, problem.pilot
+    student, pilot = problem.student, problem.pilot
     weights, losses, masks, taught = dict(student.flat.parameters), [], [], []
     with problem.time_machine.excursion():  # the weights are not written here, but buffers may be
         pilot.begin()
         for j, batch in enumerate(pilots):
-            taught.append(_teach(problem, batch))
-            masks.append(RandomState(devices(student)))
-            with _recomputed(problem, student, "student"):
-                outputs = student(batch, weights, higher=True)
-            loss = objective.distil(outputs, taught[j].outputs, batch.labels, taught[j].weights)
+            masks.append([])
+            loss = 0.0
+            for part in problem.parts(batch):
+                taught.append(answers := _teach(problem, part.batch))
+                masks[j].append(RandomState(devices(student)))
+                with _recomputed(problem, student, "student"):
+                    outputs = student(part.batch, weights, higher=True)
+                loss = loss + part.objective.distil(outputs, answers.outputs, part.batch.labels, answers.weights)
             gradients = _gradients(loss, list(weights.values()), create_graph=True)
             weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
             losses.append(loss.detach())
         with student.in_mode(train=False), _recomputed(problem, student, "student"):
-            quiz_loss = sum(objective.hard(student(b, weights).logits, b.labels) for b in quizzes) / len(quizzes)
+            several = [part for batch in quizzes for part in problem.parts(batch)]
+            answered = (p.objective.hard(student(p.batch, weights).logits, p.batch.labels) for p in several)
+            quiz_loss = sum(answered) / len(quizzes)
         _to_teachers(problem, quiz_loss, taught)
     return Meta(torch.stack(losses).mean(), quiz_loss.detach(), masks)
 
@@ -236,13 +277,13 @@ def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -
         alone = {n: t.detach().requires_grad_(n in names) for n, t in leaves.items()}
         leaves = {n: alone[n] for n in names}
     with student.in_mode(train=False):
-        for batch in quizzes:
+        for batch, objective in (part for whole in quizzes for part in problem.parts(whole)):
             if names is None:
                 with flat.lookups() as lookups, _recomputed(problem, student, "student"):
                     outputs = student(batch)
             else:
                 outputs, lookups = student(batch, alone), Lookups()
-            loss = problem.objective.hard(outputs.logits, batch.labels) / len(quizzes)
+            loss = objective.hard(outputs.logits, batch.labels) / len(quizzes)
             gradient = flat.gradients_of([loss], None, leaves, lookups)
             v = gradient if v is None else v.plus(gradient)
             total = total + loss.detach()
@@ -258,7 +299,7 @@ def _forward_mode(
     student, second = problem.student, head is not None
     flat, leaves = student.flat, student.leaves()
     dtype = next(iter(leaves.values())).dtype
-    masks.restore()
+    before = RandomState(devices(student))
     try:
         with torch.set_grad_enabled(second), forward_ad.dual_level():
             tangents = flat.tangents(direction, names, dtype)
@@ -270,12 +311,14 @@ def _forward_mode(
             by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())
             with by_rows as lookups:
                 try:
-                    with nullcontext() if tape is None else tape.replaying():
+                    with masks.again() if tape is None else tape.replaying():
                         outputs = student(batch, duals, higher=True)
                 except UnrecordedRandomness:  # the tape knows not every random operation of this model: all of it again
-                    masks.restore()
+                    problem.taped = False
+                    before.restore()
                     lookups.ids.clear(), lookups.leaves.clear()
-                    outputs = student(batch, duals, higher=True)
+                    with masks.again():
+                        outputs = student(batch, duals, higher=True)
             unpacked = [None if t is None else forward_ad.unpack_dual(t) for t in outputs]
             primal = Outputs(*(None if t is None else t.primal.detach() for t in unpacked))
             tangent = Outputs(*(None if t is None else _or_zeros(t.tangent, t.primal) for t in unpacked))
@@ -317,8 +360,8 @@ def _central_difference(
     eps = 0.01 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     sides, gradients = [], []
     for side in (eps, -eps):
-        masks.restore()
-        with problem.time_machine.perturbed(direction, side), torch.set_grad_enabled(head is not None):
+        repeated = problem.time_machine.perturbed(direction, side)
+        with masks.again(), repeated, ieee(), torch.set_grad_enabled(head is not None):
             with flat.lookups() as lookups:
                 out = student(batch, repeated=True, precision="fp32")
             if head is not None:

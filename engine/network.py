@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.batch import Batch
+from engine.compiling import CompiledLayers
 from engine.encoder_layers import family, lean_layers
 from engine.flat import TABLE_ROWS, FlatParameters
 
@@ -88,6 +89,14 @@ class Network:
 
     table_rows = TABLE_ROWS
 
+    def move(self, device: torch.device | str) -> None:
+        """The module to `device`, whatever was flattened before: the flat buffers are let go, and made anew when asked for.
+
+        What holds the old ones, a learner or a meta-step, cannot go on.
+        """
+        self.module.to(device)
+        self._flat = None
+
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that gradients of a forward are taken against, by name."""
         return self.flat.leaves(low_precision=self.precision == "bf16")
@@ -116,16 +125,23 @@ class Encoder(Network):
     """A classifier of transformers. It reads its own encoding of a batch and gives float32 logits (float64 if it is that).
 
     In bf16 the forward runs on a bf16 copy of the weights, logits and losses are float32. `feature_layers` are the hidden
-    states (0 is the embedding's output) whose first position becomes `features`.
+    states (0 is the embedding's output) whose first position becomes `features`. `compiled` runs the encoder's layers,
+    except where a pass is `repeated` or `higher`, and where it has a `precision` of its own (evaluation).
+
+    Raises UserError for `compiled` and a model whose layers are not known.
     """
 
-    def __init__(self, name: str, module: nn.Module, encoding: str, precision: str = "fp32"):
+    def __init__(
+        self, name: str, module: nn.Module, encoding: str, precision: str = "fp32", compiled: CompiledLayers | None = None,
+    ):  # fmt: skip
         super().__init__(module, name=name)
-        self.encoding, self.precision = encoding, precision
+        self.encoding, self.precision, self.compiled = encoding, precision, compiled
         self.feature_layers: tuple[int, ...] = ()
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
         self._family = family(module)
+        if compiled is not None:
+            compiled.check(module, self._family, name)
         self._frozen: tuple[dict[str, int], dict[str, Tensor]] | None = None
 
     def __call__(
@@ -147,12 +163,17 @@ class Encoder(Network):
         math = (
             sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
         )  # where a model knows no other attention
-        with _attending(self.module, kind), lean_layers(self.module, self._family, higher), math:
+        compiled = None if repeated or higher or precision is not None else self.compiled
+        with _attending(self.module, kind), lean_layers(self.module, self._family, higher, compiled), math:
             out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
         features = None
         if self.feature_layers:
             features = _full(torch.stack([out.hidden_states[i][:, 0] for i in self.feature_layers], 1))
         return Outputs(_full(out.logits), features)
+
+    def move(self, device: torch.device | str) -> None:
+        super().move(device)
+        self._frozen = None
 
     def _drops_attention(self) -> bool:
         config = getattr(self.module, "config", None)

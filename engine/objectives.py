@@ -29,6 +29,8 @@ class Objective:
     regression. Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H]:
 
     patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2
+
+    Every loss is multiplied by `share`: what a part of a batch counts in the batch's mean (engine.micro_batches).
     """
 
     soft_loss: SoftLoss = "kl"
@@ -37,6 +39,7 @@ class Objective:
     regression: bool = False
     feature_loss: FeatureLoss = "none"
     beta: float = 100.0
+    share: float = 1.0
 
     def __post_init__(self):
         for name, allowed in (("soft_loss", get_args(SoftLoss)), ("feature_loss", get_args(FeatureLoss))):
@@ -51,9 +54,15 @@ class Objective:
 
     def hard(self, student: Tensor, labels: Tensor) -> Tensor:
         """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]."""
+        return self._counted(self._hard(student, labels))
+
+    def _hard(self, student: Tensor, labels: Tensor) -> Tensor:
         if self.regression:
             return _mean_square(student.reshape(-1) - labels.reshape(-1))
         return F.cross_entropy(student, labels)
+
+    def _counted(self, loss: Tensor) -> Tensor:
+        return loss if self.share == 1 else loss * self.share
 
     def distil(
         self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
@@ -77,10 +86,10 @@ class Objective:
             else:
                 student_p = F.softmax(student.logits / self.temperature, -1)
                 soft = self.temperature**2 * _mean_square(student_p - F.softmax(mean / self.temperature, -1))
-            loss = self.alpha * soft + (1 - self.alpha) * self.hard(student.logits, labels)
-        if self.feature_loss == "none":
-            return loss
-        return loss + self.beta * self._patient(student, teachers, weights)
+            loss = self.alpha * soft + (1 - self.alpha) * self._hard(student.logits, labels)
+        if self.feature_loss != "none":
+            loss = loss + self.beta * self._patient(student, teachers, weights)
+        return self._counted(loss)
 
     def _patient(self, student: Outputs, teachers: Sequence[Outputs], weights: Tensor | None) -> Tensor:
         shapes = [None if each.features is None else tuple(each.features.shape) for each in (student, *teachers)]
@@ -132,7 +141,8 @@ class Objective:
         if self.soft_loss == "kl" and self.feature_loss == "none" and not learned:
             logits = [t.logits for t in teachers]
             settings = {"temperature": self.temperature, "alpha": self.alpha, "weights": weights}
-            return [Outputs(c) for c in meta_cotangent(student.logits, logits, tangents.logits, **settings)], None
+            found = meta_cotangent(student.logits, logits, tangents.logits, **settings)
+            return [Outputs(self._counted(c)) for c in found], None
         with torch.enable_grad():
             student = student.detached(requires_grad=True)
             teachers = [t.detached(requires_grad=True) for t in teachers]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.flat import FlatParameters, Rows, Vector
+from engine.optim import FlatAdamW
 from engine.time_machine import TimeMachine
 
 PilotOptimizer = Literal["sgd", "adamw"]
@@ -78,27 +79,62 @@ class AdamW:
                 f"an adamw pilot steps with the student's own optimizer, and the derivative of {kind}'s update is not "
                 f"known here ({', '.join(KNOWN)} are); use --pilot-optimizer sgd (pilot_optimizer='sgd').")  # fmt: skip
         self.lr, self.flat, self.optimizer = lr, flat, optimizer
+        self._settings: list[tuple] | None = None
+        self._gathered: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def begin(self) -> None:
-        flat = self.flat
-        m, s, counts = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights), {}
-        m_views, s_views = flat.views(m), flat.views(s)
-        self.decay = torch.zeros_like(flat.weights)
-        decay_views = flat.views(self.decay)
-        groups = self._groups()
-        for name, p in flat.parameters.items():
-            group, state = groups[id(p)], self.optimizer.state.get(p, {})
-            self.betas, self.eps = group["betas"], group["eps"]
-            decay_views[name].fill_(group.get("weight_decay", 0.0))
-            if "exp_avg" in state:
-                m_views[name].copy_(state["exp_avg"])
-                s_views[name].copy_(state["exp_avg_sq"])
-                count = state.get("step", group.get("step", 0))
-                counts[id(count)] = count
-        steps = max((int(count) for count in counts.values()), default=0)  # sync: one for each count that is a tensor
-        self._moments, self._steps, self._kept = (m, s), steps, []
+        self._settle()
+        *moments, count = self._state()
+        self._moments, self._count, self._kept = tuple(moments), count, []
         self._cotangents: tuple[Tensor, Tensor] | None = None
+
+    def _settle(self) -> None:
+        """betas, eps and the weight decay of every weight [N], found out again only where the optimizer's settings changed."""
+        settings = [
+            (*g["betas"], g["eps"], g.get("weight_decay"), g.get("amsgrad"), g.get("maximize"), len(g["params"]))
+            for g in self.optimizer.param_groups
+        ]
+        if settings == self._settings:
+            return
+        groups = self._groups()
+        self.decay = torch.zeros_like(self.flat.weights)
+        views = self.flat.views(self.decay)
+        for name, p in self.flat.parameters.items():
+            group = groups[id(p)]
+            self.betas, self.eps = group["betas"], group["eps"]
+            views[name].fill_(group.get("weight_decay", 0.0))
+        self._settings = settings
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The optimizer's moments [N], [N], to be read only, and its step count [] float64; nothing waits for the device."""
+        flat, optimizer = self.flat, self.optimizer
+        if isinstance(optimizer, FlatAdamW) and optimizer.flat is flat:
+            m, s, count = optimizer.moments()
+            return m, s, count.double()
+        if self._gathered is None:
+            self._gathered = torch.zeros_like(flat.weights), torch.zeros_like(flat.weights)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        counts, targets, sources = {}, [], []
+        m_views, s_views = (flat.views(moment) for moment in self._gathered)
+        for name, p in flat.parameters.items():
+            state = optimizer.state.get(p, {})
+            if "exp_avg" in state:
+                targets += [m_views[name], s_views[name]]
+                sources += [state["exp_avg"], state["exp_avg_sq"]]
+                count = state.get("step", groups[id(p)].get("step", 0))  # apex counts in the group
+                counts[id(count)] = count
+            else:
+                m_views[name].zero_()
+                s_views[name].zero_()
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        numbers = [count for count in counts.values() if not isinstance(count, Tensor)]
+        found = torch.full((), float(max(numbers, default=0)), dtype=torch.float64, device=flat.weights.device)
+        scalars = [count.reshape(()) for count in counts.values() if isinstance(count, Tensor)]
+        if scalars:
+            found = torch.maximum(found, torch.stack(scalars).max().to(found))
+        return *self._gathered, found
 
     def _groups(self) -> dict[int, dict]:
         """The settings of every weight, by its id; ValueError for a rule that is not the one differentiated here."""
@@ -124,24 +160,26 @@ class AdamW:
         (b1, b2), g = self.betas, self._whole(gradient)
         m = torch.lerp(g, self._moments[0], b1)
         s = (b2 * self._moments[1]).addcmul_(g, g, value=1 - b2)
-        c1, r = self._corrections(step, s)
+        c1, c2 = self._corrections(step)
+        r = (s / c2).sqrt_().add_(self.eps)
         move = (m / (c1 * r)).addcmul_(self.decay, self.flat.weights)
         self._moments = m, s
-        self._kept.append((g, m, s))
+        self._kept.append((g, m, s, c1, c2))
         time_machine.advance(self._vector(move), -self.lr, step)
 
     @torch.no_grad()
     def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
-        (b1, b2), (g, m, s) = self.betas, self._kept.pop()
+        (b1, b2), (g, m, s, c1, c2) = self.betas, self._kept.pop()
         v = self._whole(v)
         v_m, v_s = self._cotangents or (torch.zeros_like(v), torch.zeros_like(v))
-        c1, r = self._corrections(step, s)
-        c2 = 1 - b2 ** (self._steps + step + 1)
+        r = (s / c2).sqrt_().add_(self.eps)
         v_m = v_m - self.lr * v / (c1 * r)
         root = (c2 * s).sqrt()
         curve = self.lr * v * m / (2 * c1 * r.square() * root)
         v_s = v_s + torch.where(root > 0, curve, 0)  # g = 0 and s = 0: what it is multiplied with is 0
         self._cotangents = b1 * v_m, b2 * v_s
+        if not self._kept:  # the first step: what the round needed may be had by others
+            self._moments = self._cotangents = None
         direction = (1 - b1) * v_m + 2 * (1 - b2) * g * v_s
         return self._vector(direction), self._vector(v * (1 - self.lr * self.decay))
 
@@ -150,28 +188,29 @@ class AdamW:
         if step == 0:
             self._named = flat.views(self._moments[0]), flat.views(self._moments[1])
         decay, moved, ms, ss = flat.views(self.decay), {}, {}, {}
+        c1, c2 = self._corrections(step)
         for name, p in weights.items():
             g = gradients[name]
             ms[name] = m = b1 * self._named[0][name] + (1 - b1) * g
             ss[name] = s = b2 * self._named[1][name] + (1 - b2) * g.square()
-            c1, c2 = (1 - b ** (self._steps + step + 1) for b in (b1, b2))
             positive = s > 0  # the root's slope at 0 is infinite; there m is 0 and stays it
             root = torch.where(positive, torch.where(positive, s / c2, 1).sqrt(), 0)
             moved[name] = (1 - self.lr * decay[name]) * p - self.lr * m / (c1 * (root + self.eps))
         self._named = ms, ss
         return moved
 
-    def _corrections(self, step: int, s: Tensor) -> tuple[float, Tensor]:
-        """c1, and r [N]"""
-        b1, b2 = self.betas
-        t = self._steps + step + 1
-        return 1 - b1**t, (s / (1 - b2**t)).sqrt_().add_(self.eps)
+    def _corrections(self, step: int) -> tuple[Tensor, Tensor]:
+        """c1, c2 of a pilot step, [] float64: the count stays on the device, where a CUDA graph finds the present one."""
+        t = self._count + (step + 1)
+        return 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
 
     def _whole(self, vector: Vector) -> Tensor:
         """[N]"""
+        if not self.flat.tables:
+            return vector.dense
         flat = torch.zeros_like(self.flat.weights)
         flat[: self.flat.dense] = vector.dense
-        views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
+        views = self.flat.views(flat, [t.name for t in self.flat.tables])
         for table, part in zip(self.flat.tables, vector.tables, strict=True):
             if isinstance(part, Rows):
                 views[table.name].index_copy_(0, part.rows, part.values)

@@ -17,7 +17,7 @@ from engine import __version__
 from engine.config import Config
 from engine.data.splits import Task
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "torchmetrics", "torchdata", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy")
 DEMONSTRATION = (
     "This is the embedded demonstration: miniature, randomly initialised models and a generated corpus stand in for what "
     "could not be had from the hub. Its figures say nothing about the real models."

@@ -63,6 +63,7 @@ def prepare(
     settings = {
         "engine": __version__, "torch": torch.__version__, "device": trainer.device.type, "seed": seed,
         "precision": config.run.precision, "max_length": config.data.max_length, "steps": plan.steps,
+        "length_buckets": config.data.length_buckets,
         "eval_steps": config.run.eval_steps, "encoding": network.encoding, "name": source.name,
         "data": [splits.hashes[source.sample], splits.hashes[-2]],
         "threads": torch.get_num_threads() if trainer.device.type == "cpu" else 0,  # sums depend on it
@@ -70,6 +71,12 @@ def prepare(
             name: getattr(optim, name)
             for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
     }  # fmt: skip
+    if optim.optimizer != "flat":  # other roundings
+        settings["optimizer"] = optim.optimizer
+    if config.run.compile:  # likewise
+        settings["compile"] = True
+    if optim.micro_batch_size is not None:  # sums in another order, other dropout masks
+        settings["micro_batch_size"] = optim.micro_batch_size
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     file = cache / "teachers" / f"{key}.safetensors"
     phase_name = f"prepare {source.name}"
@@ -81,12 +88,10 @@ def prepare(
     network.module.to(trainer.device)  # before its weights are flattened
     learner = Learner.adamw(
         network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
-        weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
+        weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm, optimizer=optim.optimizer,
     )  # fmt: skip
-    phase = Phase(
-        phase_name, METHODS["finetune"], State(learner, objective), train, validation, plan,
-        optim.batch_size, seed,
-    )  # fmt: skip
+    state = State(learner, objective, micro_batch=optim.micro_batch_size)
+    phase = Phase(phase_name, METHODS["finetune"], state, train, validation, plan, optim.batch_size, seed)
     progress = trainer.fit(phase)
     network.flat.release_gradients()  # it may be frozen from here on
     checkpoint.save(file, checkpoint.module_tensors(network.module), {"progress": asdict(progress)})

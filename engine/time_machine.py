@@ -6,7 +6,7 @@ a stack in time, so that a rewind over several steps undoes the rows of the late
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -142,11 +142,13 @@ class TimeMachine:
         try:
             yield
         finally:
-            later = list(self._stack)[len(before) :]
-            if later and self._here is not self._stack[later[0]]:
-                self.rewind(later[0])
-            self._floors.pop()
-            self._stack = before
+            try:
+                later = list(self._stack)[len(before) :]
+                if later and self._here is not self._stack[later[0]]:
+                    self.rewind(later[0])
+            finally:  # a CUDA graph whose capture broke off lets nothing be launched, and nothing has moved
+                self._floors.pop()
+                self._stack = before
 
     def _free(self, name: Hashable) -> None:
         """A name that is taken again stands for the later time. The way to earlier snapshots still leads over the rows of
@@ -202,16 +204,27 @@ class TimeMachine:
         return self._alphas[scale]
 
 
-def _state(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
-    return {
-        p: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
-        for p, entries in optimizer.state.items()
-    }
+def _state(optimizer: torch.optim.Optimizer) -> tuple[dict[Tensor, dict[str, Any]], list[Any]]:
+    """By parameter, and the step counts of the groups, None where they do not count (apex's do)."""
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    state = {p: {key: copy(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
+    return state, [copy(group.get("step")) for group in optimizer.param_groups]
 
 
 @torch.no_grad()
-def _restore_state(optimizer: torch.optim.Optimizer, kept: dict[Tensor, dict[str, Any]]) -> None:
+def _restore_state(optimizer: torch.optim.Optimizer, before: tuple[dict[Tensor, dict[str, Any]], list[Any]]) -> None:
     """In place. What had no state has none again."""
+    kept, counts = before
+    for group, count in zip(optimizer.param_groups, counts, strict=True):
+        if count is None:
+            group.pop("step", None)
+        elif isinstance(count, Tensor):
+            group["step"].copy_(count)
+        else:
+            group["step"] = count
     for p, entries in list(optimizer.state.items()):
         if p not in kept:
             del optimizer.state[p]
@@ -223,16 +236,3 @@ def _restore_state(optimizer: torch.optim.Optimizer, kept: dict[Tensor, dict[str
                 entries[key].copy_(kept[p][key])
             else:
                 entries[key] = kept[p][key]
-
-
-class RandomState:
-    """The state of the random generators that dropout draws from, so that a second forward sees the first one's masks."""
-
-    def __init__(self, devices: Iterable[torch.device]):
-        self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in set(devices) if d.type == "cuda"}
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine import checkpoint
 from engine.batch import Batch
 from engine.config import RunConfig
 from engine.console import Console
-from engine.data.batches import training_loader
+from engine.cuda_graph import StepGraphs
+from engine.data.batches import TrainingBatches
 from engine.data.encode import EncodedSplit
 from engine.data.splits import Task
 from engine.errors import UserError
@@ -27,6 +26,8 @@ from engine.evaluation import predict, primary, score
 from engine.interrupts import Interrupted, Interrupts
 from engine.methods import Method, State
 from engine.monitor import Monitor
+
+PATIENCE = 10  # rounds whose loss is not finite, one after the other, before a run gives up
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Progress:
     step: int = 0
     examples: int = 0
     seconds: float = 0.0  # of training, validation left out
+    skipped: int = 0  # updates that were left out, their gradient not being finite
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # validation metrics at best_step
 
@@ -83,11 +85,15 @@ class _Run:
     """A phase while it is being fitted."""
 
     phase: Phase
-    loader: StatefulDataLoader
+    batches: TrainingBatches
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights at progress.best_step
-    sums: dict[str, Tensor] = field(default_factory=dict)  # device scalars since the last reading
-    rounds: int = 0  # that `sums` covers
+    names: list[str] = field(default_factory=list)  # of the n metrics
+    sums: Tensor | None = (
+        None  # [2, n] on the device since the last reading: sums of finite values, and how many they are
+    )
+    rounds: int = 0  # of this process
+    bad: Tensor | None = None  # [] on the device: how many rounds it is since all values were finite
     means: dict[str, float] = field(default_factory=dict)  # what was read last
 
     def crossed(self, every: int, taken: int) -> bool:
@@ -130,17 +136,22 @@ class Trainer:
         for network in phase.state.networks():
             network.module.to(self.device)
         train = phase.train.only({network.encoding for network in phase.state.networks()})
-        run = _Run(phase, training_loader(train, phase.batch_size, phase.seed, pin=self.device.type == "cuda"))
+        run = _Run(phase, TrainingBatches(train, phase.batch_size, phase.seed, self.device))
         if self.stands_in(phase.name):
             self._restore(run)
         self.monitor.rewind(phase.name, run.progress.step)
         progress, plan = run.progress, phase.plan
+        step = StepGraphs(
+            lambda batches, quizzes: phase.method.step(phase.state, batches, quizzes), self.device, self.config.cuda_graphs,
+            say=self.console.say, forget=phase.state.forget,
+        )  # fmt: skip
         self.interrupts.deferring = True
         try:
             with self.console.progress(phase.name, plan.steps, progress.step) as show:
                 text, started = "", time.monotonic()
                 for batches in self._rounds(run):
-                    values = phase.method.step(phase.state, [batch.to(self.device) for batch in batches])
+                    values = step(batches, phase.state.draw())
+                    phase.state.advance(len(batches))
                     self._count(run, batches, values)
                     finished, taken = progress.step == plan.steps, len(batches)
                     validate = finished or run.crossed(self.config.eval_steps or plan.batches, taken)
@@ -171,36 +182,54 @@ class Trainer:
         """The batches of each round, to the end of the plan; `progress.step` must advance between rounds."""
         plan, progress = run.phase.plan, run.progress
         while progress.step < plan.steps:
-            run.loader.batch_sampler.epoch = progress.step // plan.batches
-            epoch = iter(run.loader)
+            epoch = run.batches.epoch(*divmod(progress.step, plan.batches))
             while batches := list(islice(epoch, min(plan.round_size, plan.steps - progress.step))):
                 yield batches
 
     def _count(self, run: _Run, batches: list[Batch], values: dict[str, Tensor]) -> None:
         """Book a round; metrics stay on the device until `_read`."""
-        for name, value in values.items():
-            run.sums[name] = run.sums[name] + value if name in run.sums else value
+        now = torch.stack(list(values.values()))
+        finite = now.isfinite()
+        if run.sums is None:
+            run.names, run.sums = list(values), now.new_zeros(2, len(now))
+        if run.bad is None:
+            run.bad = now.new_zeros(())
+        run.sums += torch.stack([torch.where(finite, now, 0), finite.to(now.dtype)])
+        run.bad = torch.where(finite.all(), 0, run.bad + 1)
         run.rounds += 1
         run.progress.step += len(batches)
         run.progress.examples += sum(len(batch.labels) for batch in batches)
 
     def _read(self, run: _Run) -> None:
-        """The means since the last reading: the one synchronisation of a logging step."""
-        values = torch.stack(list(run.sums.values())).tolist()  # sync: logging step
-        run.means = {name: value / run.rounds for name, value in zip(run.sums, values, strict=True)}
-        run.sums, run.rounds = {}, 0
+        """The means since the last reading: the one synchronisation of a logging step. What was not finite is not in them.
+
+        Raises UserError where nothing but that came for a while.
+        """
+        phase, progress = run.phase, run.progress
+        counts = [learner.skipped for learner in phase.state.learners() if learner.skipped is not None]
+        found = torch.cat([run.sums.flatten(), torch.stack([run.bad, *counts])]).tolist()  # sync: logging step
+        n = len(run.names)
+        run.means = {name: s / k for name, s, k in zip(run.names, found[:n], found[n : 2 * n], strict=True) if k}
+        run.sums = None
+        bad, skipped = int(found[2 * n]), int(sum(found[2 * n + 1 :]))
+        for count in counts:
+            count.zero_()
+        if bad >= min(PATIENCE, run.rounds):
+            raise UserError(
+                f"The loss of '{phase.name}' is not finite by step {progress.step}, for {bad} rounds now; lower --lr, "
+                "--teacher-lr, --prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
+        if skipped:
+            progress.skipped += skipped
+            self.console.warn(
+                f"{phase.name}: {skipped} update{'s' * (skipped != 1)} before step {progress.step} left out, because the gradient was not "
+                f"finite ({progress.skipped} so far).")  # fmt: skip
 
     def _log(self, run: _Run) -> str:
-        """Write what was read; raises UserError where it is not finite."""
+        """Write what was read."""
         progress, phase, means = run.progress, run.phase, run.means
-        if not all(map(math.isfinite, means.values())):
-            raise UserError(
-                f"The loss of '{phase.name}' is not finite by step {progress.step} ({means}); lower --lr, --teacher-lr, "
-                "--prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
         speed = progress.examples_per_second()
         student, *others = phase.state.learners()
-        rates = {"lr": student.schedule.get_last_lr()[0]}
-        rates |= {f"lr/{learner.network.name}": learner.schedule.get_last_lr()[0] for learner in others}
+        rates = {"lr": student.rate()} | {f"lr/{learner.network.name}": learner.rate() for learner in others}
         self.monitor.log(
             phase.name, progress.step,
             {"epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, "examples_per_second": speed},
@@ -238,7 +267,6 @@ class Trainer:
             "finished": {name: asdict(p) for name, p in self.finished.items()},
             "round": state.round,
             "schedules": [learner.schedule.last_epoch for learner in state.learners()],
-            "loader": run.loader.state_dict(),
         })  # fmt: skip
 
     def _restore(self, run: _Run) -> None:
@@ -250,7 +278,6 @@ class Trainer:
             learner.resume_schedule(saved["schedules"][i])
         run.best = checkpoint.under("best", tensors)
         run.progress = Progress(**saved["progress"])
-        run.loader.load_state_dict(saved["loader"])
         state.round = saved["round"]
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors:

@@ -1,25 +1,26 @@
 """Token ids equal the tokenizer's own, batches hold every row, and their order is a function of seed and position."""
 
-import json
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_helpers import succeed, summary
 
-from engine.data.batches import (
-    WINDOW,
-    LengthGroupedBatches,
-    QuizBatches,
-    evaluation_batches,
-    training_loader,
-)
-from engine.data.encode import EncodedSplit, Encoding, TokenTable, encode
-from engine.data.splits import content_hash
+from engine.data.batches import QuizBatches, TrainingBatches, evaluation_batches, training_rows
+from engine.data.buckets import Buckets
+from engine.data.encode import EncodedSplit, EncodedSplits, Encoding, TokenTable, encode
+from engine.data.splits import Splits, content_hash
+from engine.data.token_files import Tokens
 from engine.embedded import build, generate
 from engine.embedded.models import train_bpe, train_wordpiece
 
 ROWS, CPU = 45, torch.device("cpu")
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def dataset(texts):
 @pytest.fixture(scope="module")
 def split(dataset, tokenizers, tmp_path_factory):
     encodings = [Encoding.of(t, 64) for t in tokenizers.values()]
-    return EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path_factory.mktemp("tokens"))
+    return EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path_factory.mktemp("tokens"), batch_size=8)
 
 
 def rows_of(batch):
@@ -69,7 +70,8 @@ def test_padded_rows_equal_the_tokenizers_own(kind, pair, max_length, texts, tok
     columns = {"text": texts, "label": [0] * ROWS} | ({"pair": texts[::-1]} if pair else {})
     data = Dataset.from_dict(columns)
     encoding = Encoding.of(tokenizer, max_length)
-    table = TokenTable(encoding, encode(data, encoding, content_hash(data), tmp_path))
+    table = TokenTable(encoding, encode(data, encoding, content_hash(data), tmp_path), 3, 1)
+    assert len(table.buckets.widths) <= 3
     for rows in ([0], [4, 0, 9], list(range(ROWS))):
         got = table.pad(np.array(rows))
         expected = tokenizer(
@@ -77,7 +79,7 @@ def test_padded_rows_equal_the_tokenizers_own(kind, pair, max_length, texts, tok
             max_length=max_length, padding="longest", return_token_type_ids="token_type_ids" in got, return_tensors="pt",
         )  # fmt: skip
         longest = expected["input_ids"].shape[1]
-        width = min(-(-longest // 8) * 8, max_length)
+        width = min(w for w in table.buckets.widths if w >= longest)
         for name, tensor in got.items():
             filler = {"input_ids": tokenizer.pad_token_id}.get(name, 0)
             wider = torch.nn.functional.pad(expected[name], (0, width - longest), value=filler)
@@ -86,7 +88,49 @@ def test_padded_rows_equal_the_tokenizers_own(kind, pair, max_length, texts, tok
     assert not (pair and kind == "wordpiece") or got["token_type_ids"].max() == 1
 
 
-def test_padding_waste(split):
+def table_of(examples, training=None, max_length=40, buckets=3, batch_size=1, typed=True):
+    """A table of examples whose tokens are numbered through, the types being their last digits."""
+    offsets = np.concatenate([[0], np.cumsum(examples)]).astype(np.int64)
+    ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
+    encoding = SimpleNamespace(key="numbers", tokenizer=SimpleNamespace(pad_token_id=-7), max_length=max_length)
+    tokens = Tokens(ids, offsets, (ids % 10).astype(np.int8) if typed else None)
+    return TokenTable(encoding, tokens, buckets, batch_size, None if training is None else np.array(training))
+
+
+@PROPERTY
+@given(
+    examples=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    training=st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=12), buckets=st.integers(1, 5),
+    batch_size=st.integers(1, 3), typed=st.booleans(), pick=st.lists(st.integers(0, 11), min_size=1, max_size=12),
+)  # fmt: skip
+def test_padding_against_a_loop(examples, training, buckets, batch_size, typed, pick):
+    table = table_of(examples, training, 40, buckets, batch_size, typed)
+    rows = np.array([p % len(examples) for p in pick])
+    got = table.pad(rows)
+    longest = max(examples[r] for r in rows)
+    held = [w for w in table.buckets.widths if w >= longest]
+    width = min(held) if held else -(-longest // 8) * 8
+    planned = Buckets.of(np.array(examples if training is None else training), 40, buckets, batch_size)
+    assert table.buckets.widths.tolist() == planned.widths.tolist()
+    assert got.keys() == {"input_ids", "attention_mask"} | ({"token_type_ids"} if typed else set())
+    for i, r in enumerate(rows):
+        ids = table.tokens.ids[sum(examples[:r]) : sum(examples[: r + 1])].tolist()
+        rest = width - len(ids)
+        assert got["input_ids"][i].tolist() == ids + [-7] * rest
+        assert got["attention_mask"][i].tolist() == [1] * len(ids) + [0] * rest
+        assert not typed or got["token_type_ids"][i].tolist() == [x % 10 for x in ids] + [0] * rest
+    assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in got.values())
+
+
+def test_a_length_beyond_the_plan_goes_to_a_multiple_of_8_and_no_further_than_the_model_reads():
+    table = table_of([3, 6, 7, 17, 29], training=[3, 6], max_length=30)
+    widths = [table.pad(np.array([row]))["input_ids"].shape[1] for row in range(5)]
+    assert widths == [3, 6, 8, 24, 30]
+
+
+def test_padding_waste(dataset, tokenizers, tmp_path):
+    encodings = [Encoding.of(tokenizer, 64) for tokenizer in tokenizers.values()]
+    split = EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path, buckets=2)
     batches = [[0, 4, 9], [1], [2, 3]]
     real = padded = 0
     for rows in batches:
@@ -112,13 +156,40 @@ class Untouchable:
 def test_tokens_are_reused(dataset, tokenizers, tmp_path):
     encoding, content = Encoding.of(tokenizers["wordpiece"], 64), content_hash(dataset)
     first = encode(dataset, encoding, content, tmp_path)
-    files = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    (folder,) = tmp_path.iterdir()
+    files = {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in [folder, *folder.iterdir()]}
     again = encode(dataset, Encoding(encoding.key, Untouchable(), 64), content, tmp_path)
-    assert again["input_ids"][:] == first["input_ids"][:]
-    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == files and len(files) == 1
+    assert np.array_equal(again.ids, first.ids) and np.array_equal(again.offsets, first.offsets)
+    assert {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in [folder, *folder.iterdir()]} == files
+    assert list(tmp_path.iterdir()) == [folder]  # nothing of what `datasets` makes on the way
     other = dataset.select(range(10))
     with pytest.raises(AssertionError, match="tokenised again"):
         encode(other, Encoding(encoding.key, Untouchable(), 64), content_hash(other), tmp_path)
+
+
+def test_tokens_stay_on_disk(split):
+    for table in split.tables:
+        maps = [table.tokens.ids, table.tokens.offsets, *([] if table.tokens.types is None else [table.tokens.types])]
+        assert all(isinstance(array, np.memmap) and array.mode == "r" for array in maps)
+        assert np.shares_memory(table._ids, table.tokens.ids) and np.shares_memory(table._starts, table.tokens.offsets)
+        assert table.tokens.types is None or np.shares_memory(table._types, table.tokens.types)
+
+
+def test_damaged_tokens_are_made_again(dataset, tokenizers, tmp_path):
+    encoding, content = Encoding.of(tokenizers["wordpiece"], 64), content_hash(dataset)
+    first = encode(dataset, encoding, content, tmp_path).ids.tolist()
+    (folder,) = tmp_path.iterdir()
+    (folder / "ids.npy").write_bytes(b"damaged")
+    assert encode(dataset, encoding, content, tmp_path).ids.tolist() == first
+    assert encode(dataset, Encoding(encoding.key, Untouchable(), 64), content, tmp_path).ids.tolist() == first
+
+
+def test_a_split_that_is_tokenised_in_parts(dataset, tokenizers, tmp_path, monkeypatch):
+    encoding, content = Encoding.of(tokenizers["wordpiece"], 64), content_hash(dataset)
+    whole = encode(dataset, encoding, content, tmp_path / "whole")
+    monkeypatch.setattr("engine.data.encode.TOKENIZED_AT_ONCE", 7)
+    parts = encode(dataset, encoding, content, tmp_path / "parts")
+    assert all(np.array_equal(getattr(whole, name), getattr(parts, name)) for name in ("ids", "offsets", "types"))
 
 
 def test_the_order_of_rows_is_part_of_their_identity(dataset):
@@ -131,7 +202,7 @@ def test_encodings_are_told_apart_by_content(texts, tokenizers, dataset, tmp_pat
     keys = {Encoding.of(t, n).key for t, n in [(wordpiece, 64), (wordpiece, 32), (bpe, 64), (other_vocabulary, 64)]}
     assert len(keys) == 4
     encoded = [encode(dataset, Encoding.of(t, 64), content_hash(dataset), tmp_path) for t in (wordpiece, bpe)]
-    assert encoded[0]["input_ids"][:] != encoded[1]["input_ids"][:]
+    assert encoded[0].ids.tolist() != encoded[1].ids.tolist()
     assert len(list(tmp_path.iterdir())) == 2
     assert Encoding.of(train_wordpiece(texts), 64).key == Encoding.of(train_wordpiece(texts), 64).key
 
@@ -145,43 +216,83 @@ def test_models_read_their_own_encoding_of_the_same_rows(split, texts, tokenizer
         assert ["".join(d.split()).lower() for d in decoded] == ["".join(texts[r].split()).lower() for r in (7, 3)]
 
 
+def test_every_split_has_the_widths_of_the_first_training_sample(texts, tokenizers, tmp_path):
+    def part(rows):
+        return Dataset.from_dict({"text": [texts[r] for r in rows], "label": [r % 2 for r in rows]})
+
+    short, long = [r for r in range(ROWS) if r % 5 == 0], [r for r in range(ROWS) if r % 5 > 0]
+    splits = Splits(None, [part(short), part(long)], part(long[:9]), part(long[9:]), part(long), "local")
+    encodings = [Encoding.of(tokenizer, 64) for tokenizer in tokenizers.values()]
+    encoded = EncodedSplits.of(splits, encodings, tmp_path, 4, batch_size=2)
+    widths = [[table.buckets.widths.tolist() for table in split.tables]
+              for split in (*encoded.train, encoded.quiz, encoded.validation, encoded.test)]  # fmt: skip
+    assert widths[0] == widths[2] == widths[3] == widths[4] != widths[1]
+    assert all(len(of_table) <= 4 for of_split in widths for of_table in of_split)
+    assert all(of_split[0][-1] == split.tables[0].lengths.max() for of_split, split in
+               zip(widths, encoded.train, strict=False))  # fmt: skip
+
+
+def test_rows_are_grouped_by_their_longest_encoding(split):
+    joint = np.maximum(*(table.lengths for table in split.tables))
+    assert split.lengths.tolist() == joint.tolist()
+    assert split.widths.tolist() == Buckets.of(joint, 64, 16, 8)(joint).tolist()
+    for table in split.tables:
+        part = split.only({table.encoding.key})
+        assert part.tables == [table] and part.lengths.tolist() == table.lengths.tolist()
+        assert part.widths.tolist() == table.buckets(table.lengths).tolist()
+        kept = split.with_answers([[np.zeros((ROWS, 2), np.float32)]]).only({table.encoding.key})
+        assert kept.tables == [table] and kept.widths.tolist() == split.widths.tolist()
+
+
 # Order
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 4), (7, 4), (45, 8), (64, 8), (1000, 7)])
-def test_every_row_once_an_epoch(rows, size):
-    lengths = np.random.default_rng(0).integers(3, 60, rows)
-    batches = list(sampler := LengthGroupedBatches(lengths, size, seed=0))
-    assert sorted(r for b in batches for r in b) == list(range(rows))
-    assert len(batches) == len(sampler) == -(-rows // size)
+@PROPERTY
+@given(
+    widths=st.lists(st.sampled_from([4, 7, 11, 30]), min_size=1, max_size=120), size=st.integers(1, 25),
+    seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 50),
+)  # fmt: skip
+def test_an_epoch(widths, size, seed, epoch):
+    """Every row once, in the fewest batches; one bucket a batch but where what is left over goes up."""
+    batches = training_rows(np.array(widths), size, seed, epoch)
+    assert sorted(r for b in batches for r in b) == list(range(len(widths)))
+    assert len(batches) == -(-len(widths) // size)
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)  # one is smaller at most
     assert all(isinstance(r, int) for b in batches for r in b)
+    assert batches == training_rows(np.array(widths), size, seed, epoch)
+    in_order = sorted([sorted(widths[r] for r in b) for b in batches], key=lambda b: (b, len(b)))
+    assert all(a[-1] <= b[0] for a, b in pairwise(in_order))  # what goes up goes to the next bucket that has a row
+    assert all(len(b) == size for b in in_order if b[-1] < max(widths))  # what is left at the end is of the widest
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    lengths = np.random.default_rng(0).integers(3, 60, 300)
-
-    def order(seed, epoch):
-        sampler = LengthGroupedBatches(lengths, 8, seed)
-        sampler.epoch = epoch
-        return list(sampler)
-
+    widths = np.random.default_rng(0).integers(3, 9, 300)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert order(1, 2) == order(1, 2)
-    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
-    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    orders = [training_rows(widths, 8, seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert orders == [training_rows(widths, 8, seed, epoch) for seed in range(3) for epoch in range(3)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
-    sampler = LengthGroupedBatches(lengths, 8, 1)
-    assert list(sampler) == list(sampler) == order(1, 0)
+    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
 
 
-def test_batches_are_grouped_by_length_and_not_in_its_order():
-    lengths = np.random.default_rng(0).integers(3, 60, 2 * WINDOW * 8)
-    batches = list(LengthGroupedBatches(lengths, 8, seed=0))
-    spread = [np.ptp(lengths[b]) for b in batches]
-    assert np.mean(spread) < 3  # of 57
-    means = [lengths[b].mean() for b in batches]
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+def test_within_a_bucket_and_among_batches_all_orders_are_alike():
+    """Over 400 epochs: a row meets every other of its bucket, and is anywhere in the epoch."""
+    widths, met, places = np.repeat([4, 9], 16), np.zeros((32, 32), int), np.zeros((32, 8), int)
+    for epoch in range(400):
+        for place, rows in enumerate(training_rows(widths, 4, 0, epoch)):
+            met[np.ix_(rows, rows)] += 1
+            places[rows, place] += 1
+    others = met[:16, :16][~np.eye(16, dtype=bool)]  # 400 epochs x 3 others of 15: 80 times, a deviation of 8
+    assert abs(others - 80).max() < 45 and not met[:16, 16:].any()
+    assert abs(places - 50).max() < 35  # 400 epochs in 8 places, a deviation of 7
+
+
+def test_the_loader_takes_the_rows_of_the_epoch(split):
+    batches = TrainingBatches(split, 8, seed=3, device=CPU)
+    assert len(batches) == 6
+    for epoch in range(2):
+        expected = [split.batch(rows) for rows in training_rows(split.widths, 8, 3, epoch)]
+        for start in (0, 1, 5, 6):
+            assert all(equal(a, b) for a, b in zip(batches.epoch(epoch, start), expected[start:], strict=True))
 
 
 def test_quiz_batches_are_a_function_of_the_round(split):
@@ -215,46 +326,6 @@ def test_a_quiz_set_smaller_than_a_batch_is_taken_whole(split):
         assert sorted(rows_of(batch)) == list(range(ROWS))
 
 
-def test_the_loader_draws_nothing_from_the_global_random_state(split):
-    torch.manual_seed(0)
-    np.random.seed(0)
-    state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    loader = training_loader(split, 8, seed=0, pin=False)
-    for epoch in range(2):
-        loader.batch_sampler.epoch = epoch
-        batches = list(loader)
-        loader.state_dict()
-        assert [rows_of(b) for b in batches] == list(loader.batch_sampler)
-        assert sorted(r for b in batches for r in rows_of(b)) == list(range(ROWS))
-    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
-
-
-def three_epochs(loader):
-    for epoch in range(3):
-        loader.batch_sampler.epoch = epoch
-        yield from loader
-
-
-@pytest.mark.parametrize("taken", [1, 3, 5, 6, 8, 12])  # an epoch has 6: within, on the last batch, in the second
-def test_a_loader_resumes_where_it_stood(split, taken):
-    loader = training_loader(split, 8, seed=3, pin=False)
-    source, whole = three_epochs(loader), list(three_epochs(training_loader(split, 8, seed=3, pin=False)))
-    assert len(whole) == 18
-    for _ in range(taken):
-        next(source)
-    saved = json.loads(json.dumps(loader.state_dict()))
-
-    resumed, step, rest = training_loader(split, 8, seed=3, pin=False), taken, []
-    resumed.load_state_dict(saved)
-    while step < 18:  # as the trainer goes on: the epoch is known by the step alone
-        resumed.batch_sampler.epoch = step // 6
-        for batch in resumed:
-            rest.append(batch)
-            step += 1
-    assert len(rest) == 18 - taken
-    assert all(equal(a, b) for a, b in zip(rest, whole[taken:], strict=True))
-
-
 def test_evaluation_takes_every_row_once_longest_first(split):
     seen, lengths = [], []
     for rows, batch in evaluation_batches(split, 8):
@@ -271,3 +342,10 @@ def test_an_encodings_identity_survives_the_use_of_its_tokenizer():
     before = Encoding.of(tokenizer, 16).key
     tokenizer(["a camera"] * 2, truncation=True, max_length=4, padding=True)
     assert Encoding.of(tokenizer, 16).key == before != Encoding.of(tokenizer, 8).key
+
+
+def test_length_buckets_reach_the_batches_and_are_part_of_what_a_teacher_is(tmp_path, data):
+    runs = [succeed(data, tmp_path / str(n), method="kd", length_buckets=n) for n in (1, 16)]
+    one, many = map(summary, runs)
+    assert one["padding_waste"] > many["padding_waste"] > 0
+    assert [found["teachers"][0]["origin"] for found in (one, many)] == ["fine-tuned", "fine-tuned"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import bench_kernels, devices, kernel_cases, table
-from bench.conftest import merged
+from bench.records import merged
 from bench.devices import Cuda, Host, Run, interleaved
 from bench.kernel_cases import FUSED, LOGITS, Case, Inputs, fused_runs, logits_runs, traffic
 from bench.kernel_table import NOT_YET, duration

@@ -171,19 +171,19 @@ def test_only_json_is_written(tmp_path):
 # The plan, against the trainer's own walk over the batches
 
 
-class Loader:
+class Numbered:
     """An epoch is `batches` numbered by epoch and place."""
 
     def __init__(self, batches):
-        self.batches, self.batch_sampler = batches, SimpleNamespace(epoch=0)
+        self.batches = batches
 
-    def __iter__(self):
-        return ((self.batch_sampler.epoch, i) for i in range(self.batches))
+    def epoch(self, number, start=0):
+        return ((number, i) for i in range(start, self.batches))
 
 
 def walk(plan):
     phase, progress = SimpleNamespace(plan=plan), SimpleNamespace(step=0)
-    run = SimpleNamespace(phase=phase, progress=progress, loader=Loader(plan.batches))
+    run = SimpleNamespace(phase=phase, progress=progress, batches=Numbered(plan.batches))
     for taken in Trainer._rounds(None, run):
         progress.step += len(taken)
         yield taken

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high. A unit is a module of engine/ or a whole package in it; it imports only from its own layer and lower ones.
 LAYERS = [
-    {"errors"},
+    {"errors", "random_state"},
     {
         "allocator",
         "batch",
@@ -27,23 +27,25 @@ LAYERS = [
         "monitor",
         "embedded",
     },
-    {"native", "native_build", "native_reference", "flat", "encoder_layers"}
+    {"native", "native_build", "native_reference", "flat", "encoder_layers", "precision", "compiling"}
     | {"tape", "checkpointing", "weights", "features"},
     {"kernels"},
     {"data"},
     {"network", "time_machine", "optim", "models", "teacher_params"},
     {"objectives", "pilot", "learner", "evaluation"},
-    {"metagrad"},
+    {"metagrad", "micro_batches"},
     {"meta_step"},
     {"methods", "__init__"},  # the package itself names the public classes
+    {"cuda_graph"},
     {"trainer"},
-    {"teachers", "report"},
+    {"teachers", "report", "answers"},
+    {"choices"},
     {"job"},
     {"cli"},
     {"train"},
 ]
 LEAVES = {"models", "checkpoint", "monitor", "console", "time_machine", "hub"}
-LEAVES |= {"tape", "checkpointing", "encoder_layers", "weights", "features"}
+LEAVES |= {"tape", "checkpointing", "encoder_layers", "weights", "features", "compiling"}
 BETWEEN_LEAVES = {("models", "hub")}  # where named models come from is decided in one place
 
 

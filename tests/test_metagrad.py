@@ -479,7 +479,7 @@ def test_a_kept_pilot_forward_is_the_real_one(student):
     kept = meta.kept
     cotangents = [torch.randn_like(t) for t in kept.outputs.given()]
     again = flat.gradients_of(kept.outputs.given(), cotangents, scene.student.leaves(), kept.lookups)
-    meta.masks[0].restore()
+    meta.masks[0][0].restore()
     with flat.lookups() as lookups:
         fresh = scene.student(b, higher=True)
     expected = flat.gradients_of(fresh.given(), cotangents, scene.student.leaves(), lookups)

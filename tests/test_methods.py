@@ -95,14 +95,18 @@ class Setting:
 
     def run(self):
         torch.manual_seed(7)
-        return [self.step(self.state, batches) for batches in self.batches]
+        values = []
+        for batches in self.batches:
+            values.append(self.step(self.state, batches, self.state.draw()))
+            self.state.advance(len(batches))
+        return values
 
 
 class Adam:
-    """torch's AdamW with its schedule written out: the step's rate, decay on matrices only, clipping before."""
+    """torch's AdamW with its schedule written out: a round's rate, decay on matrices only, clipping before."""
 
-    def __init__(self, module, lr, steps):
-        self.module, self.lr, self.steps, self.taken = module, lr, steps, 0
+    def __init__(self, module, lr, steps, a_round=1):
+        self.module, self.lr, self.steps, self.a_round, self.taken = module, lr, steps, a_round, 0
         ps = [p for p in module.parameters() if p.requires_grad]
         groups = [{"params": [p for p in ps if p.ndim >= 2], "weight_decay": DECAY},
                   {"params": [p for p in ps if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
@@ -110,7 +114,7 @@ class Adam:
 
     def step(self):
         warmup = int(WARMUP * self.steps)
-        t = self.taken
+        t = self.taken - self.taken % self.a_round
         rate = (t + 1) / (warmup + 1) if t < warmup else (self.steps - t) / (self.steps - warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
@@ -205,7 +209,7 @@ def test_finetune(size):
     setting = Setting("finetune", size=size)
     values = setting.run()
     torch.manual_seed(7)
-    student = Adam(setting.copies[0], LR, setting.student_steps)
+    student = Adam(setting.copies[0], LR, setting.student_steps, size)
     student.module.train()
     for batches, value in zip(setting.batches, values, strict=True):
         losses = []
@@ -226,7 +230,7 @@ def test_kd(size, weights):
     values = setting.run()
     torch.manual_seed(7)
     copied, *teachers = setting.copies
-    student = Adam(copied, LR, setting.student_steps)
+    student = Adam(copied, LR, setting.student_steps, size)
     for batches, value in zip(setting.batches, values, strict=True):
         loss = torch.stack([real_step(student, teachers, batch, setting.weights) for batch in batches]).mean()
         torch.testing.assert_close(value["loss"], loss, rtol=1e-9, atol=0)
@@ -255,7 +259,7 @@ def test_metadistil(teachers, size, weights, strategy, independent_masks):
     after = torch.get_rng_state()
     torch.manual_seed(7)
     copied, *copied_teachers = setting.copies
-    student = Adam(copied, LR, setting.student_steps)
+    student = Adam(copied, LR, setting.student_steps, size)
     updates = [Adam(t, TEACHER_LR, setting.teacher_steps) for t in copied_teachers]
     w, learning = setting.weights, None
     if weights == "learned":
@@ -311,7 +315,7 @@ def test_the_oracle_tells_variants_apart(size):
         fresh = given()
         copied, *teachers = fresh.copies
         torch.manual_seed(7)
-        student, updates = Adam(copied, LR, 2 * size), [Adam(t, TEACHER_LR, 2) for t in teachers]
+        student, updates = Adam(copied, LR, 2 * size, size), [Adam(t, TEACHER_LR, 2) for t in teachers]
         weights = fresh.weights if right["same_weights"] else None
         for number, batches in enumerate(setting.batches):
             _, _, masks = meta_gradient(copied, teachers, batches, quiz(number), weights)

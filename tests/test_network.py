@@ -365,6 +365,7 @@ def test_schedule_rises_from_above_zero_and_falls_to_zero():
     for _ in range(20):
         rates.append(learner.schedule.get_last_lr()[0])
         learner.update()
+        learner.advance()
     assert rates[0] > 0 and rates.index(max(rates)) == 5 and max(rates) == 1.0
     assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] > 0
     assert learner.schedule.get_last_lr()[0] == 0.0

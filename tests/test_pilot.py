@@ -1,12 +1,15 @@
 """The closed derivative of a pilot's steps against autograd through them, on a loss whose Hessian is written down."""
 
+import fake_apex
 import pytest
 import torch
+from device_helpers import NoReading
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from engine.flat import FlatParameters, Rows, Vector
+from engine.native import Backend
 from engine.optim import FlatAdamW
 from engine.pilot import SGD, AdamW
 from engine.time_machine import TimeMachine
@@ -29,17 +32,49 @@ def flat_adamw(flat):
     return FlatAdamW(flat, lr=9.0, betas=BETAS, eps=EPS, weight_decay=0.2)
 
 
-def torch_adamw(flat):
+def groups(flat):
     matrices, vectors = ([p for p in flat.parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=9.0, betas=BETAS, eps=EPS)
+    return [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def torch_adamw(flat):
+    return torch.optim.AdamW(groups(flat), lr=9.0, betas=BETAS, eps=EPS)
 
 
 def torch_adam(flat):
     return torch.optim.Adam(flat.parameters.values(), lr=9.0, betas=BETAS, eps=EPS)
 
 
-OPTIMIZERS = {"FlatAdamW": flat_adamw, "AdamW": torch_adamw, "Adam": torch_adam}
+def fused_adamw(flat):
+    """Its counts are tensors where the weights are, as those of what can be captured by a CUDA graph."""
+    return torch.optim.AdamW(groups(flat), lr=9.0, betas=BETAS, eps=EPS, fused=True)
+
+
+def apex_adamw(flat):
+    """Counts in the group: a number."""
+    return fake_apex.FusedAdam(groups(flat), lr=9.0, betas=BETAS, eps=EPS)
+
+
+def capturable_apex_adamw(flat):
+    """Counts in the group: an int32 tensor [1]."""
+    optimizer = fake_apex.FusedAdam(groups(flat), betas=BETAS, eps=EPS, capturable=True)
+    set_rate(optimizer, 9.0)
+    return optimizer
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(rate, dtype=torch.float64) if torch.is_tensor(group["lr"]) else rate
+
+
+OPTIMIZERS = {
+    "FlatAdamW": flat_adamw,
+    "AdamW": torch_adamw,
+    "Adam": torch_adam,
+    "fused AdamW": fused_adamw,
+    "FusedAdam": apex_adamw,
+    "capturable FusedAdam": capturable_apex_adamw,
+}
 
 
 class Problem:
@@ -48,9 +83,9 @@ class Problem:
     All in flat coordinates [N], in which A_j [N, N] and b_j are zero where the step's batch has no weight.
     """
 
-    def __init__(self, kind, steps, seed, before=2, row_wise=True):
+    def __init__(self, kind, steps, seed, before=2, row_wise=True, table_rows=1):
         self.generator = torch.Generator().manual_seed(seed)
-        self.flat = FlatParameters(Model(), table_rows=1)
+        self.flat = FlatParameters(Model(), table_rows)
         self.flat.weights[:] = self.random()
         N = len(self.flat.weights)
         self.row_wise, self.rows, self.A, self.b = row_wise, [], [], []
@@ -83,6 +118,8 @@ class Problem:
         self.flat.weights.copy_(kept)
 
     def vector(self, flat, j):
+        if not self.flat.tables:
+            return Vector(flat, [])
         words = self.flat.views(flat, ["words.weight"])["words.weight"]
         part = Rows(self.rows[j], words[self.rows[j]]) if self.row_wise else words
         return Vector(flat[: self.flat.dense], [part])
@@ -91,6 +128,8 @@ class Problem:
         """[N]"""
         found = torch.zeros_like(self.flat.weights)
         found[: self.flat.dense] = vector.dense
+        if not self.flat.tables:
+            return found
         (part,) = vector.tables
         words = self.flat.views(found, ["words.weight"])["words.weight"]
         words.copy_(part.dense(words) if isinstance(part, Rows) else part)
@@ -105,7 +144,7 @@ class Problem:
             for j, (A, b) in enumerate(zip(self.A, self.b, strict=True)):
                 pilot.advance(j, self.vector(A @ flat.weights - b, j), machine)
             after = flat.weights.clone()
-            v, slopes = Vector(*self.split(self.w + after)), []
+            v, slopes = self.split(self.w + after), []
             for j in range(len(self.A) - 1, -1, -1):
                 d, carried = pilot.pull_back(j, v)
                 assert all(t.isfinite().all() for t in (self.whole(d), self.whole(carried)))
@@ -116,7 +155,8 @@ class Problem:
         return after, self.whole(v), slopes
 
     def split(self, flat):
-        return flat[: self.flat.dense], [self.flat.views(flat, ["words.weight"])["words.weight"]]
+        tables = [self.flat.views(flat, [table.name])[table.name] for table in self.flat.tables]
+        return Vector(flat[: self.flat.dense], tables)
 
     def by_autograd(self):
         pilot, flat = self.pilots[1], self.flat
@@ -151,21 +191,78 @@ def error(got, expected):
     kind=st.sampled_from(["sgd", *OPTIMIZERS]),
     steps=st.integers(1, 3),
     before=st.integers(0, 3),
-    row_wise=st.booleans(),
+    rows=st.sampled_from(["rows", "whole table", "no table"]),
     seed=st.integers(0, 10**6),
 )
-@example("sgd", 3, 0, True, 0)
-@example("FlatAdamW", 3, 2, True, 0)
-@example("AdamW", 3, 0, True, 0)
-@example("Adam", 3, 1, False, 0)
-def test_pull_back_is_autograd_through_the_steps(kind, steps, before, row_wise, seed):
-    problem = Problem(kind, steps, seed, before, row_wise)
-    for _ in range(2):  # a round starts anew
+@example("sgd", 3, 0, "rows", 0)
+@example("FlatAdamW", 3, 2, "rows", 0)
+@example("FlatAdamW", 3, 2, "no table", 0)
+@example("AdamW", 3, 0, "rows", 0)
+@example("Adam", 3, 1, "whole table", 0)
+@example("fused AdamW", 2, 1, "no table", 0)
+@example("capturable FusedAdam", 2, 1, "no table", 0)
+def test_pull_back_is_autograd_through_the_steps(kind, steps, before, rows, seed):
+    problem = Problem(kind, steps, seed, before, rows == "rows", None if rows == "no table" else 1)
+    for _ in range(2):  # a round starts anew, from where the optimizer has come to
         (phi, gradient, slopes), (phi_2, gradient_2, slopes_2) = problem.by_closed_form(), problem.by_autograd()
         assert error(phi, phi_2) < 1e-13
         assert error(gradient, gradient_2) < TOLERANCE
         for a, b in zip(slopes, slopes_2, strict=True):
             assert b.abs().max() > 1e-4 and error(a, b) < TOLERANCE
+        if kind != "sgd":
+            problem.train(problem.pilots[0].optimizer)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_host_reads_nothing(kind, monkeypatch):
+    """The count least of all: a graph that is captured once has to find the count of every later round."""
+    monkeypatch.setattr("engine.native._chosen", Backend("torch", "for this test"))
+    problem = Problem(kind, 2, 0, table_rows=None)
+    pilot, machine, v = problem.pilots[0], TimeMachine(problem.flat), problem.vector(problem.w, 0)
+    with NoReading(), machine.excursion():
+        pilot.begin()
+        assert pilot._count.dtype == torch.float64 and pilot._count.shape == ()
+        for j in range(2):
+            pilot.advance(j, v, machine)
+        for j in (1, 0):
+            pilot.pull_back(j, v)
+        pilot.begin()
+        pilot.update(0, problem.flat.parameters, problem.flat.views(problem.w))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_does_not_change_between_rounds_is_kept(kind):
+    """The moments of FlatAdamW are flat as they are; what is gathered, and every weight's decay, has one place."""
+    problem = Problem(kind, 1, 0)
+    pilot, places = problem.pilots[0], []
+    for _ in range(2):
+        pilot.begin()
+        places.append([t.data_ptr() for t in (*pilot._moments, pilot.decay)])
+    assert places[0] == places[1]
+    if kind == "FlatAdamW":
+        assert places[0][:2] == [t.data_ptr() for t in pilot.optimizer.moments()[:2]]
+    for group in pilot.optimizer.param_groups:
+        group["weight_decay"] *= 3
+    if kind != "Adam":
+        pilot.begin()
+        assert pilot.decay.max() == pytest.approx(0.6)
+        group["eps"] = 1e-3
+        with pytest.raises(ValueError, match="other betas or eps"):
+            pilot.begin()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_state_that_was_taken_back_is_none(kind):
+    """The buffers that moments lie in outlive the state that a time machine takes away."""
+    problem = Problem(kind, 1, 0, before=0)
+    pilot = problem.pilots[0]
+    with TimeMachine(problem.flat, optimizer=pilot.optimizer).excursion():
+        problem.train(pilot.optimizer)
+        pilot.begin()
+        assert pilot._count == 1 and pilot._moments[0].any()
+    pilot.begin()
+    assert pilot._count == 0 and not pilot._moments[0].any() and not pilot._moments[1].any()
+    assert not pilot.optimizer.state
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -183,8 +280,7 @@ def test_a_pilot_step_is_the_optimizers_own(kind, before):
         got = flat.weights.clone()
     now = [t for entries in optimizer.state.values() for t in entries.values()]
     assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
-    for group in optimizer.param_groups:
-        group["lr"] = LR
+    set_rate(optimizer, LR)
     for gradient in gradients:
         flat.gradients.copy_(gradient)
         optimizer.step()

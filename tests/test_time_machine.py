@@ -1,92 +1,34 @@
 """A rewound module is the same to the last bit, and so is a gradient from a graph that was kept over an excursion."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from time_machine_helpers import (
+    BUFFERS,
+    FROZEN,
+    Model,
+    differing,
+    everything,
+    ids,
+    make,
+    pilot,
+    random_step,
+    shadowed,
+)
 from torch import nn
 from torch.func import functional_call
 
-from engine.flat import FlatParameters, Rows, Vector
+from engine.flat import FlatParameters
 from engine.optim import FlatAdamW
-from engine.time_machine import RandomState, TimeMachine
+from engine.random_state import RandomState
+from engine.time_machine import TimeMachine
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU = [pytest.mark.gpu, NO_GPU]
 PLACES = [("cpu", "device"), ("cpu", "pinned"), *(pytest.param("cuda", s, marks=GPU) for s in ("device", "pinned"))]
 everywhere = pytest.mark.parametrize(("device", "store"), PLACES)
 tables = pytest.mark.parametrize("table_rows", [1, 99], ids=["rows", "dense"])  # tables by rows, or there are none
-
-
-class Model(nn.Module):
-    """Tables, vectors, matrices, a frozen weight; with a batch norm buffers and with dropout random numbers as well."""
-
-    def __init__(self, batch_norm=True):
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.kinds = nn.Embedding(11, 5), nn.Embedding(7, 5, padding_idx=0)
-        self.norm = nn.BatchNorm1d(5) if batch_norm else nn.LayerNorm(5)
-        self.dropout, self.out = nn.Dropout(0.5), nn.Linear(5, 3)
-        self.norm.bias.requires_grad_(False)
-
-    def forward(self, ids):
-        return self.out(self.dropout(torch.tanh(self.norm(self.words(ids) + self.kinds(ids % 4)))))
-
-
-FROZEN = {"norm.bias"}
-BUFFERS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-
-
-def make(table_rows=1, store="device", device="cpu", low_precision=False, batch_norm=True):
-    module = Model(batch_norm).train().to(device)
-    flat = FlatParameters(module, table_rows)
-    assert len(flat.tables) == (2 if table_rows == 1 else 0)
-    if low_precision:
-        flat.leaves(low_precision=True)
-    return module, flat, TimeMachine(flat, store)
-
-
-def ids(flat, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(11, (6,), generator=generator).to(flat.weights.device)
-
-
-def random_step(flat, seed, whole=False):
-    """Anything in the dense part; of each table some rows (none and all of them too), or with `whole` all of it."""
-    generator = torch.Generator().manual_seed(seed)
-    dense, tables = torch.zeros(flat.dense, device=flat.weights.device), []
-    for view in flat.views(dense, flat.dense_names).values():
-        view.copy_(torch.randn(view.shape, generator=generator))
-    for table in flat.tables:
-        V, H = table.weight.shape
-        count = int(torch.randint(V + 1, (), generator=generator))
-        rows = torch.arange(V) if whole else torch.randperm(V, generator=generator)[:count].sort().values
-        values = torch.randn(len(rows), H, generator=generator).to(dense)
-        tables.append(values if whole else Rows(rows.to(dense.device), values))
-    return Vector(dense, tables)
-
-
-def pilot(module, flat, machine, name, seed=0):
-    """A step with everything that a pilot touches: random numbers, buffers, weights."""
-    with flat.lookups() as lookups:
-        loss = module(ids(flat, seed)).square().mean()
-    machine.advance(flat.gradients_of([loss], None, flat.leaves(), lookups), -0.3, name)
-
-
-def everything(module):
-    return {n: t.detach().clone() for n, t in [*module.named_parameters(), *module.named_buffers()]}
-
-
-def differing(a, b):
-    assert a.keys() == b.keys()
-    return {name for name in a if not torch.equal(a[name], b[name])}
-
-
-def shadowed(flat):
-    return flat.shadow is None or torch.equal(flat.shadow, flat.weights.bfloat16())
 
 
 # Excursions
@@ -502,75 +444,3 @@ def test_random_state_replays_dropout():
     assert torch.equal(torch.get_rng_state(), after)
     state.restore()  # it can be used again
     assert torch.equal(module(x), first)
-
-
-# Any sequence, against copies
-
-NAMES = st.sampled_from("abc")
-SEEDS = st.integers(0, 30)
-SIMPLE = st.one_of(
-    st.tuples(st.just("advance"), NAMES, SEEDS, st.booleans()),
-    st.tuples(st.sampled_from(["rewind", "snapshot"]), NAMES),
-)
-OPERATION = st.recursive(
-    SIMPLE,
-    lambda inner: st.tuples(st.sampled_from(["perturbed", "excursion"]), SEEDS, st.lists(inner, max_size=4)),
-    max_leaves=8,
-)
-
-
-class Copies:
-    """The promises, kept by copying everything: a list of names and whole weights in order of time."""
-
-    def __init__(self, flat):
-        self.flat, self.kept, self.floor = flat, [], 0
-
-    def take(self, name):
-        # one from before an excursion is hidden while it lasts
-        self.kept = [k for i, k in enumerate(self.kept) if i < self.floor or k[0] != name]
-        self.kept.append((name, self.flat.weights.clone()))
-
-    def find(self, name):
-        """Its place, None for none, -1 for one that is out of reach."""
-        found = [i for i, (n, _) in enumerate(self.kept) if n == name]
-        return None if not found else found[-1] if found[-1] >= self.floor else -1
-
-
-def carry_out(machine, copies, operation):
-    kind, what, *rest = operation
-    flat = machine.flat
-    if kind in ("advance", "snapshot"):
-        copies.take(what)
-        if kind == "advance":
-            machine.advance(random_step(flat, rest[0], whole=rest[1]), 0.1, what)
-        else:
-            machine.snapshot(what)
-    elif kind == "rewind":
-        at = copies.find(what)
-        with nullcontext() if at is not None and at >= 0 else pytest.raises(KeyError if at is None else ValueError):
-            machine.rewind(what)
-        if at is not None and at >= 0:
-            assert torch.equal(flat.weights, copies.kept[at][1])
-            copies.kept = copies.kept[: at + 1]
-    else:
-        before, floor, kept = flat.weights.clone(), copies.floor, list(copies.kept)
-        copies.floor = len(kept)
-        step = random_step(flat, what)
-        with machine.excursion() if kind == "excursion" else machine.perturbed(step, torch.tensor(0.1)):
-            for inner in rest[0]:
-                carry_out(machine, copies, inner)
-        assert torch.equal(flat.weights, before)
-        copies.floor, copies.kept = floor, kept
-    assert shadowed(flat)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(operations=st.lists(OPERATION, max_size=12), low_precision=st.booleans())
-def test_any_sequence_is_as_if_everything_had_been_copied(operations, low_precision):
-    _, flat, machine = make(low_precision=low_precision)
-    copies = Copies(flat)
-    for operation in operations:
-        carry_out(machine, copies, operation)
-    for at in range(len(copies.kept) - 1, -1, -1):
-        machine.rewind(copies.kept[at][0])
-        assert torch.equal(flat.weights, copies.kept[at][1])

@@ -10,6 +10,7 @@ import yaml
 from run_helpers import assert_same_models, flags, metrics, sentences, succeed, summary, table, weights
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from engine.objectives import Objective
 from engine.train import main
 
 # Jobs
@@ -247,6 +248,27 @@ def test_a_loss_that_is_not_finite_is_an_error(data, tmp_path, capsys):
     assert error.startswith("error: The loss of 'finetune' is not finite by step ") and error.count("\n") == 1
     assert "lower --lr" in error
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, capsys, monkeypatch):
+    """Two of twelve batches have labels that no loss is finite for: the run goes on, and its weights stay finite."""
+    taken, hard = [], Objective._hard
+
+    def spoilt(self, student, labels):
+        if student.requires_grad:
+            taken.append(len(taken))
+        bad = student.requires_grad and taken[-1] in (3, 7)
+        return hard(self, student, labels) * (float("inf") if bad else 1.0)
+
+    monkeypatch.setattr(Objective, "_hard", spoilt)
+    run = succeed(data, tmp_path / "run", method="finetune", epochs=3, log_steps=6)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "finetune: 1 update before step 4 left out, because the gradient was not finite (1 so far)" in said
+    assert "finetune: 1 update before step 8 left out" in said and "(2 so far)" in said
+    assert summary(run)["phases"]["finetune"]["skipped"] == 2
+    assert all(t.isfinite().all() for t in weights(run / "student").values())
+    rows = [row for row in metrics(run) if "loss" in row]
+    assert len(rows) == 4 and all(0 < row["loss"] < 10 for row in rows)  # means of what was finite
 
 
 def test_a_teacher_is_the_same_beside_whatever_other(data, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ Source: MetaDistil (Zhou, Xu and McAuley, ACL 2022), written from the formulas. 
 is done here too, since that cost is to be measured: eager attention, every batch at the full length, `create_graph` from
 the teachers' weights to the quiz loss, deep copies of the student and its optimizer in every round, a host sync a loss.
 Its mistakes are not repeated. Nothing of the engine is imported.
+
+`precision="bf16"` runs the forwards under torch's autocast, as people do. Weights, losses and optimizers stay float32.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask and perhaps token_type_ids [B, L]; labels [B]
 SoftLoss = Literal["kl", "mse_prob"]
+Precision = Literal["fp32", "bf16"]
 
 
 def pad(batch: Batch, length: int = 128, pad_id: int = 0) -> Batch:
@@ -56,9 +59,6 @@ class Learner:
     """A model with AdamW, without weight decay, and a learning rate that falls linearly to 0 at `total_steps`."""
 
     def __init__(self, model: nn.Module, lr: float, total_steps: int, max_grad_norm: float):
-        attention = model.config._attn_implementation
-        if attention != "eager":  # fused attention has no second derivative, and would not be what was published
-            raise ValueError(f"Attention is {attention!r}; load the model with attn_implementation='eager'.")
         self.model, self.max_grad_norm = model, max_grad_norm
         self.optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.schedule = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / total_steps))
@@ -85,8 +85,9 @@ class PlainKD:
         soft_loss: SoftLoss = "kl",
         total_steps: int = 10_000,
         length: int = 128,
+        precision: Precision = "fp32",
     ):
-        self.student, self.teachers = student, list(teachers)
+        self.student, self.teachers, self.precision = student, list(teachers), precision
         self.learner = Learner(student, lr, total_steps, max_grad_norm)
         self.temperature, self.alpha, self.soft_loss = temperature, alpha, soft_loss
         self.length = length
@@ -97,8 +98,9 @@ class PlainKD:
         batch = self.pad(batch)
         self.student.train()
         with torch.no_grad():
-            teacher_logits = [logits(teacher, batch) for teacher in self.teachers]
-        loss = self.loss(logits(self.student, batch), teacher_logits, batch["labels"])
+            teacher_logits = [logits(teacher, batch, precision=self.precision) for teacher in self.teachers]
+        found = logits(self.student, batch, precision=self.precision)
+        loss = self.loss(found, teacher_logits, batch["labels"])
         loss.backward()
         self.learner.update()
         return {"loss": loss.item()}
@@ -127,10 +129,16 @@ class PublishedLoop:
         soft_loss: SoftLoss = "kl",
         total_steps: int = 10_000,
         length: int = 128,
+        precision: Precision = "fp32",
     ):
+        for model in (student, *teachers):
+            attention = model.config._attn_implementation
+            if attention != "eager":  # fused attention has no second derivative, and would not be what was published
+                raise ValueError(f"Attention is {attention!r}; load the model with attn_implementation='eager'.")
+        self.precision: Precision = precision
         self.kd = PlainKD(
             student, teachers, lr=lr, temperature=temperature, alpha=alpha, max_grad_norm=max_grad_norm,
-            soft_loss=soft_loss, total_steps=total_steps, length=length,
+            soft_loss=soft_loss, total_steps=total_steps, length=length, precision=precision,
         )  # fmt: skip
         self.student, self.teachers, self.pilot_lr = student, self.kd.teachers, pilot_lr
         self.teacher_learners = [Learner(teacher, teacher_lr, total_steps, max_grad_norm) for teacher in self.teachers]
@@ -158,13 +166,14 @@ class PublishedLoop:
 
     def teach(self, batch: Batch) -> list[Tensor]:
         """The teachers' logits [B, C] with their graph."""
-        return [logits(teacher, batch) for teacher in self.teachers]
+        return [logits(teacher, batch, precision=self.precision) for teacher in self.teachers]
 
     def fast_weights(self, batch: Batch, teacher_logits: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The pilot loss, and the student's weights after the pilot step, which depend on the teachers."""
         self.student.train()
         weights = dict(self.student.named_parameters())
-        loss = self.kd.loss(logits(self.student, batch, weights), teacher_logits, batch["labels"])
+        found = logits(self.student, batch, weights, self.precision)
+        loss = self.kd.loss(found, teacher_logits, batch["labels"])
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         fast = {
             name: weight if gradient is None else weight - self.pilot_lr * gradient
@@ -174,7 +183,7 @@ class PublishedLoop:
 
     def quiz_loss(self, fast: dict[str, Tensor], quiz: Batch) -> Tensor:
         self.student.eval()
-        return F.cross_entropy(logits(self.student, quiz, fast), quiz["labels"])
+        return F.cross_entropy(logits(self.student, quiz, fast, self.precision), quiz["labels"])
 
     def teachers_backward(self, quiz_loss: Tensor) -> None:
         """Parameters that the quiz loss does not depend on have None for a gradient; AdamW leaves them out."""
@@ -184,8 +193,12 @@ class PublishedLoop:
             target.grad = gradient
 
 
-def logits(model: nn.Module, batch: Batch, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """Logits [B, C], with other weights than the model's own if given."""
+def logits(
+    model: nn.Module, batch: Batch, weights: dict[str, Tensor] | None = None, precision: Precision = "fp32"
+) -> Tensor:
+    """Logits [B, C] in the weights' dtype, with other weights than the model's own if given."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    output = model(**inputs) if weights is None else functional_call(model, weights, kwargs=inputs)
-    return output.logits
+    low = precision == "bf16"
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=low):
+        output = model(**inputs) if weights is None else functional_call(model, weights, kwargs=inputs)
+    return output.logits.float() if low else output.logits

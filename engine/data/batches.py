@@ -1,55 +1,76 @@
-"""Length-grouped batches, resumable: the order is a pure function of (seed, epoch)."""
+"""Batches of one width each, in an order that is a pure function of (seed, epoch), made ahead of time by a thread."""
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.batch import Batch
-from engine.data.encode import PAD_MULTIPLE, EncodedSplit
 
-WINDOW = 50  # batches that are sorted by length together: longer windows pad less and shuffle less
+if TYPE_CHECKING:
+    from engine.data.encode import EncodedSplit
+
+AHEAD = 3  # batches that wait for the consumer
 
 
-class LengthGroupedBatches:
-    """Row numbers of each batch of the current epoch: shuffled, sorted by length within windows, batches shuffled."""
+def training_rows(widths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of each batch of an epoch: every row once, all batches full but one.
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    `widths` [n] are the buckets of the rows. Rows are shuffled, and full batches are cut within each bucket; what is left
+    of one stands first in the next wider one. Then the batches are shuffled.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(widths))
+    order = order[np.argsort(widths[order], kind="stable")]
+    batches = [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+class TrainingBatches:
+    """The batches of a split, epoch by epoch, on `device`. Draws nothing from the global random state."""
+
+    def __init__(self, split: EncodedSplit, batch_size: int, seed: int, device: torch.device):
+        self.split, self.batch_size, self.seed, self.device = split, batch_size, seed, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        """Batches an epoch."""
+        return -(-len(self.split) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
-        batches = []
-        for start in range(0, len(order), WINDOW * self.batch_size):
-            window = order[start : start + WINDOW * self.batch_size]
-            window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches += [window[i : i + self.batch_size].tolist() for i in range(0, len(window), self.batch_size)]
-        return (batches[i] for i in random.permutation(len(batches)))
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number` from the `start`-th on. What goes wrong in the thread is raised where it is due."""
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            try:
+                for rows in training_rows(self.split.widths, self.batch_size, self.seed, number)[start:]:
+                    waiting.append(thread.submit(self._make, rows))
+                    if len(waiting) > AHEAD:
+                        yield self._take(waiting.popleft())
+                while waiting:
+                    yield self._take(waiting.popleft())
+            finally:  # also where the consumer goes away: what has not begun is not begun
+                for made in waiting:
+                    made.cancel()
 
+    def _make(self, rows: list[int]) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = self.split.batch(rows)
+        if self._copies is None:
+            return batch.to(self.device), None
+        with torch.cuda.stream(self._copies):  # which also sets the thread's device
+            return batch.pin().to(self.device), self._copies.record_event()
 
-def training_loader(split: EncodedSplit, batch_size: int, seed: int, pin: bool) -> StatefulDataLoader:
-    """Batches of `split`; the epoch is `loader.batch_sampler.epoch`. Draws nothing from the global random state."""
-
-    def collate(rows: list[int]) -> Batch:
-        batch = split.batch(rows)
-        return batch.pin() if pin else batch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
-        return StatefulDataLoader(
-            range(len(split)),  # the data set is its row numbers; collate reads the rows
-            batch_sampler=LengthGroupedBatches(split.lengths, batch_size, seed),
-            collate_fn=collate,
-            generator=torch.Generator(),
-        )
+    def _take(self, made: Future) -> Batch:
+        batch, copied = made.result()
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            batch.record_stream(stream)
+        return batch
 
 
 def evaluation_batches(split: EncodedSplit, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
@@ -63,8 +84,8 @@ def evaluation_batches(split: EncodedSplit, batch_size: int) -> Iterator[tuple[l
 class QuizBatches:
     """The quiz batches of a round, drawn with replacement between batches: a pure function of (seed, round).
 
-    A batch is examples of like length, as a training batch is: a random stretch of the quiz set in the order of padded
-    length (shuffled within one, and going round), so that every example is drawn equally often.
+    A batch is examples of like length, as a training batch is: a random stretch of the quiz set in the order of the buckets
+    (shuffled within one, and going round), so that every example is drawn equally often.
     """
 
     def __init__(self, split: EncodedSplit, batch_size: int, count: int, seed: int, device: torch.device):
@@ -78,7 +99,6 @@ class QuizBatches:
 
     def _draw(self, random: np.random.Generator) -> list[int]:
         order = random.permutation(len(self.split))
-        padded = -(-self.split.lengths[order] // PAD_MULTIPLE)
-        order = order[np.argsort(padded, kind="stable")]
+        order = order[np.argsort(self.split.widths[order], kind="stable")]
         start = random.integers(len(order))
         return order.take(range(start, start + self.batch_size), mode="wrap").tolist()

@@ -132,6 +132,8 @@ def _first_line(error: BaseException) -> str:
 def _from_hub(repo: str, config: str | None) -> Found:
     import datasets
 
+    datasets.disable_progress_bars()  # the console shows progress where it takes a while
+
     title = repo + (f":{config}" if config else "")
     try:
         loaded = datasets.load_dataset(repo, config)

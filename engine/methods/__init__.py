@@ -1,7 +1,7 @@
 """The methods: one file each, a step function over state and batches that returns device scalars.
 
-Adding a method is its file, one row of `METHODS` and its name in `engine.config`. Steps know nothing of epochs, logging,
-checkpoints or graphs; the trainer wraps them.
+Adding a method is its file, one row of `METHODS` and its name in `engine.config`. Steps are functions of tensors: they know
+nothing of epochs, schedules, logging, checkpoints or graphs; the trainer wraps them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.batch import Batch
 from engine.methods import finetune, kd, metadistil
 from engine.methods.state import State
 
-Step = Callable[[State, Sequence[Batch]], dict[str, Tensor]]
+Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  # state, batches, quiz batches
 
 
 @dataclass(frozen=True)

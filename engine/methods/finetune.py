@@ -11,13 +11,14 @@ from engine.batch import Batch
 from engine.methods.state import State
 
 
-def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
     student, losses = state.student, []
     student.network.module.train()
-    for batch in batches:
-        outputs, lookups = student.forward(batch)
-        loss = state.objective.hard(outputs.logits, batch.labels)
-        student.backward([loss], None, lookups)
+    for whole in batches:
+        for batch, objective in state.parts(whole):
+            outputs, lookups = student.forward(batch)
+            loss = objective.hard(outputs.logits, batch.labels)
+            student.backward([loss], None, lookups)
+            losses.append(loss.detach())
         student.update()
-        losses.append(loss.detach())
-    return {"loss": torch.stack(losses).mean()}
+    return {"loss": torch.stack(losses).sum() / len(batches)}

@@ -1,4 +1,7 @@
-"""Knowledge distillation from frozen teachers (Hinton et al. 2015; with several teachers, MTN-KD)."""
+"""Knowledge distillation from frozen teachers (Hinton et al. 2015; with several teachers, MTN-KD).
+
+Their answers come with the batch where they were kept (`engine.answers`), and are computed where they were not.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,21 @@ from engine.methods.state import State
 from engine.network import Network, Outputs
 
 
-def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
     student, losses = state.student, []
     student.network.module.train()
-    for batch in batches:
-        with torch.no_grad():
-            taught = [_evaluate(teacher, batch) for teacher in state.teachers]
-        outputs, lookups = student.forward(batch)
-        loss, slopes = state.objective.slopes(outputs, taught, batch.labels, state.weights)
-        student.backward(outputs.given(), slopes, lookups)
+    for whole in batches:
+        for batch, objective in state.parts(whole):
+            taught = [Outputs(*given) for given in batch.answers] or [_evaluate(t, batch) for t in state.teachers]
+            outputs, lookups = student.forward(batch)
+            loss, slopes = objective.slopes(outputs, taught, batch.labels, state.weights)
+            student.backward(outputs.given(), slopes, lookups)
+            losses.append(loss)
         student.update()
-        losses.append(loss)
-    return {"loss": torch.stack(losses).mean()}
+    return {"loss": torch.stack(losses).sum() / len(batches)}
 
 
+@torch.no_grad()
 def _evaluate(teacher: Network, batch: Batch) -> Outputs:
     with teacher.in_mode(train=False):
         return teacher(batch)

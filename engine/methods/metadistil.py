@@ -14,9 +14,8 @@ from engine.batch import Batch
 from engine.methods.state import State
 
 
-def step(state: State, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    values = state.meta_step(batches, state.quiz(state.round))
-    state.round += 1
+def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> dict[str, Tensor]:
+    values = state.meta_step(batches, quizzes)
     if state.meta_step.weights is not None:
         values |= {f"weight_{k + 1}": w for k, w in enumerate(state.meta_step.weights)}
     return values

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.learner import Learner
 from engine.meta_step import MetaStep
+from engine.micro_batches import Part, parts
 from engine.network import Network
 from engine.objectives import Objective
 
@@ -25,6 +26,27 @@ class State:
     meta_step: MetaStep | None = None
     quiz: Callable[[int], list[Batch]] | None = None  # round -> quiz batches, a pure function of the round
     round: int = 0
+    micro_batch: int | None = None  # examples that go through the models at once; the meta-step has its own
+
+    def parts(self, batch: Batch) -> list[Part]:
+        """What of `batch` goes through the models at once."""
+        return parts(batch, self.objective, self.micro_batch)
+
+    def draw(self) -> list[Batch]:
+        """The quiz batches of this round."""
+        return [] if self.quiz is None else self.quiz(self.round)
+
+    def advance(self, batches: int) -> None:
+        """What the host does between two rounds, behind one of so many batches: schedules, the number of the round."""
+        self.student.advance(batches)
+        for learner in self.learners()[1:]:
+            learner.advance()
+        self.round += 1
+
+    def forget(self) -> None:
+        """Steps were taken whose work was not done (a CUDA graph's capture that broke off): copies of weights are made again."""
+        for network in self.networks():
+            network.flat.stale()
 
     def learners(self) -> list[Learner]:
         return [self.student, *(self.meta_step.learners if self.meta_step else ())]

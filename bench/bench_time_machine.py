@@ -1,0 +1,239 @@
+"""The time machine beside copies as people make them: weights kept and brought back, bit for bit, in GB/s.
+
+    snapshot    keep every weight, bring it back: each is read and written twice, 4 x 4 bytes a weight
+    pilot       keep every weight, add a step, bring it back: weights and step read, weights and snapshot written, then snapshot
+                read and weights written, 6 x 4 bytes a weight. Who needs more passes is slower by them
+
+    time machine            engine.time_machine over one flat buffer
+    time machine, pinned    the same, snapshots in pinned host memory; on CUDA
+    time machine, rows      the same, embeddings by the rows that 32 sentences of 128 tokens look up; on a CPU, in a pilot
+    one buffer              a plain copy of one flat buffer, and back: what memory gives
+    foreach                 torch._foreach_copy_ of all weights into tensors made once, and back
+    deepcopy                copy.deepcopy(module.state_dict()), then load_state_dict
+
+DistilBERT's size, random weights. On CUDA also what snapshots in pinned memory add to a whole meta-step. Everything is
+compared bit for bit before it is timed.
+
+    pytest bench/bench_time_machine.py --save
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.devices import Host, Run, interleaved
+from bench.step_cases import SIZES, Case, NotCaptured, Setting, engine_step, graph_step, model
+from bench.step_truth import WrongError, deterministic
+from engine.flat import FlatParameters, Rows, Vector
+from engine.time_machine import TimeMachine
+
+CUDA = torch.cuda.is_available()
+BUDGET = 3.0  # seconds of timing, all implementations together
+SCALE = -0.3
+PASSES = {"snapshot": 4, "pilot": 6}  # bytes moved, over the bytes of the weights
+LOOKED_UP = 32 * 128
+METAS = [Case("metadistil", 32, 128, 1, precision) for precision in ("fp32", "bf16")]
+
+
+class Machine:
+    """engine.time_machine."""
+
+    def __init__(self, module: nn.Module, store: str = "device", by_rows: bool = False):
+        self.module, self.flat = module, FlatParameters(module, 2048 if by_rows else None)
+        self.machine, self.step = TimeMachine(self.flat, store), self._step()
+        self.moved = sum(t.numel() for t in self._values()) if by_rows else self.flat.weights.numel()
+
+    def _step(self) -> Vector:
+        flat = self.flat
+        generator = torch.Generator(flat.weights.device).manual_seed(1)
+        whole = torch.randn(flat.weights.shape, generator=generator, device=flat.weights.device)
+        tables = []
+        for table in flat.tables:
+            rows = torch.arange(0, len(table.weight), max(1, len(table.weight) // LOOKED_UP), device=whole.device)
+            tables.append(Rows(rows, flat.views(whole, [table.name])[table.name][rows]))
+        return Vector(whole[: flat.dense], tables)
+
+    def _values(self) -> list[Tensor]:
+        return [self.step.dense, *(t.values for t in self.step.tables)]
+
+    def keep(self) -> None:
+        self.machine.snapshot()
+
+    def keep_and_move(self) -> None:
+        self.machine.advance(self.step, SCALE)
+
+    def back(self) -> None:
+        self.machine.rewind()
+
+
+class OneBuffer(Machine):
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.kept = torch.empty_like(self.flat.weights)
+
+    def keep(self) -> None:
+        self.kept.copy_(self.flat.weights)
+
+    def keep_and_move(self) -> None:
+        self.keep()
+        self.flat.weights.add_(self.step.dense, alpha=SCALE)
+
+    def back(self) -> None:
+        self.flat.weights.copy_(self.kept)
+
+
+class Foreach:
+    """Of a module that is not flattened."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.weights = module, [p.data for p in module.parameters()]
+        self.kept = [torch.empty_like(p) for p in self.weights]
+        generator = torch.Generator(self.weights[0].device).manual_seed(1)
+        self.step = [torch.randn(p.shape, generator=generator, device=p.device) for p in self.weights]
+        self.moved = sum(p.numel() for p in self.weights)
+
+    def keep(self) -> None:
+        torch._foreach_copy_(self.kept, self.weights)
+
+    def keep_and_move(self) -> None:
+        self.keep()
+        torch._foreach_add_(self.weights, self.step, alpha=SCALE)
+
+    def back(self) -> None:
+        torch._foreach_copy_(self.weights, self.kept)
+
+
+class DeepCopy(Foreach):
+    def keep(self) -> None:
+        self.kept = copy.deepcopy(self.module.state_dict())
+
+    def back(self) -> None:
+        self.module.load_state_dict(self.kept)
+
+
+def implementations(device: Host, name: str, module: nn.Module) -> dict[str, Machine | Foreach]:
+    """Each over a copy of the module."""
+    makers = {"time machine": Machine, "one buffer": OneBuffer, "foreach": Foreach, "deepcopy": DeepCopy}
+    if device.name == "cuda":
+        makers["time machine, pinned"] = lambda m: Machine(m, store="pinned")
+    elif name == "pilot":
+        makers["time machine, rows"] = lambda m: Machine(m, by_rows=True)
+    return {n: make(copy.deepcopy(module)) for n, make in makers.items()}
+
+
+def validate(name: str, found: Machine | Foreach) -> None:
+    """A pilot step moves the weights along the step, and going back restores every bit, also of what somebody else wrote.
+
+    Raises WrongError.
+    """
+    weights = dict(found.module.named_parameters())
+    before = {n: p.detach().clone() for n, p in weights.items()}
+    for _ in range(2):  # the storage is used again
+        if name == "snapshot":
+            found.keep()
+            with torch.no_grad():
+                torch._foreach_add_([p.data for p in weights.values()], 1.0)  # as an optimizer would
+        else:
+            found.keep_and_move()
+            step = found.step if isinstance(found.step, list) else _by_name(found)
+            for (n, p), s in zip(weights.items(), step, strict=True):
+                # one rounding of the product and one of the sum, or both at once
+                if not torch.allclose(p.data, before[n] + SCALE * s, rtol=1e-6, atol=1e-6):
+                    raise WrongError(f"{type(found).__name__}, {name}: {n} did not move along the step.")
+        if any(torch.equal(p, before[n]) for n, p in weights.items()):
+            raise WrongError(f"{type(found).__name__}, {name}: there was nothing to bring back.")
+        found.back()
+        if wrong := [n for n, p in weights.items() if not torch.equal(p, before[n])]:
+            raise WrongError(f"{type(found).__name__}, {name}: {', '.join(wrong[:3])} did not come back bit for bit.")
+
+
+def _by_name(found: Machine) -> list[Tensor]:
+    """The step in the order of the module's parameters."""
+    flat, step = found.flat, found.step
+    views = flat.views(step.dense, flat.dense_names)
+    views |= {t.name: part.dense(t.weight) for t, part in zip(flat.tables, step.tables, strict=True)}
+    return [views[n] for n, _ in found.module.named_parameters()]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_copies(request, record, device, name):
+    small = request.config.getoption("--small")
+    size = SIZES["miniature distilbert" if small else "base"]
+    for row in measured(
+        name, model(size, size.student_layers, student=True).to(device.device), device, BUDGET * (not small)
+    ):
+        record(**row)
+
+
+def measured(name: str, module: nn.Module, device: Host, budget: float) -> list[dict]:
+    """The rows of a pass. Raises WrongError before timing."""
+    found = implementations(device, name, module)
+    for each in found.values():
+        validate(name, each)
+    keep = {n: each.keep if name == "snapshot" else each.keep_and_move for n, each in found.items()}
+
+    def there_and_back(n: str):
+        keep[n]()
+        found[n].back()
+
+    times = interleaved(device, {n: Run(lambda n=n: there_and_back(n)) for n in found}, budget)
+    size = sum(p.numel() for p in module.parameters())
+    common = {
+        "part": f"{device.name} {name}",
+        "device": device.name,
+        "pass": name,
+        "weights": size,
+        "copy_rate": device.rate,
+    }
+    return [{**common, "row": n, **times[n], "bytes": PASSES[name] * 4 * each.moved} for n, each in found.items()]
+
+
+@pytest.mark.skipif(not CUDA, reason="on a CPU both stores are plain memory")
+@pytest.mark.parametrize("case", METAS, ids=[case.name for case in METAS])
+def test_what_the_pinned_store_adds(record, device, case):
+    rows = meta_steps(Setting(case, SIZES["base"], device.device), device, BUDGET)
+    for row in rows:
+        record(**row)
+    failed = [row["left_out"] for row in rows if row.get("failed")]
+    assert not failed, failed
+
+
+def meta_steps(setting: Setting, device: Host, budget: float, stores=("device", "pinned"), capture=None) -> list[dict]:
+    """Rows of whole meta-steps by store, eager and as a graph. Raises WrongError before timing."""
+    same_weights(setting, stores)
+    gc.collect()
+    runs, left_out = {}, {}
+    for store in stores:
+        runs[store] = Run(engine_step(setting, store=store)[1])
+        try:
+            runs[f"{store}, graph"] = Run(graph_step(setting, capture, store=store)[1])
+        except NotCaptured as error:
+            left_out[f"{store}, graph"] = str(error)
+    times = interleaved(device, runs, budget)
+    case = setting.case
+    common = {
+        "part": f"{device.name} meta-step {case.precision}", "device": device.name, "pass": "meta-step", "batch": case.batch,
+        "length": case.length, "precision": case.precision, "models": setting.size.title,
+    }  # fmt: skip
+    return [
+        *({**common, "row": n, **times[n]} for n in runs),
+        *({**common, "row": n, "left_out": why, "failed": True} for n, why in left_out.items()),
+    ]
+
+
+def same_weights(setting: Setting, stores) -> None:
+    """After two steps from the same weights every store has left the same bits. Raises WrongError."""
+    left = []
+    with deterministic():
+        for store in stores:
+            state, call = engine_step(setting, dropout=False, store=store)
+            call(), call()
+            left.append([each.network.flat.weights.clone() for each in state.learners()])
+    for store, weights in zip(stores[1:], left[1:], strict=True):
+        if not all(torch.equal(a, b) for a, b in zip(left[0], weights, strict=True)):
+            raise WrongError(f"meta-steps with the {store} store end at other weights than with the {stores[0]} store.")

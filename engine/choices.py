@@ -1,0 +1,184 @@
+"""What settings come to once models and data are known: refusals, defaults, and the choices that depend on several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine import cuda_graph, optim, precision
+from engine.checkpointing import REFUSED, encoder_layers
+from engine.config import Config
+from engine.data.splits import Task
+from engine.errors import UserError
+from engine.features import layers_to_match
+from engine.methods import METHODS
+from engine.models import ModelSource
+from engine.network import Network
+from engine.objectives import Objective
+
+# The papers' settings. For the teachers' meta-updates MetaDistil's 1e-5, not the 6e-5 of its extension: AdamW takes the
+# scale out of the meta-gradient, and at 6e-5 a teacher loses its task while the student is new (docs/log.md).
+PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
+
+
+def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
+    """The device of a run, with its precision set and written into `config`.
+
+    Raises UserError for a device that does not exist, and for what does not go with it or with the method.
+    """
+    _refuse_answers(config)
+    _refuse_compile(config)
+    device = _device(config.run.device)
+    config.run.precision, instead = precision.choose(config.run.precision, device)
+    if instead is not None:
+        say(instead)
+    precision.apply(config.run.precision)
+    optim.check(config.optim.optimizer, device)
+    cuda_graph.require(config.run.cuda_graphs, device)
+    return device
+
+
+def _refuse_answers(config: Config) -> None:
+    """Raises UserError where --cache-teacher-logits has nothing to keep."""
+    method = config.method
+    teachers = METHODS[method.method].teachers
+    if method.cache_teacher_logits and teachers != "frozen":
+        why = "whose teachers change in every round" if teachers == "learning" else "which has no teachers"
+        raise UserError(
+            f"--cache-teacher-logits keeps what frozen teachers answer, and does not fit --method {method.method}, {why}; use "
+            "--method kd, or leave it out.")  # fmt: skip
+
+
+def _refuse_compile(config: Config) -> None:
+    """Raises UserError where --compile and --checkpointing want the same layers."""
+    choice = config.method.checkpointing
+    if config.run.compile and choice != "none" and METHODS[config.method.method].teachers == "learning":
+        raise UserError(f"--compile does not go with --checkpointing {choice}, which runs layers in its own way so that they "
+                        "have second derivatives; leave one of the two out.")  # fmt: skip
+
+
+def _device(given: str) -> torch.device:
+    """The device of `--device`; raises UserError where it does not exist."""
+    if given == "auto":
+        given = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(given)
+    except RuntimeError as e:
+        raise UserError(f"--device is {given!r}; it must be auto, cpu, cuda or cuda:N.") from e
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {given!r}; it must be auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device is {given}, but torch finds no CUDA device; use --device cpu or auto.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device is {given}, but there are only {torch.cuda.device_count()} CUDA devices.")
+        torch.cuda.set_device(device)  # pinned memory and generators would open a context on device 0 otherwise
+    return device
+
+
+def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[ModelSource]) -> None:
+    """Fill in what was left to the models: the paper's settings, or those that suit the embedded miniatures."""
+    by_student = _defaults_for([student])
+    by_teachers = _defaults_for(teachers)
+    optim = config.optim
+    for name, defaults in {"lr": by_student, "epochs": by_student, "teacher_lr": by_teachers,
+                           "prepare_lr": by_teachers, "prepare_epochs": by_teachers}.items():  # fmt: skip
+        if getattr(optim, name) is None:
+            setattr(optim, name, defaults[name])
+    if config.method.pilot_lr is None:
+        config.method.pilot_lr = optim.lr
+    if config.run.teacher_seed is None:
+        config.run.teacher_seed = config.run.seed
+
+
+def settle_source(config: Config, sources: Sequence[ModelSource], data: str) -> None:
+    """Record where everything came from, so that config.yaml and --resume do not take the other when the hub is back."""
+    named = {data, *(source.kind for source in sources)} - {"local"}
+    if len(named) == 1:
+        config.models.source = named.pop()
+
+
+def _defaults_for(sources: Sequence[ModelSource]) -> dict[str, float]:
+    if not any(source.kind == "embedded" for source in sources):
+        return PAPER
+    from engine.embedded import DEFAULTS
+
+    return DEFAULTS
+
+
+def layer_numbers(given: str) -> list[int]:
+    """Of --student-layers; raises UserError for what is not a list of numbers."""
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as e:
+        raise UserError(f"--student-layers is {given!r}; give layer numbers counted from 0, as in 1,3,5.") from e
+
+
+def objective(
+    config: Config, task: Task, student: Network, teachers: Sequence[Network], say: Callable[[str], None]
+) -> Objective:
+    """The losses of a run. Networks whose features are matched are told which hidden states to give.
+
+    Raises UserError where two models' states cannot be compared.
+    """
+    method = config.method
+    taught, regression = METHODS[method.method].teachers != "none", task.kind == "regression"
+    if regression and method.soft_loss != "mse_logits":
+        if taught:
+            say(f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead.")
+        method.soft_loss = "mse_logits"
+    features = method.feature_loss if taught else "none"
+    if features != "none":
+        _match_features(student, teachers, method.feature_map)
+    return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
+
+
+def _match_features(student: Network, teachers: Sequence[Network], how: str) -> None:
+    for teacher in teachers:
+        widths = [network.module.config.hidden_size for network in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"--feature-loss patient compares states of one width, but the student {student.name} has {widths[0]} "
+                f"and {teacher.name} {widths[1]}; use --feature-loss none, or models of equal width.")  # fmt: skip
+        if teacher.encoding != student.encoding:
+            raise UserError(
+                f"--feature-loss patient compares states of the same tokens, but {teacher.name} has another tokenizer "
+                f"than the student {student.name}; use --feature-loss none.")  # fmt: skip
+        depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
+        student.feature_layers, teacher.feature_layers = map(tuple, layers_to_match(*depths, how))
+
+
+def check_checkpointing(choice: str, student: Network, teachers: Sequence[Network]) -> None:
+    """Raises UserError for a choice that has no second derivatives, or a model whose layers are not known."""
+    if choice in REFUSED:
+        raise UserError(f"--checkpointing {choice} is refused: {REFUSED[choice]}; use student, teachers or both.")
+    networks = [student] if choice in ("student", "both") else []
+    networks += teachers if choice in ("teachers", "both") else []
+    for network in networks:
+        try:
+            encoder_layers(network.module)
+        except ValueError as e:
+            raise UserError(f"--checkpointing {choice} does not fit {network.name}: {e}") from e
+
+
+def teacher_weights(config: Config, teachers: int) -> list[float] | str | None:
+    """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
+    given, method = config.method.teacher_weights, config.method.method
+    if given is None:
+        return None
+    if given == "learned":
+        if METHODS[method].teachers != "learning":
+            raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; use "
+                            "--method metadistil, or leave it out.")  # fmt: skip
+        return given
+    if not teachers:
+        raise UserError(f"--method {method} has no teachers; leave --teacher-weights out.")
+    try:
+        weights = [float(part) for part in str(given).split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != teachers or not all(0 < w < float("inf") for w in weights):
+        raise UserError(f"--teacher-weights is {given!r}; give {teachers} positive number{'s' * (teachers != 1)}, one a "
+                        "teacher, as in 0.7,0.3, or learned.")  # fmt: skip
+    return weights

@@ -1,0 +1,127 @@
+"""Small trainings whose steps are captured, and the same ones eager, on any device."""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+from engine.batch import Batch
+from engine.cuda_graph import StepGraphs
+from engine.learner import Learner
+from engine.meta_step import MetaStep
+from engine.methods import METHODS, State
+from engine.network import Encoder, Network
+from engine.objectives import Objective
+from engine.weights import TeacherWeights
+
+STEPS, WORDS, CLASSES = 20, 50, 3
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": WORDS}
+
+
+def bert(seed, layers=2):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(BertConfig(**SMALL, num_hidden_layers=layers, num_labels=CLASSES))
+
+
+def distilbert(seed):
+    torch.manual_seed(seed)
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(dim=16, n_heads=2, hidden_dim=32, vocab_size=WORDS, n_layers=2, num_labels=CLASSES)
+    )
+
+
+def batch(seed, length):
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, WORDS, (4, length), generator=random)
+    lengths = torch.randint(1, length + 1, (4, 1), generator=random)
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()}
+    return Batch(torch.randint(CLASSES, (4,), generator=random), {"words": inputs})
+
+
+def draws(pilots=1):
+    """Batches of two lengths and quiz batches of one, in turns: four shapes would be too many for so few steps."""
+    return [
+        ([batch(100 * i + j, 5 if i % 3 else 7) for j in range(pilots)], [batch(1000 + i, 6)]) for i in range(STEPS)
+    ]
+
+
+class Training:
+    """A student, its teachers and a method, from the same start every time."""
+
+    def __init__(
+        self, method, capture=None, mode="auto", precision="fp32", pilots=1, weights=None, device="cpu", **settings
+    ):
+        self.device, self.pilots, self.said = torch.device(device), pilots, []
+
+        def rate(value):  # a device scalar, as on a GPU: a Python number would be captured
+            return torch.tensor(value, device=device)
+
+        network = Encoder("student", distilbert(0).to(device), "words", precision)
+        teachers = [Encoder(f"teacher {k}", bert(k + 1).to(device), "words", precision) for k in range(2)]
+        common = {"warmup_ratio": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.05}
+        student = Learner.adamw(network, lr=rate(1e-2), steps=STEPS * pilots, **common)
+        self.state = State(student, Objective("kl", 3.0, 0.6))
+        if method == "kd":
+            self.state.teachers = teachers
+        if method == "metadistil":
+            learners = [Learner.adamw(t, lr=rate(1e-2), steps=STEPS, **common) for t in teachers]
+            module = TeacherWeights.of(weights, 2, network.flat.weights)
+            wrapped = None if module is None else Network(module)
+            if weights == "learned":
+                learners.append(Learner.constant(wrapped, rate(0.05)))
+            self.state.meta_step = MetaStep.of(
+                student, teachers, learners, wrapped, self.state.objective, pilot_lr=0.3, **settings
+            )
+        step = METHODS[method].step
+        self.graphs = StepGraphs(
+            lambda batches, quizzes: step(self.state, batches, quizzes), self.device, mode, capture=capture,
+            say=self.said.append, forget=self.state.forget,
+        )  # fmt: skip
+
+    def run(self, steps=STEPS):
+        torch.manual_seed(7)
+        values = []
+        for batches, quizzes in draws(self.pilots)[:steps]:
+            values.append(self.graphs(*([b.to(self.device) for b in each] for each in (batches, quizzes))))
+            self.state.advance(len(batches))
+        return values
+
+    def tensors(self):
+        """Everything that a step may change."""
+        found = [torch.cuda.get_rng_state() if self.device.type == "cuda" else torch.get_rng_state()]
+        for learner in self.state.learners():
+            flat = learner.network.flat
+            found += [flat.weights, flat.gradients, *learner.network.module.buffers(), learner.skipped]
+            found += [] if flat.shadow is None else [flat.shadow]
+            found += [v for entries in learner.optimizer.state.values() for v in entries.values()]
+        return [t for t in found if t is not None]
+
+
+METHODS_AND_SETTINGS = {
+    "finetune": ("finetune", {}),
+    "kd": ("kd", {}),
+    "kd bf16": ("kd", {"precision": "bf16"}),
+    "metadistil": ("metadistil", {}),
+    "metadistil bf16": ("metadistil", {"precision": "bf16"}),
+    "metadistil learned weights": ("metadistil", {"weights": "learned"}),
+    "metadistil adamw pilot": ("metadistil", {"pilot_optimizer": "adamw"}),
+    "metadistil independent masks": ("metadistil", {"independent_masks": True}),
+    "metadistil first order": ("metadistil", {"strategy": "first_order"}),
+    "metadistil double backward": ("metadistil", {"strategy": "double_backward", "independent_masks": True}),
+    "metadistil checkpointing": ("metadistil", {"checkpointing": "teachers"}),
+}
+
+
+DRAWN_AGAIN = {
+    "two pilot steps": {"pilots": 2},
+    "double backward": {"strategy": "double_backward"},
+    "finite difference": {"strategy": "finite_difference"},
+    "checkpointing of the student": {"checkpointing": "student"},
+}
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
