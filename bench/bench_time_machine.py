@@ -11,7 +11,7 @@
     foreach                 torch._foreach_copy_ of all weights into tensors made once, and back
     deepcopy                copy.deepcopy(module.state_dict()), then load_state_dict
 
-DistilBERT's size, random weights. On CUDA also what snapshots in pinned memory add to a whole meta-step. Everything is
+DistilBERT's size, random weights. On CUDA also what snapshots in pinned memory add to a whole meta-step. Every way is
 compared bit for bit before it is timed.
 
     pytest bench/bench_time_machine.py --save
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -203,7 +204,9 @@ def test_what_the_pinned_store_adds(record, device, case):
     assert not failed, failed
 
 
-def meta_steps(setting: Setting, device: Host, budget: float, stores=("device", "pinned"), capture=None) -> list[dict]:
+def meta_steps(
+    setting: Setting, device: Host, budget: float, stores: Sequence[str] = ("device", "pinned"), capture=None
+) -> list[dict]:
     """Rows of whole meta-steps by store, eager and as a graph. Raises WrongError before timing."""
     same_weights(setting, stores)
     gc.collect()
@@ -226,14 +229,23 @@ def meta_steps(setting: Setting, device: Host, budget: float, stores=("device", 
     ]
 
 
-def same_weights(setting: Setting, stores) -> None:
-    """After two steps from the same weights every store has left the same bits. Raises WrongError."""
-    left = []
+def same_weights(setting: Setting, stores: Sequence[str]) -> None:
+    """Two steps from the same weights move them alike whatever the store. Raises WrongError.
+
+    Not bit for bit, since a store's pilot step may round once or twice. The pilot step is so large that a rewind which did not
+    happen would show.
+    """
+    moves = []
     with deterministic():
         for store in stores:
-            state, call = engine_step(setting, dropout=False, store=store)
+            state, call = engine_step(setting, dropout=False, store=store, pilot_lr=1.0)
+            before = [each.network.flat.weights.clone() for each in state.learners()]
             call(), call()
-            left.append([each.network.flat.weights.clone() for each in state.learners()])
-    for store, weights in zip(stores[1:], left[1:], strict=True):
-        if not all(torch.equal(a, b) for a, b in zip(left[0], weights, strict=True)):
-            raise WrongError(f"meta-steps with the {store} store end at other weights than with the {stores[0]} store.")
+            after = [each.network.flat.weights for each in state.learners()]
+            moves.append([a - b for a, b in zip(after, before, strict=True)])
+    for store, moved in zip(stores[1:], moves[1:], strict=True):
+        off = max(((a - b).norm() / a.norm()).item() for a, b in zip(moves[0], moved, strict=True))
+        if not off <= 1e-2:
+            raise WrongError(
+                f"meta-steps with the {store} store end {off:.0e} from where they do with the {stores[0]} store."
+            )

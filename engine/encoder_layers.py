@@ -13,6 +13,9 @@ so that the layer costs next to nothing beside the others. Dropout draws masks f
     dh = gelu'(h) (dy W),   dW = dy^T gelu(h) with gelu(h) computed again,   db = sum dy
 
 a quarter of what a layer keeps, for one elementwise pass. First derivatives only.
+
+**Sums over all tokens in float32.** On a CPU torch adds the gradients of bf16 layer norms and embeddings up in bf16: at
+2,048 tokens a fifth of the token types' gradient is lost, and 8 to 19 % of a norm's.
 """
 
 from __future__ import annotations
@@ -62,6 +65,11 @@ def lean_layers(module: nn.Module, kind: str | None, higher: bool, compiled: Cal
             for layer in rest:
                 stack.enter_context(_set(layer, "forward", _on_hidden(compiled, layer)))
         if not higher and torch.is_grad_enabled():
+            for each in (each for part in (module.base_model.embeddings, *layers) for each in part.modules()):
+                if type(each) is nn.Embedding and each.max_norm is None and not each.scale_grad_by_freq:
+                    stack.enter_context(_set(each, "forward", _bound(_embed, each)))
+                if type(each) is nn.LayerNorm and each.weight is not None and each.bias is not None:
+                    stack.enter_context(_set(each, "forward", _bound(_norm, each)))
             for layer in layers:
                 if kind == "bert" and _is_gelu(layer.intermediate.intermediate_act_fn, layer.output.dense):
                     stack.enter_context(_set(layer, "feed_forward_chunk", _bound(_bert_network, layer)))
@@ -118,6 +126,55 @@ class _GeluLinear(torch.autograd.Function):
         if ctx.biased and ctx.needs_input_grad[2]:
             db = rows.sum(0)
         return dh, dw, db
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, ids: Tensor, padding: int) -> Tensor:  # [V, H], [...] -> [..., H]
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.padding = len(weight), padding
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (ids,) = ctx.saved_tensors
+        dw = torch.ops.aten.embedding_dense_backward(dy.float(), ids, ctx.rows, ctx.padding, False)
+        return dw.to(dy.dtype), None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:  # [..., H], [H], [H] -> [..., H]
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, bias = (t.float() for t in ctx.saved_tensors)
+        shape, wanted = weight.shape, list(ctx.needs_input_grad[:3])
+        _, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, ctx.eps)
+        found = torch.ops.aten.native_layer_norm_backward(dy.float(), x, shape, mean, rstd, weight, bias, wanted)
+        return *(None if g is None else g.to(dy.dtype) for g in found), None
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    if _exact(norm.weight):
+        return type(norm).forward(norm, x)
+    return _Norm.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+def _exact(weight: Tensor) -> bool:
+    """Whether torch's own gradient of this weight is summed in float32 or better."""
+    return weight.dtype != torch.bfloat16 or weight.is_cuda
+
+
+def _embed(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    if _exact(embedding.weight):
+        return type(embedding).forward(embedding, ids)
+    return _Embed.apply(embedding.weight, ids, -1 if embedding.padding_idx is None else embedding.padding_idx)
 
 
 def _gelu_linear(h: Tensor, projection: nn.Linear) -> Tensor:

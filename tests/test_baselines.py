@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
+from bench.baselines.fine_tuning import PlainFineTuning
 from bench.baselines.published_loop import PlainKD, PublishedLoop, pad
 
 SETTINGS = {"lr": 1e-3, "temperature": 3.0, "alpha": 0.6, "length": 8}
@@ -173,6 +174,21 @@ def test_plain_kd_takes_the_step_that_the_formulas_give():
     for old, new in zip(expected.parameters(), student.parameters(), strict=True):
         clear = old.grad.abs() > 1e-9
         torch.testing.assert_close(new[clear], old[clear], rtol=0, atol=1e-8)
+
+
+def test_plain_fine_tuning_takes_the_step_that_the_formulas_give():
+    student = bert(0, attention="sdpa")
+    expected, data = copy.deepcopy(student), batch(0)
+    loss = F.cross_entropy(run(expected, data), data["labels"])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+    torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0).step()
+    plain = PlainFineTuning(student, lr=1e-3, length=8)
+    assert plain.step(data)["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    for old, new in zip(expected.parameters(), student.parameters(), strict=True):
+        clear = old.grad.abs() > 1e-9
+        torch.testing.assert_close(new[clear], old[clear], rtol=0, atol=1e-8)
+    assert plain.learner.schedule.get_last_lr() == [pytest.approx(1e-3 * (1 - 1 / 10_000))]
 
 
 def test_padding_reaches_the_length_and_changes_no_logit():

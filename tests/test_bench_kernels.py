@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bench import bench_kernels, devices, kernel_cases, table
-from bench.records import merged
 from bench.devices import Cuda, Host, Run, interleaved
 from bench.kernel_cases import FUSED, LOGITS, Case, Inputs, fused_runs, logits_runs, traffic
 from bench.kernel_table import NOT_YET, duration
 from bench.kernel_truth import WrongError, validate
+from bench.records import merged
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,8 @@ def test_rounds_go_in_turns_and_flush_before_each(device, monkeypatch):
 def test_the_cuda_device_calls_what_torch_has(monkeypatch):
     """Signatures of torch.cuda, without a GPU."""
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "synchronize", "stream",
-                 "current_stream", "graph", "Stream", "CUDAGraph", "get_device_properties"):  # fmt: skip
+                 "current_stream", "graph", "Stream", "CUDAGraph", "get_device_properties", "empty_cache",
+                 "memory_reserved"):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
     event = create_autospec(torch.cuda.Event)
     event.return_value.elapsed_time.return_value = 3.0
@@ -101,6 +102,18 @@ def test_the_cuda_device_calls_what_torch_has(monkeypatch):
     assert found.seconds(lambda: None, repeat=3) == pytest.approx(1e-3)
     assert found.peak(lambda: None) == 250
     assert found.captured(lambda: 7)() == 7
+    torch.cuda.memory_reserved.return_value = 500
+    assert found.reserved() == 500 and torch.cuda.empty_cache.called
+
+
+def test_rates_are_measured_once(device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Host, "product_rate", lambda self, *sizes: asked.append(sizes) or 5.0)
+    assert [device.dense_rate(d) for d in (torch.float32, torch.bfloat16, torch.float32)] == [5.0] * 3
+    assert asked == [(2048, 2048, 2048, torch.float32), (2048, 2048, 2048, torch.bfloat16)]
+    monkeypatch.setattr(Host, "copy_rate", lambda self: asked.append("copy") or 7.0)
+    other = Host()
+    assert other.rate == other.rate == 7.0 and asked[2:] == ["copy"]
 
 
 # A wrong kernel is not timed

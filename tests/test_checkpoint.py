@@ -181,8 +181,8 @@ class Numbered:
         return ((number, i) for i in range(start, self.batches))
 
 
-def walk(plan):
-    phase, progress = SimpleNamespace(plan=plan), SimpleNamespace(step=0)
+def walk(plan, step=0):
+    phase, progress = SimpleNamespace(plan=plan), SimpleNamespace(step=step)
     run = SimpleNamespace(phase=phase, progress=progress, batches=Numbered(plan.batches))
     for taken in Trainer._rounds(None, run):
         progress.step += len(taken)
@@ -208,3 +208,5 @@ def test_plan_counts_what_the_loop_does(batches, epochs, max_steps, round_size):
         assert len({epoch for epoch, _ in r}) == 1 and len(r) <= round_size  # a round ends with its epoch
         ends = r[-1][1] == batches - 1 or r[-1] == taken[-1]
         assert len(r) == round_size or ends
+    for i in {len(rounds) // 3, len(rounds) // 2}:  # a resumed run goes on where it stood
+        assert list(walk(plan, sum(map(len, rounds[:i])))) == rounds[i:]
