@@ -420,7 +420,7 @@ def test_rounds_of_metadistil_are_those_of_the_flat_kind(kind, pilot):
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(kind, tmp_path, monkeypatch, capsys):
     """Counts and moments come back with the checkpoint; teachers that another kind prepared are not taken."""
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("engine.job.check_optimizer", lambda kind, device: None)
+    monkeypatch.setattr(optim, "check", lambda kind, device: None)
     data = table(tmp_path / "d.tsv", sentences())
     settings = {"optimizer": kind, "max_steps": 8, "log_steps": 1, "checkpoint_steps": 100}
     flat = succeed(data, tmp_path / "flat", **settings | {"optimizer": "flat"})
