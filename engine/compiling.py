@@ -21,7 +21,7 @@ from engine.errors import UserError
 # Batch size and length that code is made for, and more tokens than which there is code for more: sums of over 4096 numbers
 # are taken in another way in torch 2.13's C++. Every graph runs with all sizes that come up
 SIZES, LARGE, LIMIT = (32, 64), (64, 128), 4096
-GRAPHS = 64  # kinds of passes. torch's own limit is 8, beyond which it says nothing and goes on without compiling
+GRAPHS = 64  # kinds of passes. torch's own limit is 8, beyond which it stops (`fullgraph`) or goes on without compiling
 OPTIONS = {
     "cpu": {"deterministic": True, "fallback_random": True},  # its own dropout on a CPU is slower than torch's
     "cuda": {"deterministic": True},  # no kernel is chosen by its time where that changes a sum
@@ -54,8 +54,7 @@ class CompiledLayers:
             except RuntimeError as e:
                 if "fail_on_recompile" not in str(e):
                     raise
-            limits = {"recompile_limit": GRAPHS, "fail_on_recompile_limit_hit": True}
-            with torch._dynamo.config.patch(limits):
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
                 self._compile(layer, hidden, mask)
                 return self._run(layer, hidden, mask)
 
@@ -106,7 +105,8 @@ class CompiledLayers:
                 "learning": "the teachers' and the quiz's, not of the student's pilot, which is differentiated again",
                 }[teachers]  # fmt: skip
         text = f"torch.compile: encoder layers in training passes ({what}), each kind of pass when it first comes up."
-        return text + " On a CPU no step was measured to be faster (docs/log.md)." if device.type == "cpu" else text
+        little = " On a CPU it changes little: steps were 0.93 to 1.06 times as fast (docs/log.md)."
+        return text + little if device.type == "cpu" else text
 
     def spent(self) -> tuple[int, float]:
         """Graphs that this process compiled since this object was made, and the seconds that took."""
