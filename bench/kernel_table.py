@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -17,12 +18,16 @@ NOT_YET = "Not yet measured on a GPU."
 
 
 def render_kernels(results: dict[str, Any]) -> str:
-    """A table for each kind of device, and a sentence where none is a GPU."""
+    return by_device(results, _device)
+
+
+def by_device(results: dict[str, Any], render: Callable[[str, list[dict], list[dict]], str]) -> str:
+    """A table for each kind of device, by `render(title, rows, machines)`, and a sentence where none is a GPU."""
     rows, parts = results["rows"], []
     for device, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):
         if here := [row for row in rows if row["device"] == device]:
             machines = dict.fromkeys(row["machine"] for row in here)
-            parts.append(_device(title, here, [results["machines"][i] for i in machines]))
+            parts.append(render(title, here, [results["machines"][i] for i in machines]))
         elif device == "cuda":
             parts.append(NOT_YET)
     return "\n\n".join(parts)

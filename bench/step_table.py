@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from bench.kernel_table import NOT_YET, duration
+from bench.kernel_table import by_device, duration
 from bench.records import describe
 
 METHODS = ("finetune", "kd", "metadistil")
@@ -14,15 +14,7 @@ MOST = 30  # lines of a device; of more, those that run without --full
 
 
 def render_steps(results: dict[str, Any]) -> str:
-    """A table for each kind of device, and a sentence where none is a GPU."""
-    rows, parts = results["rows"], []
-    for device, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):
-        if here := [row for row in rows if row["device"] == device]:
-            machines = dict.fromkeys(row["machine"] for row in here)
-            parts.append(_device(title, here, [results["machines"][i] for i in machines]))
-        elif device == "cuda":
-            parts.append(NOT_YET)
-    return "\n\n".join(parts)
+    return by_device(results, _device)
 
 
 def _device(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> str:
