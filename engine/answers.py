@@ -51,7 +51,7 @@ def answers_of(
     In the teacher's own precision, in which it would answer live, and in the split's order. Raises UserError where they
     cannot be written to `cache`.
     """
-    names = list(Outputs._fields) if teacher.feature_layers else ["logits"]
+    names = ["logits", "features"] if teacher.inner else ["logits"]
     what = f"Teacher {teacher.name}: {' and '.join(names)} of {len(split):,} examples"
     split = split.only({teacher.encoding})
     place = cache / _key(teacher, split, content, device)
@@ -80,7 +80,7 @@ def _key(teacher: Encoder, split: EncodedSplit, content: str, device: torch.devi
         "device": device.type, "precision": teacher.precision, "compiled": teacher.compiled is not None,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
         "encoding": teacher.encoding, "data": content, "batch": EVALUATION_BATCH, "model": content_hash(teacher.module),
-        "features": teacher.feature_layers, "widths": [table.buckets.widths.tolist() for table in split.tables],
+        "features": teacher.inner.first, "widths": [table.buckets.widths.tolist() for table in split.tables],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -43,8 +43,11 @@ def family(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def lean_layers(module: nn.Module, kind: str | None, higher: bool, compiled: Callable | None = None):
-    """For the body, the last layer gives [B, 1, H], and where no `higher` derivatives are taken, networks keep less.
+def lean_layers(
+    module: nn.Module, kind: str | None, higher: bool, compiled: Callable | None = None, whole: bool = False
+):
+    """For the body, the last layer gives [B, 1, H] unless it is wanted `whole`, and where no `higher` derivatives are taken,
+    networks keep less.
 
     Layers before the last are `compiled(layer, hidden, mask)` where it is given; it may take first derivatives only.
     Raises ValueError where a layer that it is for has another forward already (activation checkpointing).
@@ -55,7 +58,8 @@ def lean_layers(module: nn.Module, kind: str | None, higher: bool, compiled: Cal
     layers = (module.base_model.encoder if kind == "bert" else module.base_model.transformer).layer
     last = _bert if kind == "bert" else _distilbert
     with ExitStack() as stack:
-        stack.enter_context(_set(layers[-1], "forward", _on_hidden(last, layers[-1])))
+        if not whole:
+            stack.enter_context(_set(layers[-1], "forward", _on_hidden(last, layers[-1])))
         if compiled is not None:
             # the compiler itself keeps h and not gelu(h)
             layers, rest = layers[-1:], layers[:-1]

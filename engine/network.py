@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.batch import Batch
 from engine.compiling import CompiledLayers
 from engine.encoder_layers import family, lean_layers
+from engine.features import SCORES, InnerStates
 from engine.flat import TABLE_ROWS, FlatParameters
 
 # transformers looks at the values of a 2-D mask, a host synchronisation in every forward on a GPU; these families take
@@ -26,7 +27,9 @@ class Outputs(NamedTuple):
     """All that a loss sees of a model."""
 
     logits: Tensor  # [B, C]
-    features: Tensor | None = None  # [B, layers, H], states to be matched with another model's
+    features: Tensor | None = None  # [B, layers, H] or [B, layers, L, H], states to be matched with another model's
+    attention: Tensor | None = None  # [B, layers, heads, L, L], scores likewise
+    domain: Tensor | None = None  # [B, H], what domains are compared by (or [B, domains], their classifier's logits)
 
     def given(self) -> list[Tensor]:
         return [t for t in self if t is not None]
@@ -124,9 +127,10 @@ class Network:
 class Encoder(Network):
     """A classifier of transformers. It reads its own encoding of a batch and gives float32 logits (float64 if it is that).
 
-    In bf16 the forward runs on a bf16 copy of the weights, logits and losses are float32. `feature_layers` are the hidden
-    states (0 is the embedding's output) whose first position becomes `features`. `compiled` runs the encoder's layers,
-    except where a pass is `repeated` or `higher`, and where it has a `precision` of its own (evaluation).
+    In bf16 the forward runs on a bf16 copy of the weights, logits and losses are float32. `inner` are the states that it
+    gives beside its logits (engine.features). `compiled` runs the encoder's layers, except where a pass is `repeated` or
+    `higher`, and where it has a `precision` of its own (evaluation). A classifier with `heads` has C outputs for each
+    domain, of which an example gets its own domain's.
 
     Raises UserError for `compiled` and a model whose layers are not known.
     """
@@ -136,7 +140,7 @@ class Encoder(Network):
     ):  # fmt: skip
         super().__init__(module, name=name)
         self.encoding, self.precision, self.compiled = encoding, precision, compiled
-        self.feature_layers: tuple[int, ...] = ()
+        self.inner, self.heads = InnerStates(), 1
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
         self._family = family(module)
@@ -155,21 +159,38 @@ class Encoder(Network):
             parameters = {**self._frozen_copies(), **self.flat.leaves(low_precision=True), **given}
         dropout = self.module.training and self._drops_attention()
         kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, repeated or higher)
+        if self.inner.attention:
+            kind = SCORES
+        real = inputs["attention_mask"]
         if self._ready_mask:
             dtype = torch.bfloat16 if low else self.flat.weights.dtype
             inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
-        if self.feature_layers:
-            inputs["output_hidden_states"] = True
         math = (
             sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
         )  # where a model knows no other attention
         compiled = None if repeated or higher or precision is not None else self.compiled
-        with _attending(self.module, kind), lean_layers(self.module, self._family, higher, compiled), math:
+        lean = lean_layers(self.module, self._family, higher, compiled, self.inner.whole)
+        with _attending(self.module, kind), lean, math, self._reading(real, batch):
             out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
-        features = None
-        if self.feature_layers:
-            features = _full(torch.stack([out.hidden_states[i][:, 0] for i in self.feature_layers], 1))
-        return Outputs(_full(out.logits), features)
+        found = {name: _full(t) for name, t in out.items()} if self.inner else {"logits": _full(out.logits)}
+        if self.heads > 1:
+            each = found["logits"].unflatten(-1, (self.heads, -1))  # [B, heads, C]
+            found["logits"] = each[torch.arange(len(each), device=each.device), batch.columns["domain"]]
+        return Outputs(**found)
+
+    @contextmanager
+    def _reading(self, real: Tensor, batch: Batch):
+        """The module's forward gives what `inner` wants, read where its weights are those of the pass."""
+        if not self.inner:
+            yield
+            return
+        module, forward = self.module, self.module.forward
+        domains = batch.columns["domain"] if self.inner.domain else None
+        module.forward = lambda **inputs: self.inner.read(module, forward, inputs, real, domains)
+        try:
+            yield
+        finally:
+            del module.forward
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)

@@ -14,7 +14,7 @@ from engine.kernels import kd_loss, mean_logits, meta_cotangent
 from engine.network import Outputs
 
 SoftLoss = Literal["kl", "mse_prob", "mse_logits"]
-FeatureLoss = Literal["none", "patient"]
+FeatureLoss = Literal["none", "patient", "tinybert"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,15 @@ class Objective:
     mse_logits  mean_{B,C} (zbar - z_S)^2
 
     with zbar = sum_k w_k z_k, w_k = 1/K unless given. hard is cross-entropy, or the squared error of the one output in a
-    regression. Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H]:
+    regression. Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H],
+    and of `tinybert` (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real
+    tokens of example i, W the projection that the student learns:
 
     patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2
+    tinybert    sum_k w_k mean_B sum_layers [ mean_{n_i,H} (W h_S - h_k)^2 + mean_{heads,n_i,n_i} (a_S - a_k)^2 ]
+
+    Where models give their examples' domain features d [B, H], tinybert adds mean_H (W' d_S - d_k)^2 (Meta-KD, Pan et al.
+    2021, where all these are weighted by example). Without `on_logits`, L is the features' part alone.
 
     Every loss is multiplied by `share`: what a part of a batch counts in the batch's mean (engine.micro_batches).
     """
@@ -39,6 +45,7 @@ class Objective:
     regression: bool = False
     feature_loss: FeatureLoss = "none"
     beta: float = 100.0
+    on_logits: bool = True
     share: float = 1.0
 
     def __post_init__(self):
@@ -49,6 +56,8 @@ class Objective:
             raise ValueError(
                 f"temperature is {self.temperature}, alpha {self.alpha} and beta {self.beta}; they must be above 0, from 0 to 1, "
                 "and at least 0.")  # fmt: skip
+        if not self.on_logits and self.feature_loss == "none":
+            raise ValueError("a loss that is not on_logits needs a feature_loss.")
         if self.regression and self.soft_loss != "mse_logits":
             raise ValueError(f"{self.soft_loss} is constant for the one output of a regression; use mse_logits.")
 
@@ -65,12 +74,16 @@ class Objective:
         return loss if self.share == 1 else loss * self.share
 
     def distil(
-        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
-    ) -> Tensor:
+        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None,
+        by_example: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The whole loss of a student given K teachers, differentiable twice in all of them and in `weights` [K].
 
+        `by_example` [B] weighs the examples in the mean of the features' part, without dividing by the weights' sum.
         Raises ValueError where features are wanted and a model gives none, or theirs do not have one shape.
         """
+        if not self.on_logits:
+            return self._counted(self.beta * self._features(student, teachers, weights, by_example))
         logits = [teacher.logits for teacher in teachers]
         if self.soft_loss == "kl":
             loss = kd_loss(
@@ -88,28 +101,34 @@ class Objective:
                 soft = self.temperature**2 * _mean_square(student_p - F.softmax(mean / self.temperature, -1))
             loss = self.alpha * soft + (1 - self.alpha) * self._hard(student.logits, labels)
         if self.feature_loss != "none":
-            loss = loss + self.beta * self._patient(student, teachers, weights)
+            loss = loss + self.beta * self._features(student, teachers, weights, by_example)
         return self._counted(loss)
 
-    def _patient(self, student: Outputs, teachers: Sequence[Outputs], weights: Tensor | None) -> Tensor:
-        shapes = [None if each.features is None else tuple(each.features.shape) for each in (student, *teachers)]
-        if None in shapes or len(set(shapes)) > 1:
+    def _features(
+        self, student: Outputs, teachers: Sequence[Outputs], weights: Tensor | None, by_example: Tensor | None
+    ) -> Tensor:
+        """The features' part of every teacher, averaged over the batch."""
+        shapes = [[None if t is None else tuple(t.shape) for t in each[1:]] for each in (student, *teachers)]
+        wanted = shapes[0][0] is not None and (self.feature_loss == "patient" or shapes[0][1] is not None)
+        if not wanted or any(shape != shapes[0] for shape in shapes):
             raise ValueError(
-                f"the feature loss compares states of one shape [B, layers, H]; student and teachers give {shapes}. Use "
+                f"the {self.feature_loss} loss compares states of one shape; student and teachers give {shapes}. Use "
                 "feature_loss='none' (--feature-loss none).")  # fmt: skip
         if weights is None:
             weights = [1 / len(teachers)] * len(teachers)
-        states = _unit(student.features)
-        return sum(w * _mean_square(states - _unit(t.features)) for w, t in zip(weights, teachers, strict=True))
+        compare = _patient if self.feature_loss == "patient" else _tinybert
+        each = sum(w * compare(student, t) for w, t in zip(weights, teachers, strict=True))  # [B]
+        return (each if by_example is None else each * by_example).mean()
 
     def slopes(
-        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None,
+        by_example: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The loss, and its gradient to each of the student's outputs: the head alone, detached from every model."""
         with torch.enable_grad():
             head = student.detached(requires_grad=True)
             weights = None if weights is None else weights.detach()
-            loss = self.distil(head, [t.detached() for t in teachers], labels, weights)
+            loss = self.distil(head, [t.detached() for t in teachers], labels, weights, by_example)
             return loss.detach(), _gradients(loss, head.given())
 
     def slopes_along(
@@ -156,6 +175,20 @@ class Objective:
 
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+
+
+def _patient(student: Outputs, teacher: Outputs) -> Tensor:
+    """[B]; of features [B, layers, H]."""
+    return (_unit(student.features) - _unit(teacher.features)).square().flatten(1).mean(1)
+
+
+def _tinybert(student: Outputs, teacher: Outputs) -> Tensor:
+    """[B]; features and attention come divided, so that sums of squares are means (engine.features)."""
+    loss = (student.features - teacher.features).square().flatten(1).sum(1)
+    loss = loss + (student.attention - teacher.attention).square().flatten(1).sum(1)
+    if student.domain is not None:
+        loss = loss + (student.domain - teacher.domain).square().mean(1)
+    return loss
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from engine.data.encode import EncodedSplit, Encoding
 from engine.data.splits import content_hash
 from engine.embedded import build, generate
 from engine.errors import UserError
+from engine.features import InnerStates
 from engine.evaluation import EVALUATION_BATCH
 from engine.learner import Learner
 from engine.methods import METHODS, State
@@ -54,7 +55,7 @@ def teacher_of(split, texts, precision="fp32", features=()) -> Encoder:
     module.dropout.p = 0.5
     module.train()
     network = Encoder("bert", module, split.tables[0].encoding.key, precision)
-    network.feature_layers = features
+    network.inner = InnerStates(first=features)
     return network
 
 
@@ -143,7 +144,7 @@ def other_precision(teacher):
 
 
 def other_features(teacher):
-    teacher.feature_layers = (2,)
+    teacher.inner = InnerStates(first=(2,))
 
 
 def other_layers(teacher):

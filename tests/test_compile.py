@@ -25,6 +25,7 @@ from engine.batch import Batch
 from engine.checkpointing import checkpointed
 from engine.compiling import LARGE, LIMIT, SIZES, CompiledLayers
 from engine.errors import UserError
+from engine.features import InnerStates
 from engine.learner import Learner
 from engine.meta_step import MetaStep
 from engine.methods import METHODS, State
@@ -202,7 +203,7 @@ def test_features(family):
     """transformers leaves hooks inside the layers when it first gives hidden states; dynamo cannot trace them."""
     network, plain = encoder(CompiledLayers("eager"), family=family), encoder(family=family)
     for each in (network, plain):
-        each.feature_layers = (1, 2)
+        each.inner = InnerStates(first=(1, 2))
     network(batch(), precision="fp32")
     torch.testing.assert_close(network(batch()).features, plain(batch()).features)
     hooks = [m for m in network.module.modules() if m._forward_hooks]

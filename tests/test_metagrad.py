@@ -21,6 +21,7 @@ from transformers import (
 from engine import metagrad
 from engine.batch import Batch
 from engine.errors import UserError
+from engine.features import InnerStates
 from engine.metagrad import STRATEGIES, Problem, double_backward, exact, first_order, last_layer
 from engine.network import Encoder, Network
 from engine.objectives import Objective
@@ -113,7 +114,7 @@ class Scene:
         self.teachers = [network(t, classes, seed + 1 + k, depth + k % 2, dtype=dtype) for k, t in enumerate(teachers)]  # fmt: skip
         if features:
             for each in (self.student, *self.teachers):
-                each.feature_layers = (1,)
+                each.inner = InnerStates(first=(1,))
         self.student.module.train()
         for teacher in self.teachers:
             teacher.module.eval()
@@ -276,8 +277,8 @@ def whole(scene, modules):
         if name in ("cnn", "mlp"):
             return module(b.inputs["image"]), None
         reader = Encoder(name, module, encoding(name))  # the last layer's dropout masks are those of one token
-        reader.feature_layers = (1,) if o.feature_loss == "patient" else ()
-        logits, states = reader(b, higher=True)
+        reader.inner = InnerStates(first=(1,) if o.feature_loss == "patient" else ())
+        logits, states, *_ = reader(b, higher=True)
         return logits, None if states is None else F.normalize(states[:, 0], dim=-1)
 
     optimizer = torch.optim.SGD(student.parameters(), lr=scene.pilot_lr)

@@ -16,6 +16,7 @@ from transformers import (
 
 from engine.batch import Batch
 from engine.embedded import build
+from engine.features import InnerStates
 from engine.learner import Learner
 from engine.network import Encoder, Network, Outputs, attention, attention_mask, describe_attention
 from engine.optim import FlatAdamW
@@ -264,7 +265,7 @@ def test_weights_that_stand_in_are_rounded_like_the_others():
 def test_features(family, precision):
     network, given = encoder(family, precision), batch(family)
     assert network(given).features is None
-    network.feature_layers = (2, 1)
+    network.inner = InnerStates(first=(2, 1))
     got = network(given)
     assert got.features.shape == (4, 2, 8) and got.features.dtype == got.logits.dtype == torch.float32
     network.module.config.output_hidden_states = True

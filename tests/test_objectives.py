@@ -184,7 +184,7 @@ def test_features_of_length_0_have_finite_gradients():
     with torch.no_grad():
         case.student.features[0, 0] = 0
         case.teachers[0].features[1, 1] = 0
-    assert all(g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*case.student, *case.teachers[0]]))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*case.student.given(), *case.teachers[0].given()]))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_features_that_cannot_be_compared(shapes):
     student, other = (Outputs(torch.zeros(B, C), None if s is None else torch.ones(s)) for s in shapes)
     objective = Objective(feature_loss="patient")
     fitting = student if student.features is not None else other
-    with pytest.raises(ValueError, match=r"one shape \[B, layers, H\].*--feature-loss none") as caught:
+    with pytest.raises(ValueError, match=r"one shape.*--feature-loss none") as caught:
         objective.distil(student, [fitting, other], torch.zeros(B, dtype=torch.int64))
     assert all(str(shape) in str(caught.value) for shape in shapes)
 
