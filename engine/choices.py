@@ -11,7 +11,6 @@ from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
 from engine.data.splits import Task
 from engine.errors import UserError
-from engine.features import layers_to_match
 from engine.methods import METHODS
 from engine.models import ModelSource
 from engine.network import Network
@@ -20,6 +19,10 @@ from engine.objectives import Objective
 # The papers' settings. For the teachers' meta-updates MetaDistil's 1e-5, not the 6e-5 of its extension: AdamW takes the
 # scale out of the meta-gradient, and at 6e-5 a teacher loses its task while the student is new (docs/log.md).
 PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
+
+
+DEFAULTS = {"temperature": 5.0, "alpha": 0.5, "feature_loss": "none", "prepare_method": "finetune"}
+METHOD_DEFAULTS = {"metakd": {"temperature": 2.0, "alpha": 1.0, "feature_loss": "tinybert", "prepare_method": "meta"}}
 
 
 def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
@@ -43,6 +46,9 @@ def _refuse_answers(config: Config) -> None:
     """Raises UserError where --cache-teacher-logits has nothing to keep."""
     method = config.method
     teachers = METHODS[method.method].teachers
+    if method.cache_teacher_logits and method.feature_loss == "tinybert" and not method.feature_epochs:
+        raise UserError("--cache-teacher-logits cannot keep what --feature-loss tinybert compares, the states of every token; "
+                        "leave it out, or give --feature-epochs, after which there are logits alone.")  # fmt: skip
     if method.cache_teacher_logits and teachers != "frozen":
         why = "whose teachers change in every round" if teachers == "learning" else "which has no teachers"
         raise UserError(
@@ -78,7 +84,7 @@ def _device(given: str) -> torch.device:
 
 
 def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[ModelSource]) -> None:
-    """Fill in what was left to the models: the paper's settings, or those that suit the embedded miniatures."""
+    """Fill in what was left to the method and to the models: the papers' settings, or those that suit the embedded miniatures."""
     by_student = _defaults_for([student])
     by_teachers = _defaults_for(teachers)
     optim = config.optim
@@ -86,8 +92,14 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
                            "prepare_lr": by_teachers, "prepare_epochs": by_teachers}.items():  # fmt: skip
         if getattr(optim, name) is None:
             setattr(optim, name, defaults[name])
-    if config.method.pilot_lr is None:
-        config.method.pilot_lr = optim.lr
+    method = config.method
+    by_method = DEFAULTS | METHOD_DEFAULTS.get(method.method, {})
+    by_method["feature_epochs"] = optim.epochs if method.method == "metakd" else 0
+    by_method["beta"] = 1.0 if (method.feature_loss or by_method["feature_loss"]) == "tinybert" else 100.0
+    by_method["pilot_lr"] = optim.lr
+    for name, default in by_method.items():
+        if getattr(method, name) is None:
+            setattr(method, name, default)
     if config.run.teacher_seed is None:
         config.run.teacher_seed = config.run.seed
 
@@ -115,13 +127,8 @@ def layer_numbers(given: str) -> list[int]:
         raise UserError(f"--student-layers is {given!r}; give layer numbers counted from 0, as in 1,3,5.") from e
 
 
-def objective(
-    config: Config, task: Task, student: Network, teachers: Sequence[Network], say: Callable[[str], None]
-) -> Objective:
-    """The losses of a run. Networks whose features are matched are told which hidden states to give.
-
-    Raises UserError where two models' states cannot be compared.
-    """
+def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objective:
+    """The losses of a run. Raises UserError for a stage on features without any."""
     method = config.method
     taught, regression = METHODS[method.method].teachers != "none", task.kind == "regression"
     if regression and method.soft_loss != "mse_logits":
@@ -129,24 +136,9 @@ def objective(
             say(f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead.")
         method.soft_loss = "mse_logits"
     features = method.feature_loss if taught else "none"
-    if features != "none":
-        _match_features(student, teachers, method.feature_map)
+    if taught and method.feature_epochs and features == "none":
+        raise UserError(f"--feature-epochs {method.feature_epochs} trains on a feature loss; choose one with --feature-loss.")
     return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
-
-
-def _match_features(student: Network, teachers: Sequence[Network], how: str) -> None:
-    for teacher in teachers:
-        widths = [network.module.config.hidden_size for network in (student, teacher)]
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"--feature-loss patient compares states of one width, but the student {student.name} has {widths[0]} "
-                f"and {teacher.name} {widths[1]}; use --feature-loss none, or models of equal width.")  # fmt: skip
-        if teacher.encoding != student.encoding:
-            raise UserError(
-                f"--feature-loss patient compares states of the same tokens, but {teacher.name} has another tokenizer "
-                f"than the student {student.name}; use --feature-loss none.")  # fmt: skip
-        depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
-        student.feature_layers, teacher.feature_layers = map(tuple, layers_to_match(*depths, how))
 
 
 def check_checkpointing(choice: str, student: Network, teachers: Sequence[Network]) -> None:

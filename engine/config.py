@@ -73,6 +73,14 @@ class DataConfig(_Section):
     split_seed: int = option(
         0, "seed of the cuts; the same for every --seed, so that runs are compared on one test set", 0
     )
+    target_domain: str = option(
+        "all", "the domain that the student learns from and is measured on, by its name in --domain-column, or all"
+    )
+    target_fraction: float = option(
+        1.0, "part of the training examples of --target-domain that is used, by student and teachers", 1e-6, 1.0
+    )
+    teacher_domains: Literal["all", "target", "others", "each"] = option(
+        "all", "the domains that teachers are prepared on: all, the target, all but the target, or one teacher for each")
     max_length: int = option(128, "tokens an example is cut to, special tokens included", 4)
     length_buckets: int = option(
         16, "widths at most that batches are padded to, chosen for each tokenizer so that the training set has the fewest "
@@ -83,20 +91,40 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """method"""
 
-    method: Literal["metadistil", "kd", "finetune"] = option("metadistil", "how the student is trained")
+    method: Literal["metadistil", "metakd", "kd", "finetune"] = option(
+        "metadistil", "how the student is trained: by teachers that learn to teach it (metadistil), by meta-teachers of "
+        "several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
-    temperature: float = option(5.0, "softmax temperature T of both sides of the soft loss", 1e-3)
-    alpha: float = option(0.5, "weight of the soft loss; the hard loss has 1 - alpha", 0.0, 1.0)
+    temperature: float | None = option(
+        None, "softmax temperature T of both sides of the soft loss (default: 5; metakd 2)", 1e-3
+    )
+    alpha: float | None = option(
+        None, "weight of the soft loss; the hard loss has 1 - alpha (default: 0.5; metakd 1)", 0.0, 1.0
+    )
     soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
         "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits"
     )
-    feature_loss: Literal["none", "patient"] = option(
-        "none", "patient adds --beta times the mean squared difference of the inner layers' normalised first states"
-    )
+    feature_loss: Literal["none", "patient", "tinybert"] | None = option(
+        None, "patient adds --beta times the mean squared difference of the inner layers' normalised first states; tinybert "
+        "that of the attention scores and hidden states of every layer (default: none; metakd tinybert)")  # fmt: skip
+    feature_epochs: int | None = option(
+        None, "epochs on the feature loss alone, before those on the logits alone; 0 adds it to the loss of every step "
+        "(default: 0; metakd --epochs)", 0)  # fmt: skip
     feature_map: Literal["skip", "last"] = option(
-        "skip", "which teacher layers the student's inner layers are matched with: evenly spread, or the last ones"
+        "skip", "which teacher layers the student's layers are matched with: evenly spread, or the last ones"
     )
-    beta: float = option(100.0, "weight of the feature loss", 0.0)
+    beta: float | None = option(None, "weight of the feature loss (default: 100; tinybert 1)", 0.0)
+    prepare_method: Literal["finetune", "multitask", "meta"] | None = option(
+        None, "how teachers are prepared: finetune; multitask, with a head for each domain; meta, examples weighted by how "
+        "typical they are, against a domain classifier (default: finetune; metakd meta)")  # fmt: skip
+    domain_loss: Literal["reversal", "shuffled"] = option(
+        "reversal", "what makes a meta-teacher's states alike in all domains: a domain classifier whose gradient is reversed, "
+        "or one that is taught shuffled domains")  # fmt: skip
+    domain_weight: float = option(0.5, "weight of the domain loss of a meta-teacher", 0.0)
+    prototype_own: float = option(0.5, "what nearness to its own domain's prototype counts in how typical an example is", 0.0)
+    prototype_others: float | None = option(
+        None, "what nearness to each other domain's prototype counts (default: (1 - --prototype-own) / number of others)", 0.0
+    )
     teacher_weights: str | None = option(
         None,
         "weights of the teachers' logits in their mean, as in 0.7,0.3, or learned, by the meta-gradient (default: equal)",

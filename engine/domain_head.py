@@ -44,6 +44,17 @@ class DomainHead(nn.Module):
         self.embedding[domain] = self.embedding[others].mean(0)
 
 
+class DomainProjection(nn.Module):
+    """The student's side of f: its mean state h mapped to the teacher's width by `layer`, which it learns."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def feature(self, h: Tensor, domains: Tensor) -> Tensor:
+        return self.layer(h)
+
+
 def widen(module: nn.Module, classes: int, names: list[str], seed: int) -> None:
     """A classifier of `classes` outputs for every name instead of one: the last linear layer, made anew.
 

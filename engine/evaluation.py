@@ -16,6 +16,7 @@ from torchmetrics.functional import (
 from engine.data.batches import evaluation_batches
 from engine.data.encode import EncodedSplit
 from engine.data.splits import Task
+from engine.features import InnerStates
 from engine.network import Network
 from engine.precision import ieee
 
@@ -29,7 +30,7 @@ def predict(network: Network, split: EncodedSplit, device: torch.device) -> Tens
     So validation, export and a user's own float32 evaluation see the same numbers.
     """
     split, logits = split.only({network.encoding}), None
-    with network.in_mode(train=False), ieee():
+    with network.in_mode(train=False), network.giving(InnerStates()), ieee():
         for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
             out = network(batch.to(device), precision="fp32").logits
             logits = out.new_empty(len(split), out.shape[1]) if logits is None else logits

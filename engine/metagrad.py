@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from engine.batch import Batch
 from engine.checkpointing import checkpointed
 from engine.errors import UserError
+from engine.features import InnerStates
 from engine.flat import Lookups, Vector
 from engine.micro_batches import Part, parts
 from engine.network import Network, Outputs
@@ -239,7 +240,8 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
             gradients = _gradients(loss, list(weights.values()), create_graph=True)
             weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
             losses.append(loss.detach())
-        with student.in_mode(train=False), _recomputed(problem, student, "student"):
+        quiet = student.giving(InnerStates())
+        with student.in_mode(train=False), quiet, _recomputed(problem, student, "student"):
             several = [part for batch in quizzes for part in problem.parts(batch)]
             answered = (p.objective.hard(student(p.batch, weights).logits, p.batch.labels) for p in several)
             quiz_loss = sum(answered) / len(quizzes)
@@ -276,7 +278,7 @@ def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -
     if names is not None:  # only these, and nothing below them records a graph
         alone = {n: t.detach().requires_grad_(n in names) for n, t in leaves.items()}
         leaves = {n: alone[n] for n in names}
-    with student.in_mode(train=False):
+    with student.in_mode(train=False), student.giving(InnerStates()):
         for batch, objective in (part for whole in quizzes for part in problem.parts(whole)):
             if names is None:
                 with flat.lookups() as lookups, _recomputed(problem, student, "student"):

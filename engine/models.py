@@ -50,6 +50,7 @@ class ModelSource:
     kind: str  # "local", "hub" or "embedded"
     place: str  # directory, or the alias of an embedded model
     sample: int = 0  # which disjoint training sample fine-tunes it
+    domain: int | None = None  # the only domain that it learns from, where it is one teacher of several
 
     def describe(self) -> str:
         return {"local": self.place, "hub": ALIASES.get(_alias(self.given)[0], self.given),

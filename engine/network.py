@@ -56,6 +56,7 @@ class Network:
 
     encoding: str | None = None  # which of a batch's encodings it reads, where there are several
     precision = "fp32"
+    inner = InnerStates()  # what it gives beside its logits
 
     def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None, name: str = "model"):
         self.name, self.module = name, module
@@ -113,6 +114,16 @@ class Network:
         return sum(p.numel() for p in self.module.parameters())
 
     @contextmanager
+    def giving(self, inner: InnerStates):
+        """Other inner states, or none, beside the logits for the body. A module that is not an `Encoder` gives what it gives."""
+        before = self.inner
+        self.inner = inner
+        try:
+            yield
+        finally:
+            self.inner = before
+
+    @contextmanager
     def in_mode(self, train: bool):
         """Dropout and its like switched for the body, and back as they were."""
         before = [(m, m.training) for m in self.module.modules()]
@@ -140,7 +151,7 @@ class Encoder(Network):
     ):  # fmt: skip
         super().__init__(module, name=name)
         self.encoding, self.precision, self.compiled = encoding, precision, compiled
-        self.inner, self.heads = InnerStates(), 1
+        self.heads = 1
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
         self._family = family(module)

@@ -9,6 +9,8 @@ h_i of domain k and class m, and p_y,i the probability that the prepared teacher
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,42 +18,41 @@ from torch import Tensor
 from engine.data.batches import evaluation_batches
 from engine.data.encode import EncodedSplit
 from engine.evaluation import EVALUATION_BATCH
-from engine.features import InnerStates
+from engine.features import EXTRAS, InnerStates
 from engine.network import Encoder
-from engine.precision import ieee
 
 
 @torch.no_grad()
 def mean_states(network: Encoder, split: EncodedSplit, device: torch.device) -> Tensor:
-    """h [n, H] of every example, in its order, dropout off and in float32; on the CPU."""
-    split, found, before = split.only({network.encoding}), None, network.inner
-    assert not hasattr(network.module, "extras"), "h is the encoder's own state, before a domain head is attached"
-    network.inner = InnerStates(domain="feature")
-    try:
-        with network.in_mode(train=False), ieee():
-            for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
-                h = network(batch.to(device), precision="fp32").domain
-                found = h.new_empty(len(split), h.shape[1]) if found is None else found
-                found[torch.tensor(rows, device=device)] = h
-    finally:
-        network.inner = before
+    """h [n, H] of every example, in its order, dropout off; on the CPU."""
+    split, found = split.only({network.encoding}), None
+    assert not hasattr(network.module, EXTRAS), "h is the encoder's own state, before a domain head is attached"
+    with network.in_mode(train=False), network.giving(InnerStates(domain="feature")):
+        for rows, batch in evaluation_batches(split, EVALUATION_BATCH):
+            h = network(batch.to(device)).domain
+            found = h.new_empty(len(split), h.shape[1]) if found is None else found
+            found[torch.tensor(rows, device=device)] = h
     return found.cpu()  # sync: before a training
 
 
+def prototypes(states: Tensor, domains: Tensor, labels: Tensor, count: int, classes: int) -> Tensor:
+    """p [domains, classes, H], the means of states [n, H] by domain [n] and label [n]; zero where there is no example."""
+    p = states.new_zeros(count, classes, states.shape[1])
+    for k, m in product(range(count), range(classes)):
+        members = (domains == k) & (labels == m)
+        if members.any():
+            p[k, m] = states[members].mean(0)
+    return p
+
+
 def typicality(
-    states: Tensor, domains: Tensor, labels: Tensor, own: float, others: float, domain_count: int, classes: int
+    states: Tensor, domains: Tensor, labels: Tensor, prototypes: Tensor, own: float, others: float
 ) -> Tensor:
-    """t [n] of states [n, H], domains [n] and labels [n] (numbers). A domain without examples of a class has no prototype
-    of it, and adds nothing."""
-    t = torch.zeros(len(states), dtype=states.dtype)
-    for m in range(classes):
-        of_class = labels == m
-        for k in range(domain_count):
-            members = of_class & (domains == k)
-            if not members.any():
-                continue
-            similar = F.cosine_similarity(states[of_class], states[members].mean(0), dim=-1)
-            t[of_class] += torch.where(domains[of_class] == k, own, others) * similar
+    """t [n] of states [n, H], domains [n] and labels [n]; a prototype that is zero adds nothing."""
+    t = states.new_zeros(len(states))
+    for k in range(len(prototypes)):
+        similar = F.cosine_similarity(states, prototypes[k, labels], dim=-1)
+        t += torch.where(domains == k, own, others) * similar
     return t
 
 

@@ -322,13 +322,14 @@ def test_no_fused_attention_in_a_higher_pass(parameters):
 
 def test_outputs():
     z, h = torch.randn(2, 3, requires_grad=True), torch.randn(2, 1, 4, requires_grad=True)
-    assert Outputs.of(z) == (z, None) and Outputs.of((z, h)) == (z, h) and Outputs.of([z]) == (z, None)
-    assert Outputs.of(SimpleNamespace(logits=z, hidden_states=h)) == (z, None)
+    rest = (None, None)
+    assert Outputs.of(z) == (z, None, *rest) and Outputs.of((z, h)) == (z, h, *rest) and Outputs.of([z]) == Outputs(z)
+    assert Outputs.of(SimpleNamespace(logits=z, hidden_states=h)) == Outputs(z)
     both = Outputs(z, h)
     assert Outputs.of(both) is both and both.given() == [z, h] and Outputs(z).given() == [z]
     for wanted in (False, True):
         held = both.detached(wanted)
-        assert all(t.is_leaf and t.requires_grad == wanted for t in held) and torch.equal(held.logits, z)
+        assert all(t.is_leaf and t.requires_grad == wanted for t in held.given()) and torch.equal(held.logits, z)
     assert Outputs(z).detached(True).features is None
 
 
