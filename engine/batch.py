@@ -18,6 +18,8 @@ class Batch:
     inputs: dict[str, dict[str, Tensor]]  # encoding -> {input_ids, attention_mask, token_type_ids: [B, L] int64}
     # per teacher what it gives to these examples, where that was kept: [B, C] logits, [B, layers, H] features if matched
     answers: list[list[Tensor]] = field(default_factory=list)
+    # what else is known of the examples, by name: [B] int64 or float32, as the id of each one's domain
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not block the host."""
@@ -41,6 +43,7 @@ class Batch:
             change(self.labels),
             {encoding: {name: change(t) for name, t in given.items()} for encoding, given in self.inputs.items()},
             [[change(t) for t in given] for given in self.answers],
+            {name: change(t) for name, t in self.columns.items()},
         )
 
 

@@ -63,6 +63,9 @@ class DataConfig(_Section):
     text_column: str | None = option(None, "column of the (first) text; found by its usual names when not given")
     pair_column: str | None = option(None, "column of the second text of a pair")
     label_column: str | None = option(None, "column of the label")
+    domain_column: str | None = option(
+        None, "column that names each example's domain; every cut then holds each domain in its share"
+    )
     task: Literal["auto", "classification", "regression"] = option(
         "auto", "regression predicts one number; auto takes it when a label has a fraction"
     )

@@ -124,6 +124,8 @@ ALLOWED = [
     (["--data", "sst3"], "--data 'sst3'", "known are sst2"),
     (["--data", "mrpc"], "--data mrpc", "--source embedded", "local files"),
     (["--text-column", "words"], "d.tsv", "no column 'words'", "sentence, label", "--text-column"),
+    (["--domain-column", "genre"], "d.tsv", "no column 'genre'", "sentence, label", "--domain-column"),
+    (["--domain-column", "label"], "--domain-column is label", "the label column", "--label-column"),
     (["--config", "none.yaml"], "--config", "none.yaml", "existing YAML file"),
     (["--config", "."], "--config", "existing YAML file"),
     (["--output", ""], "--output is empty", "name a directory"),

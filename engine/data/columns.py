@@ -41,26 +41,30 @@ class Columns:
     text: str
     pair: str | None
     label: str
+    domain: str | None = None
 
 
 @dataclass
 class Rows:
-    """Examples. `labels` are keys of `engine.data.labels` at first, then class ids or numbers."""
+    """Examples. `labels` are keys of `engine.data.labels` at first, then class ids or numbers; `domains` are names at
+    first, then their ids.
+    """
 
     texts: list[str]
     pairs: list[str] | None
     labels: list
     numbers: list[int]
     """Row numbers in the table they came from, for messages."""
+    domains: list | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, indices: Sequence[int]) -> Rows:
-        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
+        pairs, domains = (None if c is None else [c[i] for i in indices] for c in (self.pairs, self.domains))
         picked = ([column[i] for i in indices] for column in (self.texts, self.labels, self.numbers))
         texts, labels, numbers = picked
-        return Rows(texts, pairs, labels, numbers)
+        return Rows(texts, pairs, labels, numbers, domains)
 
     def identities(self) -> list[tuple[str, str]]:
         """What is compared to find the same example twice: the texts with white space collapsed."""
@@ -70,31 +74,45 @@ class Rows:
 
 def find_columns(table: Table, config: DataConfig) -> Columns:
     """The columns of the training data, by the config's names or by the usual ones."""
-    text, pair, label = (
+    text, pair, label, domain = (
         given if given is None else _named(table, given, flag)
         for given, flag in (
             (config.text_column, "--text-column"),
             (config.pair_column, "--pair-column"),
             (config.label_column, "--label-column"),
+            (config.domain_column, "--domain-column"),
         )
     )
-    free = {name.lower(): name for name in reversed(table.columns) if name not in (text, pair, label)}
+    if domain is not None and domain in (text, pair, label):
+        raise _taken(domain, "text" if domain == text else "pair" if domain == pair else "label")
+    free = {name.lower(): name for name in reversed(table.columns) if name not in (text, pair, label, domain)}
     if label is None:
         label = next((free.pop(usual) for usual in LABELS if usual in free), None)
         if label is None:
+            if domain is not None and domain.lower() in LABELS:
+                raise _taken(domain, "label")
             raise _not_found(table, "label", "--label-column")
     if text is None and pair is None:
         text, pair = next(((free[a], free[b]) for a, b in PAIRS if a in free and b in free), (None, None))
     if text is None:
         text = next((free[usual] for usual in TEXTS if usual in free), None)
         if text is None:
+            if domain is not None and domain.lower() in TEXTS:
+                raise _taken(domain, "text")
             raise _not_found(table, "text", "--text-column")
     if len({text, pair, label}) < 3:
         raise UserError(
             f"Text, pair and label must be different columns; --text-column is {text}, "
             f"--pair-column is {pair or 'not given'} and --label-column is {label}."
         )
-    return Columns(text, pair, label)
+    return Columns(text, pair, label, domain)
+
+
+def _taken(domain: str, what: str) -> UserError:
+    return UserError(
+        f"--domain-column is {domain}, which is the {what} column; name another column with --domain-column or "
+        f"--{what}-column."
+    )
 
 
 def _named(table: Table, name: str, flag: str) -> str:
@@ -130,7 +148,11 @@ def read_rows(table: Table, columns: Columns) -> tuple[Rows, int]:
     if columns.pair is not None:
         pairs, pair_faults = _texts(table, _named(table, columns.pair, "--pair-column"))
         faults |= pair_faults
-    rows = Rows(texts, pairs, labels, list(range(len(table))))
+    domains = None
+    if columns.domain is not None:
+        domains, domain_faults = _domains(table, _named(table, columns.domain, "--domain-column"))
+        faults |= domain_faults
+    rows = Rows(texts, pairs, labels, list(range(len(table))), domains)
     if not faults:
         return rows, 0
     if table.local:
@@ -180,6 +202,22 @@ def _labels(table: Table, name: str) -> tuple[list[Key], dict[int, str]]:
                 known[value] = key
         keys.append(key)
     return keys, faults
+
+
+def _domains(table: Table, name: str) -> tuple[list[str], dict[int, str]]:
+    """The names in a domain column, ids by their names where the schema has them, and what is wrong in which row."""
+    names, faults, classes = [], {}, table.class_names.get(name, ())
+    for row, value in enumerate(table.column(name)):
+        if classes and isinstance(value, int) and 0 <= value < len(classes):
+            value = classes[value]
+        if value is MISSING:
+            faults[row] = f"the key {name!r} is missing"
+        elif isinstance(value, list | dict):
+            faults[row] = f"{name!r} must be a name, not {_kind(value)}"
+        elif value is None or value != value or not str(value).strip():  # nan is what it does not equal
+            faults[row] = f"the domain in {name!r} is empty"
+        names.append(str(value).strip())
+    return names, faults
 
 
 def _kind(value: object) -> str:

@@ -11,30 +11,46 @@ HELD_OUT = ("test", "validation", "quiz")
 
 
 class Pool:
-    """Rows in one random queue per class; every cut takes from the heads of the queues.
+    """Rows in one random queue per class, or per class of a domain; every cut takes from the heads of the queues.
 
     What is cut first therefore does not depend on what is cut after it: not on the number of samples, nor on the sizes
     of later parts.
     """
 
-    def __init__(self, classes: np.ndarray, num_classes: int, seed: int):  # classes: [rows]
+    def __init__(self, classes: np.ndarray, num_classes: int, seed: int, domains: np.ndarray | None = None):
+        """`classes` and `domains` are ids [rows]; without domains all rows are of one."""
+        domains = np.zeros_like(classes) if domains is None else domains
+        self.num_classes, num_domains = num_classes, int(domains.max(initial=0)) + 1
+        cells = domains * num_classes + classes
         order = np.random.default_rng(seed).permutation(len(classes))
-        self.queues = [order[classes[order] == c] for c in range(num_classes)]
+        self.queues = [order[cells[order] == cell] for cell in range(num_domains * num_classes)]
 
     @property
-    def counts(self) -> np.ndarray:  # [classes]
-        return np.array([len(queue) for queue in self.queues])
+    def counts(self) -> np.ndarray:  # [domains, classes]
+        return np.array([len(queue) for queue in self.queues]).reshape(-1, self.num_classes)
 
     def cut(self, size: int, leave: int = 0) -> np.ndarray:
-        """Up to `size` rows in proportion to the classes that are left, `leave` rows of each class left behind."""
-        shares = allocate(size, self.counts, np.maximum(self.counts - leave, 0))
+        """Up to `size` rows in proportion to what is left of domains and classes, `leave` rows of each class of a domain
+        left behind.
+        """
+        counts = self.counts
+        most = np.maximum(counts - leave, 0)
+        shares, owed = [], np.zeros(self.num_classes)
+        for of_domain, *domain in zip(allocate(size, counts.sum(1), most.sum(1)), counts, most, strict=True):
+            shares.append(allocate(of_domain, *domain, owed))
+            # what rounding took from a class in one domain it gets in the next: a cut of a row a domain has every class
+            owed += of_domain * domain[0] / max(domain[0].sum(), 1) - shares[-1]
+        shares = np.concatenate(shares)
         taken = [queue[:share] for queue, share in zip(self.queues, shares, strict=True)]
         self.queues = [queue[share:] for queue, share in zip(self.queues, shares, strict=True)]
         return np.concatenate(taken)
 
 
-def allocate(size: int, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Share `size` among classes in proportion to `counts`, within one row: at least 1 and at most `most` each."""
+def allocate(size: int, counts: np.ndarray, most: np.ndarray, owed: np.ndarray | float = 0.0) -> np.ndarray:
+    """Share `size` among classes in proportion to `counts`, within one row: at least 1 and at most `most` each.
+
+    A class with more `owed` [classes] to it comes first where rows are left over by rounding.
+    """
     size = min(size, int(most.sum()))
     if size == 0:
         return np.zeros_like(counts)
@@ -44,9 +60,9 @@ def allocate(size: int, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
     while (missing := size - int(shares.sum())) != 0:
         # largest remainder first; argmax takes the first of equals, so that the result does not depend on luck
         if missing > 0:
-            shares[np.argmax(np.where(shares < most, exact - shares, -np.inf))] += 1
+            shares[np.argmax(np.where(shares < most, exact - shares + owed, -np.inf))] += 1
         else:
-            shares[np.argmax(np.where(shares > least, shares - exact, -np.inf))] -= 1
+            shares[np.argmax(np.where(shares > least, shares - exact - owed, -np.inf))] -= 1
     return shares
 
 

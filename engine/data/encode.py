@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,14 @@ class TokenTable:
         self.training = self.lengths if training is None else training
         self.buckets = Buckets.of(self.training, encoding.max_length, buckets, batch_size)
 
+    def take(self, rows: np.ndarray, buckets: int, batch_size: int, training: np.ndarray | None) -> TokenTable:
+        """The examples `rows` [m] of this table, read from the same mapped tokens; the rest as in the constructor."""
+        part = copy.copy(self)
+        part._starts, part.lengths = self._starts[rows], self.lengths[rows]
+        part.training = part.lengths if training is None else training
+        part.buckets = Buckets.of(part.training, self.encoding.max_length, buckets, batch_size)
+        return part
+
     def pad(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (and token_type_ids) of `rows`, each [B, L] int64, L the bucket of the longest."""
         lengths = self.lengths[rows]
@@ -78,7 +86,10 @@ def _gather(values: np.ndarray, source: np.ndarray, hole: np.ndarray, padding: i
 
 
 class EncodedSplit:
-    """A split in every encoding a run needs, with its labels."""
+    """A split in every encoding a run needs, with its labels and whatever else is known of each example.
+
+    `columns` are tensors [n] by name, int64 or float32; "domain" is among them where the data set has domains.
+    """
 
     def __init__(
         self, dataset: Dataset, encodings: list[Encoding], content: str, cache: Path,
@@ -88,7 +99,7 @@ class EncodedSplit:
         """Batches are padded to at most `buckets` widths an encoding, planned for batches of `batch_size` of the split
         `training`; without it, of this one.
         """
-        planned = {} if training is None else {table.encoding.key: table.training for table in training.tables}
+        planned = _planned(training)
         self.tables = [
             TokenTable(e, encode(dataset, e, content, cache), buckets, batch_size, planned.get(e.key))
             for e in encodings
@@ -98,6 +109,9 @@ class EncodedSplit:
         self.labels = torch.tensor(dataset["label"][:], dtype=dtype)
         self._group()
         self.answers: Sequence[Sequence[np.ndarray]] = ()
+        self.columns: dict[str, torch.Tensor] = {}
+        if "domain" in dataset.column_names:
+            self.columns["domain"] = torch.tensor(dataset["domain"][:])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,10 +144,36 @@ class EncodedSplit:
         part.answers = answers
         return part
 
+    def with_columns(self, columns: Mapping[str, np.ndarray | torch.Tensor]) -> EncodedSplit:
+        """The same rows with more columns [n], kept as int64 or, where they have fractions, float32."""
+        part = copy.copy(self)
+        part.columns = dict(self.columns)
+        for name, values in columns.items():
+            values = torch.as_tensor(values)
+            assert values.shape == (len(self),), (name, values.shape, len(self))
+            part.columns[name] = values.to(torch.float32 if values.is_floating_point() else torch.int64)
+        return part
+
+    def take(self, rows: np.ndarray, training: EncodedSplit | None = None) -> EncodedSplit:
+        """The split of these rows [m] alone, in this order: tokens are read from the same mapped files.
+
+        Widths are planned for the lengths of `training`; without it, of these rows.
+        """
+        rows = np.asarray(rows)
+        assert rows.ndim == 1 and len(rows), rows.shape
+        part, planned = copy.copy(self), _planned(training)
+        part.tables = [table.take(rows, *self._plan, planned.get(table.encoding.key)) for table in self.tables]
+        part.labels = self.labels[rows]
+        part.answers = [[array[rows] for array in given] for given in self.answers]
+        part.columns = {name: values[rows] for name, values in self.columns.items()}
+        part._group()
+        return part
+
     def batch(self, rows: list[int]) -> Batch:
         index = np.asarray(rows)
         answers = [[torch.from_numpy(array[index]) for array in given] for given in self.answers]
-        return Batch(self.labels[index], {t.encoding.key: t.pad(index) for t in self.tables}, answers)
+        columns = {name: values[index] for name, values in self.columns.items()}
+        return Batch(self.labels[index], {t.encoding.key: t.pad(index) for t in self.tables}, answers, columns)
 
     def padding_waste(self, batches: list[list[int]]) -> float:
         """Share of padded tokens in `batches`, over all encodings."""
@@ -144,6 +184,11 @@ class EncodedSplit:
                 real += int(lengths.sum())
                 padded += len(rows) * int(t.buckets(lengths.max()))
         return 1 - real / max(1, padded)
+
+
+def _planned(training: EncodedSplit | None) -> dict[str, np.ndarray]:
+    """The lengths that widths are planned for, by encoding."""
+    return {} if training is None else {table.encoding.key: table.training for table in training.tables}
 
 
 @dataclass

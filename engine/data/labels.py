@@ -29,6 +29,8 @@ class Task:
     kind: Literal["classification", "regression"]
     label_names: tuple[str, ...]
     pair: bool
+    domains: tuple[str, ...] = ()
+    """Sorted names; an example's domain is its place among them."""
 
     @property
     def num_labels(self) -> int:

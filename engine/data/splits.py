@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Value
 from engine.config import DataConfig
 from engine.data.columns import Columns, Rows, find_columns, read_rows
 from engine.data.cut import HELD_OUT, Pool, fit
+from engine.data.domains import Domains, describe
 from engine.data.labels import Labels, Task, is_regression
 from engine.data.read import Table
 from engine.data.sources import Found, find
@@ -25,7 +26,7 @@ __all__ = ["Splits", "Task", "content_hash", "load_splits"]
 
 @dataclass
 class Splits:
-    """Columns of each data set: text, pair (for pairs only), label (class id, or number)."""
+    """Columns of each data set: text, pair (for pairs only), label (class id, or number), domain (id, with a column)."""
 
     task: Task
     train: list[Dataset]
@@ -50,8 +51,9 @@ def load_splits(config: DataConfig, samples: int, hub: Hub, say: Callable[[str],
     assert samples >= 1, samples
     found = find(config.data, samples, hub, tell)
     columns = find_columns(found.tables["train"], config)
-    parts, labels = _checked_rows(found, columns, config, tell)
-    task = Task("regression" if labels.regression else "classification", labels.names, columns.pair is not None)
+    parts, labels, domains = _checked_rows(found, columns, config, tell)
+    kind = "regression" if labels.regression else "classification"
+    task = Task(kind, labels.names, columns.pair is not None, domains)
     _separate(parts, found.tables, tell)
     train, held_out = _cut(parts, task, config, samples, found, tell)
     _report(found, columns, task, train, held_out, parts, tell)
@@ -68,9 +70,11 @@ def content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _checked_rows(found: Found, columns: Columns, config: DataConfig, tell) -> tuple[dict[str, Rows], Labels]:
-    """Rows of every split with converted labels; the training rows decide what the labels are."""
-    parts, labels = {}, None
+def _checked_rows(
+    found: Found, columns: Columns, config: DataConfig, tell
+) -> tuple[dict[str, Rows], Labels, tuple[str, ...]]:
+    """Rows of every split with converted labels and domains; the training rows decide what these are."""
+    parts, labels, domains = {}, None, None
     for part in ("train", *(part for part in HELD_OUT if part in found.tables)):
         table = found.tables[part]
         if part == "test" and _unlabelled(table, columns):
@@ -80,8 +84,13 @@ def _checked_rows(found: Found, columns: Columns, config: DataConfig, tell) -> t
         if not table.local and not _regression(rows, table, columns, config, labels):
             kept = [i for i, key in enumerate(rows.labels) if key != -1]
             rows, left_out = rows.take(kept), left_out + len(rows) - len(kept)
+        if columns.domain is not None:
+            domains = domains or Domains(rows.domains, table, columns.domain)
+            rows, strange = domains.convert(rows, table)
+            left_out += strange
         if left_out:
-            tell(f"{table.name}: {_rows(left_out)} without a text or a label left out.")
+            what = "a text or a label" if columns.domain is None else "a text, a label or a domain of train"
+            tell(f"{table.name}: {_rows(left_out)} without {what} left out.")
         if not len(rows):
             raise UserError(f"{table.name} has no row with a text and a label.")
         if labels is None:
@@ -90,8 +99,11 @@ def _checked_rows(found: Found, columns: Columns, config: DataConfig, tell) -> t
         missing = _absent(rows, labels.names)
         if missing:
             tell(f"{table.name} has no example of {missing}.")
+        lacking = "" if domains is None else _domains_missing(rows, domains.names)
+        if lacking:
+            tell(f"{table.name} has no example of {lacking}.")
         parts[part] = rows
-    return parts, labels
+    return parts, labels, domains.names if domains is not None else ()
 
 
 def _unlabelled(table: Table, columns: Columns) -> bool:
@@ -107,12 +119,21 @@ def _regression(rows: Rows, table: Table, columns: Columns, config: DataConfig, 
 
 
 def _absent(rows: Rows, names: tuple[str, ...]) -> str:
-    present = set(rows.labels)
+    return _missing("class", rows.labels, names)
+
+
+def _domains_missing(rows: Rows, names: tuple[str, ...]) -> str:
+    return "" if rows.domains is None else _missing("domain", rows.domains, names)
+
+
+def _missing(what: str, ids: list[int], names: tuple[str, ...]) -> str:
+    present = set(ids)
     absent = [repr(name) for i, name in enumerate(names) if i not in present]
     if not absent:
         return ""
     more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-    return ("the class " if len(absent) == 1 else "the classes ") + ", ".join(absent[:5]) + more
+    several = {"class": "classes"}.get(what, f"{what}s")
+    return f"the {what if len(absent) == 1 else several} " + ", ".join(absent[:5]) + more
 
 
 def _separate(parts: dict[str, Rows], tables: dict[str, Table], tell) -> None:
@@ -164,9 +185,9 @@ def _cut(
         return _blocks(train, task, config, samples, found.block), {part: parts[part] for part in HELD_OUT}
 
     ids = np.zeros(len(train), int) if task.kind == "regression" else np.array(train.labels)
-    pool = Pool(ids, task.num_labels, config.split_seed)
-    present = int((pool.counts > 0).sum())
-    sizes, sample_size = fit(len(train), present, wanted, config.train_size, samples)
+    pool = Pool(ids, task.num_labels, config.split_seed, None if train.domains is None else np.array(train.domains))
+    present = int((pool.counts.sum(0) > 0).sum())
+    sizes, sample_size = fit(len(train), int((pool.counts > 0).sum()), wanted, config.train_size, samples)
     # a class with a single row is of more use in training than in a test
     cuts = {part: train.take(pool.cut(size, leave=1)) for part, size in sizes.items()}
     train_rows = [train.take(pool.cut(sample_size)) for _ in range(samples)]
@@ -185,6 +206,9 @@ def _cut(
         absent = _absent(rows, task.label_names)
         if absent and absent != _absent(train, task.label_names):
             tell(f"{name}, cut from {table.name}, has no example of {absent}: there are too few.")
+        lacking = _domains_missing(rows, task.domains)
+        if lacking and lacking != _domains_missing(train, task.domains):
+            tell(f"{name}, cut from {table.name}, has no example of {lacking}: there are too few.")
     return train_rows, {part: cuts[part] if part in cuts else parts[part] for part in HELD_OUT}
 
 
@@ -224,6 +248,8 @@ def _report(found: Found, columns: Columns, task: Task, train, held_out, parts, 
     """One line that says what the run will use."""
     texts = columns.text + (f" + {columns.pair}" if columns.pair else "")
     kind = "regression" if task.kind == "regression" else f"{task.num_labels} classes"
+    if task.domains:
+        kind += f", domain {columns.domain} ({describe(task.domains, train[0].domains)})"
     sizes = [f"train {len(train)} x {len(train[0]):,}"]
     sizes += [f"{p} {len(held_out[p]):,} ({'given' if p in parts else 'cut from train'})" for p in reversed(HELD_OUT)]
     tell(f"Data ({found.source}): text {texts}, label {columns.label}, {kind}; {', '.join(sizes)}.")
@@ -235,7 +261,8 @@ def _rows(count: int) -> str:
 
 def _dataset(rows: Rows, task: Task, seed: tuple[int, int]) -> Dataset:
     rows = rows.take(np.random.default_rng(seed).permutation(len(rows)))
-    columns = {"text": rows.texts, "pair": rows.pairs, "label": rows.labels}
+    columns = {"text": rows.texts, "pair": rows.pairs, "label": rows.labels, "domain": rows.domains}
     types = {"text": "string", "pair": "string", "label": "float64" if task.kind == "regression" else "int64"}
+    types["domain"] = "int64"
     columns = {name: values for name, values in columns.items() if values is not None}
     return Dataset.from_dict(columns, features=Features({name: Value(types[name]) for name in columns}))
