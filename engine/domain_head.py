@@ -12,7 +12,10 @@ classifier is taught the domains of other examples of the batch (engine.methods.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,6 +25,7 @@ class DomainHead(nn.Module):
     def __init__(self, width: int, domains: int, reversal: bool, seed: int):
         super().__init__()
         self.reversal = reversal
+        self.register_buffer("progress", torch.zeros(()))  # 0 to 1: the part of the training that is behind it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Parameter(torch.randn(domains, width) * 0.02)
@@ -35,13 +39,20 @@ class DomainHead(nn.Module):
         """d [B, domains]."""
         f = self.feature(h, domains)
         if self.reversal:
-            f = 2 * f.detach() - f  # the value of f, minus its gradient
+            with torch.no_grad():  # an example that is taken for another domain already is left alone
+                lost = F.cross_entropy(self._classify(f), domains, reduction="none") > math.log(len(self.embedding))
+            strength = (~lost[:, None]).to(f.dtype)
+            if self.progress >= 0: strength = strength * (2 / (1 + torch.exp(-10 * self.progress)) - 1).to(f.dtype)
+            f = (1 + strength) * f.detach() - strength * f  # the value of f, minus `strength` times its gradient
+        return self._classify(f)
+
+    def _classify(self, f: Tensor) -> Tensor:
         return self.out(torch.tanh(self.hidden(f)))
 
     @torch.no_grad()
-    def average_into(self, domain: int, others: list[int]) -> None:
-        """Give a domain that was not trained on the mean of the others' embeddings."""
-        self.embedding[domain] = self.embedding[others].mean(0)
+    def average_into(self, unseen: list[int], seen: list[int]) -> None:
+        """Give domains that were not trained on the mean of the others' embeddings."""
+        self.embedding[unseen] = self.embedding[seen].mean(0)
 
 
 class DomainProjection(nn.Module):

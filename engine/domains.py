@@ -30,21 +30,25 @@ class DomainPlan:
             return splits
         return replace(splits, train=[_part(train, self.target, self.fraction) for train in splits.train])
 
-    def student(self, splits: Splits) -> Splits:
-        return splits if self.target is None else _only(splits, {self.target})
+    @property
+    def everything(self) -> frozenset[int]:
+        return frozenset(range(len(self.names)))
 
-    def of_teacher(self, source: ModelSource, splits: Splits) -> Splits:
-        """What the teacher of `source` learns from and is chosen on."""
-        domains = self.domains_of(source)
-        return splits if domains == set(range(len(self.names))) else _only(splits, domains)
+    @property
+    def student(self) -> frozenset[int]:
+        """The domains that the student learns from and is measured on."""
+        return self.everything if self.target is None else frozenset([self.target])
 
-    def domains_of(self, source: ModelSource) -> set[int]:
-        everything = set(range(len(self.names)))
+    def of_teacher(self, source: ModelSource) -> frozenset[int]:
+        """The domains that the teacher of `source` learns from and is chosen on."""
         if source.domain is not None:
-            return {source.domain}
-        if self.target is None or self.teachers == "all":
-            return everything
-        return {self.target} if self.teachers == "target" else everything - {self.target}
+            return frozenset([source.domain])
+        chosen = {"all": self.everything, "target": self.student, "others": self.everything - self.student}
+        return chosen[self.teachers]
+
+    def only(self, splits: Splits, domains: frozenset[int]) -> Splits:
+        """The examples of these domains. Raises UserError where a split has none."""
+        return splits if domains == self.everything else _only(splits, domains)
 
     def sources(self, teachers: list[ModelSource]) -> list[ModelSource]:
         """With --teacher-domains each, every teacher once a domain, named after it."""
@@ -110,25 +114,21 @@ def _refuse_several(config: Config, task: Task, target: int | None) -> None:
         raise UserError("--prepare-method multitask has no head for a domain that it never saw; use --teacher-domains all.")
 
 
-def _only(splits: Splits, domains: set[int]) -> Splits:
+def _only(splits: Splits, domains: frozenset[int]) -> Splits:
     def pick(dataset: Dataset) -> Dataset:
         return dataset.select(np.flatnonzero(np.isin(dataset["domain"][:], list(domains))))
 
     parts = {name: pick(getattr(splits, name)) for name in ("quiz", "validation", "test")}
     for name, part in parts.items():
         if not len(part):
-            raise UserError(f"The {name} set has no example of --target-domain {', '.join(_names(splits, domains))}; give more "
-                            f"rows, or a larger --{name}-size.")  # fmt: skip
+            shown = ", ".join(splits.task.domains[k] for k in sorted(domains))
+            raise UserError(f"The {name} set has no example of the domain {shown}; give more rows of it.")
     return replace(splits, train=[pick(train) for train in splits.train], **parts)
 
 
 def _plain(name: str) -> str:
     """Fit for a file."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-
-
-def _names(splits: Splits, domains: set[int]) -> list[str]:
-    return [splits.task.domains[k] for k in sorted(domains)]
 
 
 def _part(train: Dataset, target: int, fraction: float) -> Dataset:

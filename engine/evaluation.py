@@ -59,6 +59,13 @@ def score(logits: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
     return {name: round(float(value.nan_to_num(0.0)), 6) for name, value in metrics.items()}
 
 
+def by_domain(logits: Tensor, split: EncodedSplit, task: Task) -> dict[str, dict[str, float]]:
+    """`score` of the examples of each domain that `split` has any of."""
+    domains = split.columns["domain"]
+    rows = {name: domains == k for k, name in enumerate(task.domains)}
+    return {name: score(logits[own], split.labels[own], task) for name, own in rows.items() if own.any()}
+
+
 def primary(task: Task) -> str:
     """The metric a student is chosen by; higher is better."""
     return "pearson" if task.kind == "regression" else "accuracy"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import choices, kernels, native, report, teacher_params
+from engine import choices, domains, kernels, matching, native, report, teacher_params
 from engine.allocator import keep_freed_memory
 from engine.answers import Answers, answers_of
 from engine.compiling import CompiledLayers
@@ -22,7 +23,8 @@ from engine.data.batches import QuizBatches, training_rows
 from engine.data.encode import EncodedSplits, Encoding
 from engine.data.splits import load_splits
 from engine.errors import UserError
-from engine.evaluation import predict, primary, score
+from engine.evaluation import by_domain, predict, primary, score
+from engine.features import detach
 from engine.hub import Hub
 from engine.interrupts import Interrupts
 from engine.learner import Learner
@@ -31,8 +33,10 @@ from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
 from engine.network import Encoder, Network, describe_attention
+from engine.objectives import Objective
 from engine.output import OutputDirectory, require_directory
-from engine.teachers import Member, Teacher, prepare
+from engine.prototypes import expertise
+from engine.teachers import Member, Teacher, make_ready, prepare, typicality_of
 from engine.trainer import Phase, Plan, Progress, Trainer
 from engine.weights import TeacherWeights
 
@@ -55,6 +59,9 @@ class Job:
         self.task = self.splits.task
         choices.resolve_defaults(config, student_source, teacher_sources)
         choices.settle_source(config, [*teacher_sources, student_source], self.splits.source)
+        self.domains = domains.plan(config, self.task)
+        self.splits = self.domains.scarce(self.splits)
+        teacher_sources = self.domains.sources(teacher_sources)
         if self.device.type == "cpu" and all(s.kind == "embedded" for s in [*teacher_sources, student_source]):
             torch.set_num_threads(1)  # the miniatures' operations are too small to share
         self._announce([*teacher_sources, student_source], hub)
@@ -62,18 +69,17 @@ class Job:
         keep = not config.models.retrain_teachers
         self.teacher_members = [self._member(s, config.run.teacher_seed, encodings, keep) for s in teacher_sources]
         self.student = self._member(student_source, config.run.seed, encodings, True, config.models.student_layers)
+        for member in self.teacher_members:
+            make_ready(config, member, self.task)
         self._compare_sizes()
         texts = sum(map(len, [*self.splits.train, self.splits.quiz, self.splits.validation, self.splits.test]))
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
-        self.encoded = EncodedSplits.of(
-            self.splits,
-            list(encodings.values()),
-            self.cache / "tokens",
-            config.data.length_buckets,
-            config.optim.batch_size,
-        )
+        self._encode(list(encodings.values()))
         student, teachers = self.student.network, [member.network for member in self.teacher_members]
-        self.objective = choices.objective(config, self.task, student, teachers, console.say)
+        self.objective = choices.objective(config, self.task, console.say)
+        self.matching = None
+        if self.objective.feature_loss != "none":
+            self.matching = matching.match(config, student, teachers)
         self.given_weights, self.learned_weights = choices.teacher_weights(config, len(teachers)), None
         if METHODS[config.method.method].teachers == "learning":
             for teacher in teachers:
@@ -86,6 +92,17 @@ class Job:
             self._say_compiled(self.compiled)
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def _encode(self, encodings: list[Encoding]) -> None:
+        """All data that the run reads, by the domains that it is of; `splits` and `encoded` become the student's."""
+        everything, plan, data = self.splits, self.domains, self.config.data
+        self.encoded_by: dict[frozenset[int], EncodedSplits] = {}
+        for domains_of in {plan.everything, plan.student, *(plan.of_teacher(m.source) for m in self.teacher_members)}:
+            splits = plan.only(everything, domains_of)
+            self.encoded_by[domains_of] = EncodedSplits.of(
+                splits, encodings, self.cache / "tokens", data.length_buckets, self.config.optim.batch_size
+            )
+        self.splits, self.encoded = plan.only(everything, plan.student), self.encoded_by[plan.student]
 
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """Prepare the teachers, warm the student up, distil it. Raises Interrupted when a signal stops it."""
@@ -102,18 +119,65 @@ class Job:
                 self.monitor,
                 interrupts,
             )
-            self.teachers = [
-                prepare(config, member, self.encoded, self.objective, self.trainer, self.cache)
-                for member in self.teacher_members
-            ]
+            typical = [self._typicality(member) for member in self.teacher_members if method.method == "metakd"]
+            self.teachers = [self._prepare(member) for member in self.teacher_members]
+            if typical:
+                self.expertise = self._expertise(typical)
+            stages = {"warm up": self._warm_up} if method.student_warmup_epochs else {}
+            stages |= {"features": self._features} if self.matching is not None and method.feature_epochs else {}
+            stages[method.method] = self._distil
+            begun = next((i for i, name in enumerate(stages) if self.trainer.stands_in(name)), 0)
+            for stage in list(stages.values())[begun:]:
+                stage()
+
+    def _prepare(self, member: Member) -> Teacher:
+        plan = self.domains
+        learned = plan.of_teacher(member.source)
+        data = self.encoded_by[learned]
+        teacher = prepare(self.config, member, data, self.objective, self.trainer, self.cache)
+        if self.config.method.prepare_method == "meta" and learned != plan.everything:
+            unseen = plan.everything - learned
+            member.network.module.extras["domain"].average_into(sorted(unseen), sorted(learned))
+        return teacher
+
+    def _typicality(self, member: Member) -> Tensor:
+        """Of the student's training examples, in the encoder that the teacher starts from."""
+        member.network.module.to(self.device)
+        everything = self.encoded_by[self.domains.everything]
+        return typicality_of(self.config, member.network, self.encoded, 0, self.trainer, self.cache, everything)
+
+    def _expertise(self, typical: list[Tensor]) -> Tensor:
+        """What each of the student's training examples counts: the mean of the teachers' expertise on it."""
+        train, found = self.encoded.train[0], []
+        for t, member in zip(typical, self.teacher_members, strict=True):
+            found.append(expertise(t, predict(member.network, train, self.device), train.labels))
+        return torch.stack(found).mean(0)
+
+    def _warm_up(self) -> None:
+        self._fit("warm up", "finetune", self.config.method.student_warmup_epochs)
+
+    def _features(self) -> None:
+        """The student learns its teachers' inner states alone; by no validation, for its head has learned nothing yet."""
+        objective = replace(self.objective, on_logits=False)
+        method = "metakd" if self.config.method.method == "metakd" else "kd"
+        with self.matching.between(self.student.network, [member.network for member in self.teacher_members]):
+            self._fit("features", method, self.config.method.feature_epochs, objective=objective, chosen=False)
+
+    def _distil(self) -> None:
+        config, method = self.config, self.config.method
+        joint, objective = self.matching is not None and not method.feature_epochs, self.objective
+        teachers = [member.network for member in self.teacher_members]
+        with self.matching.between(self.student.network, teachers) if joint else nullcontext():
             if method.cache_teacher_logits:
-                self.answers = [self._answers(member.network) for member in self.teacher_members]
-            if method.student_warmup_epochs and not self.trainer.stands_in(method.method):
-                self._fit("warm up", "finetune", method.student_warmup_epochs)
-            self._fit(method.method, method.method, config.optim.epochs, config.optim.max_steps)
+                self.answers = [self._answers(teacher) for teacher in teachers]
+            if not joint:
+                objective = replace(objective, feature_loss="none")
+            self._fit(method.method, method.method, config.optim.epochs, config.optim.max_steps, objective)
 
     def close(self, output: OutputDirectory, seconds: float) -> None:
         """Measure every model once on validation and test, export, write the summary, show the table."""
+        for member in self.teacher_members:
+            detach(member.network.module)  # what it learned for its student's sake alone is not exported
         teachers = [self._measure(teacher.member)[0] | _preparation(teacher) for teacher in self.teachers]
         student, logits = self._measure(self.student)
         student["best_step"] = self.trainer.finished[self.config.method.method].best_step
@@ -231,9 +295,14 @@ class Job:
     def _identity(self) -> str:
         """What a checkpoint belongs to: every example and every weight that this run begins with."""
         members = [content_hash(member.network.module) for member in [*self.teacher_members, self.student]]
-        return hashlib.sha256(json.dumps([self.encoded.hashes, members]).encode()).hexdigest()
+        hashes = [self.encoded.hashes, *(self.encoded_by[self.domains.of_teacher(m.source)].hashes for m in self.teacher_members)]
+        return hashlib.sha256(json.dumps([hashes, members]).encode()).hexdigest()
 
-    def _fit(self, phase_name: str, method: str, epochs: int, max_steps: int | None = None) -> None:
+    def _fit(
+        self, phase_name: str, method: str, epochs: int, max_steps: int | None = None, objective: Objective | None = None,
+        chosen: bool = True,
+    ) -> None:  # fmt: skip
+        """One stage of the student; the weights that stay are `chosen` by validation, or else the last."""
         config, train, student = self.config, self.encoded.train[0], self.student.network
         optim, settings = config.optim, config.method
         learning = METHODS[method].teachers == "learning"
@@ -245,14 +314,17 @@ class Job:
         for network in [student, *networks]:
             network.module.to(self.device)  # before its weights are flattened
         learner = Learner.adamw(student, lr=optim.lr, steps=plan.steps, **common)
-        state = State(learner, self.objective, micro_batch=optim.micro_batch_size)
+        objective = objective or self.objective
+        state = State(learner, objective, micro_batch=optim.micro_batch_size)
+        if method == "metakd":
+            train, state.by_example = train.with_columns({"expertise": self.expertise}), "expertise"
         if learning:
             for network in networks:
                 teacher_params.restrict(network.module, settings.teacher_params)
                 if settings.teacher_params != "all":
                     self.console.say(f"Teacher {network.name} {teacher_params.describe(network.module)}.")
             learners = [Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks]
-            state.meta_step = self._meta_step(state.student, networks, learners)
+            state.meta_step = self._meta_step(state.student, networks, learners, objective)
             state.quiz = QuizBatches(
                 self.encoded.quiz.only({student.encoding}),
                 optim.batch_size,
@@ -264,7 +336,7 @@ class Job:
             state.teachers, train = networks, train.with_answers([answers.arrays for answers in self.answers])
             weights = self._teacher_weights()
             state.weights = None if weights is None else weights.module().detach()
-        validation, seed = self.encoded.validation, config.run.seed
+        validation, seed = self.encoded.validation if chosen else None, config.run.seed
         self.trainer.fit(Phase(phase_name, METHODS[method], state, train, validation, plan, optim.batch_size, seed))
 
     def _answers(self, teacher: Network) -> Answers:
@@ -274,7 +346,9 @@ class Job:
         teacher.move("cpu")
         return found
 
-    def _meta_step(self, student: Learner, teachers: list[Network], learners: list[Learner]) -> MetaStep:
+    def _meta_step(
+        self, student: Learner, teachers: list[Network], learners: list[Learner], objective: Objective
+    ) -> MetaStep:
         settings, weights = self.config.method, self._teacher_weights()
         if weights is not None and weights.trainable():
             self.learned_weights = weights
@@ -282,7 +356,7 @@ class Job:
         low_precision = self.config.run.precision == "bf16"
         self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
         return MetaStep.of(
-            student, teachers, learners, weights, self.objective, pilot_lr=settings.pilot_lr,
+            student, teachers, learners, weights, objective, pilot_lr=settings.pilot_lr,
             pilot_optimizer=settings.pilot_optimizer, strategy=settings.meta_grad, checkpointing=settings.checkpointing,
             independent_masks=settings.independent_masks, store=settings.snapshot_store,
             micro_batch_size=self.config.optim.micro_batch_size,
@@ -301,8 +375,10 @@ class Job:
         metrics = {name: score(z, splits[name].labels, self.task) for name, z in logits.items()}
         with teacher_params.merged(network.module):  # adapters are not part of what is exported
             size = network.size()
-        entry = {"name": network.name, "source": member.source.describe(), "parameters": size}
-        return entry | {"metrics": metrics}, logits
+        entry = {"name": network.name, "source": member.source.describe(), "parameters": size, "metrics": metrics}
+        if self.task.domains:
+            entry["by_domain"] = {name: by_domain(z, splits[name], self.task) for name, z in logits.items()}
+        return entry, logits
 
     def _summary(self, teachers: list[dict[str, Any]], student: dict[str, Any], seconds: float) -> dict[str, Any]:
         phases = {f"prepare {t.member.network.name}": t.progress for t in self.teachers if t.origin != "as given"}

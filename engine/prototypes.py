@@ -9,16 +9,22 @@ h_i of domain k and class m, and p_y,i the probability that the prepared teacher
 
 from __future__ import annotations
 
+import hashlib
+import json
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import __version__, checkpoint
 from engine.data.batches import evaluation_batches
 from engine.data.encode import EncodedSplit
+from engine.errors import UserError
 from engine.evaluation import EVALUATION_BATCH
 from engine.features import EXTRAS, InnerStates
+from engine.models import content_hash
 from engine.network import Encoder
 
 
@@ -33,6 +39,26 @@ def mean_states(network: Encoder, split: EncodedSplit, device: torch.device) -> 
             found = h.new_empty(len(split), h.shape[1]) if found is None else found
             found[torch.tensor(rows, device=device)] = h
     return found.cpu()  # sync: before a training
+
+
+def kept_states(network: Encoder, split: EncodedSplit, content: str, device: torch.device, cache: Path) -> Tensor:
+    """`mean_states` of examples that `content` identifies, computed once and kept in `cache`."""
+    settings = {
+        "engine": __version__, "torch": torch.__version__, "device": device.type, "precision": network.precision,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
+        "encoding": network.encoding, "data": content, "model": content_hash(network.module), "batch": EVALUATION_BATCH,
+        "widths": [table.buckets.widths.tolist() for table in split.only({network.encoding}).tables],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache / f"{key}.safetensors"
+    if file.exists():
+        try:
+            return checkpoint.load(file)[0]["states"]
+        except UserError:
+            file.unlink()  # a damaged cache entry costs its computation again, nothing else
+    states = mean_states(network, split, device)
+    checkpoint.save(file, {"states": states}, {})
+    return states
 
 
 def prototypes(states: Tensor, domains: Tensor, labels: Tensor, count: int, classes: int) -> Tensor:

@@ -8,18 +8,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine import __version__, checkpoint
 from engine.config import Config
 from engine.data.encode import EncodedSplits
+from engine.data.splits import Task
+from engine.domain_head import DomainHead, widen
 from engine.errors import UserError
 from engine.evaluation import predict, score
+from engine.features import InnerStates, attach
 from engine.learner import Learner
-from engine.methods import METHODS, State
+from engine.methods import METHODS, Method, State, meta_teacher
 from engine.models import ModelSource, content_hash
-from engine.network import Network
+from engine.network import Encoder
 from engine.objectives import Objective
+from engine.prototypes import kept_states, prototypes, typicality
 from engine.trainer import Phase, Plan, Progress, Trainer
+
+
+META = ("domain_loss", "domain_weight", "prototype_own", "prototype_others")  # settings of a meta-teacher
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Member:
     """A model of the run: where it came from, its network, its tokenizer."""
 
     source: ModelSource
-    network: Network
+    network: Encoder
     tokenizer: object
     trained_head: bool
 
@@ -41,16 +49,28 @@ class Teacher:
     progress: Progress  # of its fine-tuning, `best` its validation metrics
 
 
+def make_ready(config: Config, member: Member, task: Task) -> None:
+    """Give a teacher the heads that --prepare-method trains; raises UserError where it has a trained one already."""
+    how = config.method.prepare_method
+    if how == "finetune" or config.method.method == "finetune":
+        return
+    if member.trained_head:
+        raise UserError(f"--prepare-method {how} trains teachers in its own way, and {member.source.name} has a trained head; "
+                        "give --retrain-teachers, or --prepare-method finetune.")  # fmt: skip
+    if how == "multitask":
+        widen(member.network.module, task.num_labels, list(task.domains), config.run.teacher_seed)
+        member.network.heads = len(task.domains)
+
+
 def prepare(
     config: Config, member: Member, splits: EncodedSplits, objective: Objective, trainer: Trainer, cache: Path
 ) -> Teacher:
-    """Fine-tune `member` in place on its sample, or restore what the same job left in `cache`; a trained head is kept."""
-    source, network, train, validation = (
-        member.source,
-        member.network,
-        splits.train[member.source.sample],
-        splits.validation,
-    )
+    """Train `member` in place on its sample of `splits`, or restore what the same job left in `cache`; a trained head is kept.
+
+    How is --prepare-method's; a meta-teacher keeps its domain head as an extra of its module.
+    """
+    source, network, method = member.source, member.network, config.method
+    train, validation, step = splits.train[source.sample], splits.validation, METHODS["finetune"]
     if member.trained_head:
         network.module.to(trainer.device)
         metrics = score(predict(network, validation, trainer.device), validation.labels, trainer.task)
@@ -59,6 +79,13 @@ def prepare(
         )
         return Teacher(member, "as given", Progress(best=metrics))
     optim, seed = config.optim, config.run.teacher_seed
+    if method.prepare_method == "meta":
+        network.module.to(trainer.device)
+        train = train.with_columns({"typicality": typicality_of(config, network, splits, source.sample, trainer, cache)})
+        head = DomainHead(network.module.config.hidden_size, len(trainer.task.domains),
+                          method.domain_loss == "reversal", seed)  # fmt: skip
+        attach(network.module, "domain", head.to(trainer.device))
+        step = Method(meta_teacher.step(method.domain_weight, method.domain_loss == "shuffled"), "none")
     plan = Plan(-(-len(train) // optim.batch_size), optim.prepare_epochs)
     settings = {
         "engine": __version__, "torch": torch.__version__, "device": trainer.device.type, "seed": seed,
@@ -77,6 +104,8 @@ def prepare(
         settings["compile"] = True
     if optim.micro_batch_size is not None:  # sums in another order, other dropout masks
         settings["micro_batch_size"] = optim.micro_batch_size
+    if method.prepare_method != "finetune":
+        settings["method"] = {name: getattr(method, name) for name in ("prepare_method", *META)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     file = cache / "teachers" / f"{key}.safetensors"
     phase_name = f"prepare {source.name}"
@@ -91,11 +120,33 @@ def prepare(
         weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm, optimizer=optim.optimizer,
     )  # fmt: skip
     state = State(learner, objective, micro_batch=optim.micro_batch_size)
-    phase = Phase(phase_name, METHODS["finetune"], state, train, validation, plan, optim.batch_size, seed)
-    progress = trainer.fit(phase)
+    phase = Phase(phase_name, step, state, train, validation, plan, optim.batch_size, seed)
+    giving = InnerStates(domain="logits") if method.prepare_method == "meta" else InnerStates()
+    with network.giving(giving):
+        progress = trainer.fit(phase)
     network.flat.release_gradients()  # it may be frozen from here on
     checkpoint.save(file, checkpoint.module_tensors(network.module), {"progress": asdict(progress)})
     return Teacher(member, "fine-tuned", progress)
+
+
+def typicality_of(
+    config: Config, network: Encoder, splits: EncodedSplits, sample: int, trainer: Trainer, cache: Path,
+    reference: EncodedSplits | None = None,
+) -> Tensor:  # fmt: skip
+    """How typical each example of a training sample is [n], by the prototypes of the same sample of `reference` (default:
+    `splits`), in the encoder as it is now."""
+    method, count = config.method, len(trainer.task.domains)
+    others = method.prototype_others
+    if others is None:
+        others = (1 - method.prototype_own) / (count - 1)
+
+    def known(splits: EncodedSplits) -> tuple[Tensor, Tensor, Tensor]:
+        train = splits.train[sample]
+        states = kept_states(network, train, splits.hashes[sample], trainer.device, cache / "states")
+        return states, train.columns["domain"], train.labels
+
+    p = prototypes(*known(reference or splits), count, trainer.task.num_labels)
+    return typicality(*known(splits), p, method.prototype_own, others)
 
 
 def _reuse(file: Path, network: Network) -> Progress | None:

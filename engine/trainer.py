@@ -59,7 +59,7 @@ class Phase:
     method: Method
     state: State
     train: EncodedSplit
-    validation: EncodedSplit
+    validation: EncodedSplit | None  # None: nothing is chosen by it, the last weights stay
     plan: Plan
     batch_size: int
     seed: int
@@ -154,8 +154,9 @@ class Trainer:
                     phase.state.advance(len(batches))
                     self._count(run, batches, values)
                     finished, taken = progress.step == plan.steps, len(batches)
-                    validate = finished or run.crossed(self.config.eval_steps or plan.batches, taken)
-                    log = validate or run.crossed(self.config.log_steps, taken)
+                    ended = finished or run.crossed(self.config.eval_steps or plan.batches, taken)
+                    validate = ended and phase.validation is not None
+                    log = ended or run.crossed(self.config.log_steps, taken)
                     if log:
                         self._read(run)
                     progress.seconds += time.monotonic() - started
@@ -174,7 +175,8 @@ class Trainer:
             self.interrupts.deferring = False
         if self.interrupts.requested:  # also one that came after the last look
             raise Interrupted(self.interrupts.requested, saved=True)
-        checkpoint.restore_module(phase.state.student.network.module, run.best)
+        if phase.validation is not None:
+            checkpoint.restore_module(phase.state.student.network.module, run.best)
         self.finished[phase.name] = progress
         return progress
 

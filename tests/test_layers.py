@@ -28,7 +28,7 @@ LAYERS = [
         "embedded",
     },
     {"native", "native_build", "native_reference", "flat", "encoder_layers", "precision", "compiling"}
-    | {"tape", "checkpointing", "weights", "features"},
+    | {"tape", "checkpointing", "weights", "features", "domain_head"},
     {"kernels"},
     {"data"},
     {"network", "time_machine", "optim", "models", "teacher_params"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"methods", "__init__"},  # the package itself names the public classes
     {"cuda_graph"},
     {"trainer"},
+    {"prototypes", "domains", "matching"},
     {"teachers", "report", "answers"},
     {"choices"},
     {"job"},

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.methods import finetune, kd, metadistil
+from engine.methods import finetune, kd, metadistil, metakd
 from engine.methods.state import State
 
 Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  # state, batches, quiz batches
@@ -30,6 +30,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "finetune": Method(finetune.step, "none"),
     "kd": Method(kd.step, "frozen"),
+    "metakd": Method(metakd.step, "frozen"),
     "metadistil": Method(metadistil.step, "learning"),
 }
 

@@ -22,7 +22,8 @@ def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) 
         for batch, objective in state.parts(whole):
             taught = [Outputs(*given) for given in batch.answers] or [_evaluate(t, batch) for t in state.teachers]
             outputs, lookups = student.forward(batch)
-            loss, slopes = objective.slopes(outputs, taught, batch.labels, state.weights)
+            by_example = None if state.by_example is None else batch.columns[state.by_example]
+            loss, slopes = objective.slopes(outputs, taught, batch.labels, state.weights, by_example)
             student.backward(outputs.given(), slopes, lookups)
             losses.append(loss)
         student.update()

@@ -23,6 +23,7 @@ class State:
     objective: Objective
     teachers: Sequence[Network] = ()
     weights: Tensor | None = None
+    by_example: str | None = None  # the batches' column that weighs examples in the features' part of the loss
     meta_step: MetaStep | None = None
     quiz: Callable[[int], list[Batch]] | None = None  # round -> quiz batches, a pure function of the round
     round: int = 0
