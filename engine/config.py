@@ -83,7 +83,7 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """method"""
 
-    method: Literal["metadistil", "kd", "finetune"] = option("metadistil", "how the student is trained")
+    method: Literal["metadistil", "kd", "finetune", "reptile"] = option("metadistil", "how the student is trained")
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
     temperature: float = option(5.0, "softmax temperature T of both sides of the soft loss", 1e-3)
     alpha: float = option(0.5, "weight of the soft loss; the hard loss has 1 - alpha", 0.0, 1.0)
@@ -114,6 +114,9 @@ class MethodConfig(_Section):
     pilot_optimizer: Literal["sgd", "adamw"] = option(
         "sgd", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer"
     )
+    layer_map: Literal["first", "skip", "last", "both"] = option(
+        "skip", "reptile: which teacher layers the student's layers are compared with: the first ones, evenly spread ones, "
+        "the last ones, or first and last ones together")  # fmt: skip
     pilot_lr: float | None = option(None, "step size of the pilot's step (default: --lr)", 0.0)
     pilot_steps: int = option(1, "pilot batches a round", 1)
     independent_masks: bool = option(
