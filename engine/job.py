@@ -297,8 +297,9 @@ class Job:
         if weights is not None and weights.trainable():
             self.learned_weights = weights
             learners = [*learners, Learner.constant(weights, settings.weights_lr)]
-        low_precision = self.config.run.precision == "bf16"
-        self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
+        if not isinstance(strategy, Reptile):  # which has no forward-mode pass
+            low_precision = self.config.run.precision == "bf16"
+            self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
         return MetaStep.of(
             student, teachers, learners, weights, self.objective, pilot_lr=settings.pilot_lr,
             pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
