@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_helpers import metrics, succeed
+from run_helpers import metrics, sentences, succeed, table
 from test_methods import CLASSES, LR, PILOT_LR, TEACHER_LR, TOLERANCE, WORDS, Adam, distillation, make_batch, read
 from torch import nn
 from transformers import AutoModelForSequenceClassification as Classifier
@@ -299,8 +299,9 @@ def test_models_that_cannot_be_compared():
 
 
 def test_a_run_says_what_is_mapped_and_its_loss_falls(cache, tmp_path, capsys):
-    run = succeed("sst2", tmp_path / "run", method="reptile", train_size=600, epochs=6, prepare_epochs=4, log_steps=10,
-                  batch_size=32, max_length=32)  # fmt: skip
+    data = table(tmp_path / "d.tsv", sentences(500))
+    run = succeed(data, tmp_path / "run", method="reptile", train_size=460, epochs=6, prepare_epochs=4, log_steps=10,
+                  eval_steps=1000)  # fmt: skip
     said = " ".join(capsys.readouterr().out.split())
     assert "Layer map: of distilbert to bert, layers 0 to 1, 1 to 3" in said
     assert "No quiz batches are drawn: the quiz set stays unused." in said
