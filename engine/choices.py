@@ -11,6 +11,7 @@ from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
 from engine.data.splits import Task
 from engine.errors import UserError
+from engine.layer_map import LayerMap, layer_map
 from engine.methods import METHODS
 from engine.models import ModelSource
 from engine.network import Network
@@ -32,6 +33,7 @@ def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
     """
     _refuse_answers(config)
     _refuse_compile(config)
+    _refuse_without_quiz(config)
     device = _device(config.run.device)
     config.run.precision, instead = precision.choose(config.run.precision, device)
     if instead is not None:
@@ -62,6 +64,25 @@ def _refuse_compile(config: Config) -> None:
     if config.run.compile and choice != "none" and METHODS[config.method.method].teachers == "learning":
         raise UserError(f"--compile does not go with --checkpointing {choice}, which runs layers in its own way so that they "
                         "have second derivatives; leave one of the two out.")  # fmt: skip
+
+
+def _refuse_without_quiz(config: Config) -> None:
+    """Raises UserError for settings of a meta-gradient where a method has none."""
+    method = config.method
+    if METHODS[method.method].learn_from != "weights":
+        return
+    allowed = {
+        "meta_grad": (method.meta_grad == "exact", "takes no meta-gradient"),
+        "pilot_optimizer": (method.pilot_optimizer == "sgd", "has a pilot step of its own, a new AdamW's"),
+        "pilot_steps": (method.pilot_steps == 1, "takes one step a batch"),
+        "quiz_batches": (method.quiz_batches == 1, "draws no quiz batches"),
+        "checkpointing": (method.checkpointing in ("none", "student"), "has no backward pass through teachers"),
+        "teacher_params": (not method.teacher_params.startswith("lora"), "moves weights that the student has too"),
+    }
+    for name, (fits, why) in allowed.items():
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(method, name)} does not fit --method {method.method}, which "
+                            f"{why}; leave it out, or use --method metadistil.")  # fmt: skip
 
 
 def _device(given: str) -> torch.device:
@@ -137,7 +158,9 @@ def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objecti
         method.soft_loss = "mse_logits"
     features = method.feature_loss if taught else "none"
     if taught and method.feature_epochs and features == "none":
-        raise UserError(f"--feature-epochs {method.feature_epochs} trains on a feature loss; choose one with --feature-loss.")
+        raise UserError(
+            f"--feature-epochs {method.feature_epochs} trains on a feature loss; choose one with --feature-loss."
+        )
     return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
 
 
@@ -154,13 +177,27 @@ def check_checkpointing(choice: str, student: Network, teachers: Sequence[Networ
             raise UserError(f"--checkpointing {choice} does not fit {network.name}: {e}") from e
 
 
+def layer_maps(config: Config, student: Network, teachers: Sequence[Network]) -> list[LayerMap]:
+    """--layer-map for each teacher, from what of it is trainable now; none where a method compares no weights.
+
+    Raises UserError where two models cannot be compared.
+    """
+    if METHODS[config.method.method].learn_from != "weights":
+        return []
+    return [
+        layer_map(student.module, teacher.module, config.method.layer_map, (student.name, teacher.name),
+                  same_tokens=teacher.encoding == student.encoding)
+        for teacher in teachers
+    ]  # fmt: skip
+
+
 def teacher_weights(config: Config, teachers: int) -> list[float] | str | None:
     """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
     given, method = config.method.teacher_weights, config.method.method
     if given is None:
         return None
     if given == "learned":
-        if METHODS[method].teachers != "learning":
+        if METHODS[method].learn_from != "quiz":
             raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; use "
                             "--method metadistil, or leave it out.")  # fmt: skip
         return given

@@ -83,7 +83,8 @@ class DataConfig(_Section):
         1.0, "part of the training examples of --target-domain that is used, by student and teachers", 1e-6, 1.0
     )
     teacher_domains: Literal["all", "target", "others", "each"] = option(
-        "all", "the domains that teachers are prepared on: all, the target, all but the target, or one teacher for each")
+        "all", "the domains that teachers are prepared on: all, the target, all but the target, or one teacher for each"
+    )
     max_length: int = option(128, "tokens an example is cut to, special tokens included", 4)
     length_buckets: int = option(
         16, "widths at most that batches are padded to, chosen for each tokenizer so that the training set has the fewest "
@@ -94,9 +95,9 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """method"""
 
-    method: Literal["metadistil", "metakd", "kd", "finetune"] = option(
-        "metadistil", "how the student is trained: by teachers that learn to teach it (metadistil), by meta-teachers of "
-        "several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
+    method: Literal["metadistil", "reptile", "metakd", "kd", "finetune"] = option(
+        "metadistil", "how the student is trained: by teachers that learn to teach it (metadistil) or follow it "
+        "(reptile), by meta-teachers of several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
     temperature: float | None = option(
         None, "softmax temperature T of both sides of the soft loss (default: 5; metakd 2)", 1e-3
@@ -124,9 +125,13 @@ class MethodConfig(_Section):
         "reversal", "what makes a meta-teacher's states alike in all domains: a domain classifier whose gradient is reversed, "
         "or one that is taught shuffled domains")  # fmt: skip
     domain_weight: float = option(0.5, "weight of the domain loss of a meta-teacher", 0.0)
-    prototype_own: float = option(0.5, "what nearness to its own domain's prototype counts in how typical an example is", 0.0)
+    prototype_own: float = option(
+        0.5, "what nearness to its own domain's prototype counts in how typical an example is", 0.0
+    )
     prototype_others: float | None = option(
-        None, "what nearness to each other domain's prototype counts (default: (1 - --prototype-own) / number of others)", 0.0
+        None,
+        "what nearness to each other domain's prototype counts (default: (1 - --prototype-own) / number of others)",
+        0.0,
     )
     teacher_weights: str | None = option(
         None,
@@ -145,6 +150,9 @@ class MethodConfig(_Section):
     pilot_optimizer: Literal["sgd", "adamw"] = option(
         "sgd", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer"
     )
+    layer_map: Literal["first", "skip", "last", "both"] = option(
+        "skip", "reptile: which teacher layers the student's layers are compared with: the first ones, evenly spread ones, "
+        "the last ones, or first and last ones together")  # fmt: skip
     pilot_lr: float | None = option(None, "step size of the pilot's step (default: --lr)", 0.0)
     pilot_steps: int = option(1, "pilot batches a round", 1)
     independent_masks: bool = option(

@@ -42,7 +42,8 @@ class DomainHead(nn.Module):
             with torch.no_grad():  # an example that is taken for another domain already is left alone
                 lost = F.cross_entropy(self._classify(f), domains, reduction="none") > math.log(len(self.embedding))
             strength = (~lost[:, None]).to(f.dtype)
-            if self.progress >= 0: strength = strength * (2 / (1 + torch.exp(-10 * self.progress)) - 1).to(f.dtype)
+            if self.progress >= 0:
+                strength = strength * (2 / (1 + torch.exp(-10 * self.progress)) - 1).to(f.dtype)
             f = (1 + strength) * f.detach() - strength * f  # the value of f, minus `strength` times its gradient
         return self._classify(f)
 

@@ -14,6 +14,7 @@ from engine.data.splits import Splits, Task
 from engine.errors import UserError
 from engine.models import ModelSource
 
+
 @dataclass(frozen=True)
 class DomainPlan:
     """Domains by number, in the order of `Task.domains`; None stands for all of them."""
@@ -71,7 +72,9 @@ def plan(config: Config, task: Task) -> DomainPlan:
                             "give one of them, or all.")  # fmt: skip
         target = names.index(data.target_domain)
     elif data.target_fraction < 1:
-        raise UserError(f"--target-fraction {data.target_fraction} is a part of one domain; name it with --target-domain.")
+        raise UserError(
+            f"--target-fraction {data.target_fraction} is a part of one domain; name it with --target-domain."
+        )
     elif data.teacher_domains == "others":
         raise UserError("--teacher-domains others leaves the student's domain out; name it with --target-domain.")
     _refuse_several(config, task, target)
@@ -111,7 +114,9 @@ def _refuse_several(config: Config, task: Task, target: int | None) -> None:
         raise UserError(f"{prepare} learns from several domains, and a teacher{given} has only one; give data with more, "
                         "--teacher-domains all, or --prepare-method finetune.")  # fmt: skip
     if method.prepare_method == "multitask" and data.teacher_domains == "others":
-        raise UserError("--prepare-method multitask has no head for a domain that it never saw; use --teacher-domains all.")
+        raise UserError(
+            "--prepare-method multitask has no head for a domain that it never saw; use --teacher-domains all."
+        )
 
 
 def _only(splits: Splits, domains: frozenset[int]) -> Splits:

@@ -27,15 +27,17 @@ from engine.evaluation import by_domain, predict, primary, score
 from engine.features import detach
 from engine.hub import Hub
 from engine.interrupts import Interrupts
+from engine.layer_map import freeze_unmapped
 from engine.learner import Learner
 from engine.meta_step import MetaStep
-from engine.methods import METHODS, State
+from engine.methods import METHODS, Method, State
 from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.monitor import Monitor
 from engine.network import Encoder, Network, describe_attention
 from engine.objectives import Objective
 from engine.output import OutputDirectory, require_directory
 from engine.prototypes import expertise
+from engine.reptile import Reptile
 from engine.teachers import Member, Teacher, make_ready, prepare, typicality_of
 from engine.trainer import Phase, Plan, Progress, Trainer
 from engine.weights import TeacherWeights
@@ -85,6 +87,7 @@ class Job:
             for teacher in teachers:
                 teacher_params.check(teacher.module, config.method.teacher_params)
             choices.check_checkpointing(config.method.checkpointing, student, teachers)
+            choices.layer_maps(config, student, teachers)
         native.prepare(console.say)  # last: it may compile for some seconds
         if self.teacher_members and self.objective.soft_loss == "kl":
             self._say_kernels()
@@ -295,7 +298,10 @@ class Job:
     def _identity(self) -> str:
         """What a checkpoint belongs to: every example and every weight that this run begins with."""
         members = [content_hash(member.network.module) for member in [*self.teacher_members, self.student]]
-        hashes = [self.encoded.hashes, *(self.encoded_by[self.domains.of_teacher(m.source)].hashes for m in self.teacher_members)]
+        hashes = [
+            self.encoded.hashes,
+            *(self.encoded_by[self.domains.of_teacher(m.source)].hashes for m in self.teacher_members),
+        ]
         return hashlib.sha256(json.dumps([hashes, members]).encode()).hexdigest()
 
     def _fit(
@@ -323,15 +329,17 @@ class Job:
                 teacher_params.restrict(network.module, settings.teacher_params)
                 if settings.teacher_params != "all":
                     self.console.say(f"Teacher {network.name} {teacher_params.describe(network.module)}.")
+            strategy = self._strategy(METHODS[method], networks)
             learners = [Learner.adamw(n, lr=optim.teacher_lr, steps=plan.rounds, **common) for n in networks]
-            state.meta_step = self._meta_step(state.student, networks, learners, objective)
-            state.quiz = QuizBatches(
-                self.encoded.quiz.only({student.encoding}),
-                optim.batch_size,
-                settings.quiz_batches,
-                config.run.seed,
-                self.device,
-            )
+            state.meta_step = self._meta_step(state.student, networks, learners, strategy, objective)
+            if METHODS[method].learn_from == "quiz":
+                state.quiz = QuizBatches(
+                    self.encoded.quiz.only({student.encoding}),
+                    optim.batch_size,
+                    settings.quiz_batches,
+                    config.run.seed,
+                    self.device,
+                )
         elif METHODS[method].teachers == "frozen":
             state.teachers, train = networks, train.with_answers([answers.arrays for answers in self.answers])
             weights = self._teacher_weights()
@@ -346,18 +354,35 @@ class Job:
         teacher.move("cpu")
         return found
 
+    def _strategy(self, method: Method, teachers: list[Network]) -> str | Reptile:
+        """What moves the teachers. Weights that no layer map names are frozen: before learners are made."""
+        if method.learn_from == "quiz":
+            return self.config.method.meta_grad
+        maps = choices.layer_maps(self.config, self.student.network, teachers)
+        for teacher, found in zip(teachers, maps, strict=True):
+            self.console.say(found.describe())
+            freeze_unmapped(teacher.module, found)
+        self.console.say("No quiz batches are drawn: the quiz set stays unused.")
+        return Reptile([found.sources for found in maps])
+
     def _meta_step(
-        self, student: Learner, teachers: list[Network], learners: list[Learner], objective: Objective
+        self,
+        student: Learner,
+        teachers: list[Network],
+        learners: list[Learner],
+        strategy: str | Reptile,
+        objective: Objective,
     ) -> MetaStep:
         settings, weights = self.config.method, self._teacher_weights()
         if weights is not None and weights.trainable():
             self.learned_weights = weights
             learners = [*learners, Learner.constant(weights, settings.weights_lr)]
-        low_precision = self.config.run.precision == "bf16"
-        self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
+        if not isinstance(strategy, Reptile):  # which has no forward-mode pass
+            low_precision = self.config.run.precision == "bf16"
+            self.console.say(f"Attention: {describe_attention(self.device, low_precision)}.")
         return MetaStep.of(
             student, teachers, learners, weights, objective, pilot_lr=settings.pilot_lr,
-            pilot_optimizer=settings.pilot_optimizer, strategy=settings.meta_grad, checkpointing=settings.checkpointing,
+            pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
             independent_masks=settings.independent_masks, store=settings.snapshot_store,
             micro_batch_size=self.config.optim.micro_batch_size,
         )  # fmt: skip

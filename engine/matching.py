@@ -102,7 +102,9 @@ def _check_alike(teachers: Sequence[Network]) -> None:
 
 def _check_run(config: Config) -> None:
     if config.run.compile:
-        raise UserError("--compile hides the attention scores that --feature-loss tinybert compares; leave one of them out.")
+        raise UserError(
+            "--compile hides the attention scores that --feature-loss tinybert compares; leave one of them out."
+        )
     if config.method.checkpointing != "none" and config.method.method == "metadistil":
         raise UserError(f"--checkpointing {config.method.checkpointing} lets go of the attention scores that --feature-loss "
                         "tinybert compares; leave one of them out.")  # fmt: skip

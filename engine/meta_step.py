@@ -21,7 +21,8 @@ from engine.learner import Learner
 from engine.metagrad import STRATEGIES, Kept, Meta, Problem
 from engine.network import Network
 from engine.objectives import Objective
-from engine.pilot import SGD, AdamW
+from engine.pilot import SGD, AdamW, FirstAdamW, Pilot
+from engine.reptile import Reptile
 from engine.time_machine import Store, TimeMachine
 from engine.weights import TeacherWeights
 
@@ -41,7 +42,8 @@ class MetaStep:
     max_grad_norm      clips the student's and every teacher's gradient to this norm before their steps; None leaves it
     pilot_lr, pilot_optimizer
                        the pilot's step: "sgd", or "adamw" from the moments of `student_optimizer`
-    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.metagrad)
+    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.metagrad); or a `Reptile`
+                       (engine.reptile), which needs no quizzes and has a pilot step of its own
     teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
                        meta-gradient at `weights_lr` (AdamW on their logarithms)
     checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
@@ -64,7 +66,7 @@ class MetaStep:
         teacher_optimizers: Sequence[Optimizer] = (),
         pilot_lr: float = 1e-3,
         pilot_optimizer: str = "sgd",
-        strategy: str = "exact",
+        strategy: str | Reptile = "exact",
         teacher_weights: Sequence[float] | str | None = None,
         weights_lr: float = 0.01,
         checkpointing: str = "none",
@@ -99,7 +101,7 @@ class MetaStep:
     @classmethod
     def of(
         cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
-        objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str = "exact",
+        objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str | Reptile = "exact",
         checkpointing: str = "none", independent_masks: bool = False, micro_batch_size: int | None = None,
         store: Store = "device",
     ) -> MetaStep:  # fmt: skip
@@ -113,12 +115,14 @@ class MetaStep:
 
     def _set_up(
         self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
-        objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str, checkpointing: str,
+        objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str | Reptile, checkpointing: str,
         independent_masks: bool, micro_batch_size: int | None, store: Store,
     ) -> None:  # fmt: skip
         if not teachers:
             raise ValueError("a meta-step needs at least one teacher; got none.")
-        _choice("strategy", strategy, STRATEGIES)
+        self.quizzed = not isinstance(strategy, Reptile)
+        if self.quizzed:
+            _choice("strategy", strategy, STRATEGIES)
         _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
         if checkpointing in REFUSED:
             raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
@@ -128,18 +132,24 @@ class MetaStep:
         self.learner = student if isinstance(student, Learner) else None
         self.learners, self.independent_masks = list(learners), independent_masks
         network = student.network if isinstance(student, Learner) else student
-        if pilot_optimizer == "adamw":
-            if self.learner is None:
-                raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
-            pilot = AdamW(pilot_lr, network.flat, self.learner.optimizer)
-        else:
-            pilot = SGD(pilot_lr)
-        keep = strategy in ("exact", "first_order", "finite_difference") and not independent_masks
+        pilot = self._pilot("first" if isinstance(strategy, Reptile) else pilot_optimizer, pilot_lr, network)
+        keep = strategy != "double_backward" and not independent_masks
         self.problem = Problem(
             network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
             keep and self.learner is not None, micro_batch=micro_batch_size,
         )  # fmt: skip
-        self.strategy = STRATEGIES[strategy]
+        self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
+        if isinstance(strategy, Reptile):
+            strategy.check(self.problem)
+
+    def _pilot(self, kind: str, lr: float, network: Network) -> Pilot:
+        if kind == "sgd":
+            return SGD(lr)
+        if self.learner is None:
+            raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
+        if kind == "adamw":
+            return AdamW(lr, network.flat, self.learner.optimizer)
+        return FirstAdamW(lr, network.flat, self.learner.optimizer, self.learner.max_grad_norm)
 
     @property
     def weights(self) -> Tensor | None:
@@ -150,12 +160,13 @@ class MetaStep:
     def __call__(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
         """Pilot, quiz, a step of every teacher, and the student's real steps; device scalars `loss`, `pilot_loss`, `quiz_loss`.
 
-        The student is put in train mode, the teachers in eval mode, with gradient.
+        The student is put in train mode, the teachers in eval mode, with gradient. Where there is no quiz (`Reptile`),
+        `quizzes` may be empty, and there is no `quiz_loss`.
         """
         taught = {id(learner.network) for learner in self.learners}
         if self.learner is None or not all(id(teacher) in taught for teacher in self.problem.teachers):
             raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
-        batches, quizzes = _batches(batches), _batches(quizzes)
+        batches, quizzes = _batches(batches), _batches(quizzes) if self.quizzed else []
         learners = [self.learner, *self.learners]
         for learner in learners:  # whatever a training before it left there is none of this step's
             learner.network.flat.clear_gradients()
@@ -168,12 +179,11 @@ class MetaStep:
         for learner in self.learners:
             learner.update()
         real = [self._real(batch, meta, j) for j, batch in enumerate(batches)]
-        return {"loss": torch.stack(real).mean(), "pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+        return {"loss": torch.stack(real).mean(), **_losses(meta)}
 
     def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
         """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
-        meta = self._meta(_batches(batches), _batches(quizzes))
-        return {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+        return _losses(self._meta(_batches(batches), _batches(quizzes) if self.quizzed else []))
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
         self.problem.student.module.train()
@@ -207,6 +217,11 @@ def _resumed(network: Network, kept: Kept):
         for buffer, value in zip(network.module.buffers(), kept.buffers, strict=True):
             buffer.data.copy_(value)
     return kept.outputs, kept.lookups
+
+
+def _losses(meta: Meta) -> dict[str, Tensor]:
+    found = {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+    return {name: loss for name, loss in found.items() if loss is not None}
 
 
 def _network(given: nn.Module | Network, name: str) -> Network:

@@ -63,6 +63,7 @@ class Problem:
     keep: bool = False  # whether the graph of a single pilot's forward is kept for the real step
     taped: bool = True  # until the student was seen to draw random numbers that a tape does not record
     micro_batch: int | None = None  # examples that go through the models at once
+    own: Objective | None = None  # the loss of a teacher itself, of which the student is the teacher; none by default
 
     def parts(self, batch: Batch) -> list[Part]:
         return parts(batch, self.objective, self.micro_batch)
@@ -80,7 +81,7 @@ class Meta(NamedTuple):
     """Detached device scalars, the random state before each pilot's forward, and the pilot's graph where it was kept."""
 
     pilot_loss: Tensor
-    quiz_loss: Tensor
+    quiz_loss: Tensor | None  # None where there is no quiz (engine.reptile)
     masks: list[list[RandomState]]  # of each batch, of each of its parts
     kept: Kept | None = None
 
@@ -145,7 +146,7 @@ def _walk_back(
         for j, batch in enumerate(batches):
             gradient, pieces = None, []
             for part in batch:
-                piece, outputs, g = _pilot(problem, part, single, tape)
+                piece, outputs, g = pilot_pass(problem, part, single, tape)
                 gradient = g if gradient is None else gradient.plus(g)
                 names = None if only is None else only(student, outputs)
                 pieces.append(piece)
@@ -170,7 +171,7 @@ def _walk_back(
 
 
 @dataclass
-class _Piece:
+class Piece:
     """What the way back needs of the pilot's pass over one part of a batch."""
 
     part: Part
@@ -181,11 +182,14 @@ class _Piece:
     kept: Kept | None = None
 
 
-def _pilot(problem: Problem, part: Part, single: bool, tape: Tape | None) -> tuple[_Piece, Outputs, Vector]:
+def pilot_pass(
+    problem: Problem, part: Part, single: bool, tape: Tape | None = None, frozen: bool = False
+) -> tuple[Piece, Outputs, Vector]:
     """Loss and gradient of the student at its present weights. In a `single` pass of a round the graph of the teachers is
-    kept for their backward; otherwise it is recomputed, so that activation memory grows neither with M nor with parts."""
+    kept for their backward, unless they are `frozen`; otherwise it is recomputed, so that activation memory grows neither
+    with M nor with parts."""
     student, keep = problem.student, problem.keep and single
-    with torch.set_grad_enabled(single):
+    with torch.set_grad_enabled(single and not frozen):
         taught = _teach(problem, part.batch)
     masks = RandomState(devices(student))
     recording = nullcontext() if tape is None else tape.recording()
@@ -195,10 +199,14 @@ def _pilot(problem: Problem, part: Part, single: bool, tape: Tape | None) -> tup
     loss, slopes = part.objective.slopes(outputs, taught.outputs, part.batch.labels, taught.weights)
     gradient = student.flat.gradients_of(outputs.given(), slopes, student.leaves(), lookups, retain_graph=keep)
     answers = [o.detached() for o in taught.outputs]
-    return _Piece(part, masks, answers, loss, taught if single else None, kept), outputs.detached(), gradient
+    return (
+        Piece(part, masks, answers, loss, taught if single and not frozen else None, kept),
+        outputs.detached(),
+        gradient,
+    )
 
 
-def _to_each(problem: Problem, piece: _Piece, outputs: Outputs, tangents: Outputs) -> None:
+def _to_each(problem: Problem, piece: Piece, outputs: Outputs, tangents: Outputs) -> None:
     """The cotangents c = d/do < dl/do_S, J d > into every teacher, and into teacher weights that learn."""
     batch, taught = piece.part.batch, piece.taught or _teach(problem, piece.part.batch)
     piece.taught = None
@@ -213,7 +221,7 @@ def _to_each(problem: Problem, piece: _Piece, outputs: Outputs, tangents: Output
         _accumulate(problem.weights, [taught.weights], [weights], Lookups())
 
 
-def _head(problem: Problem, piece: _Piece) -> Head:
+def _head(problem: Problem, piece: Piece) -> Head:
     objective, labels = piece.part.objective, piece.part.batch.labels
     weights = None if problem.weights is None else problem.weights.module().detach()
     return Head(

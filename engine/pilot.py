@@ -221,3 +221,31 @@ class AdamW:
     def _vector(self, flat: Tensor) -> Vector:
         views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
         return Vector(flat[: self.flat.dense], [views[t.name] for t in self.flat.tables])
+
+
+class FirstAdamW(AdamW):
+    """The first step that a new AdamW with the settings of `optimizer` takes from a gradient clipped to `max_grad_norm`:
+
+        phi' = phi - lr (g / (|g| + eps) + w phi)
+
+    since moments of zero, corrected, are g and g^2. Not differentiated: `pull_back` is none of its.
+    """
+
+    def __init__(self, lr: float, flat: FlatParameters, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
+        super().__init__(lr, flat, optimizer)
+        self.max_grad_norm = max_grad_norm
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self._settle()
+
+    @torch.no_grad()
+    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
+        if self.max_grad_norm is not None:
+            gradient = gradient.scaled((self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
+        g = self._whole(gradient)
+        move = (g / (g.abs() + self.eps)).addcmul_(self.decay, self.flat.weights)
+        time_machine.advance(self._vector(move), -self.lr, step)
+
+    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
+        raise NotImplementedError("no meta-gradient goes through AdamW's first step here")

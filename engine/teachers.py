@@ -81,7 +81,9 @@ def prepare(
     optim, seed = config.optim, config.run.teacher_seed
     if method.prepare_method == "meta":
         network.module.to(trainer.device)
-        train = train.with_columns({"typicality": typicality_of(config, network, splits, source.sample, trainer, cache)})
+        train = train.with_columns(
+            {"typicality": typicality_of(config, network, splits, source.sample, trainer, cache)}
+        )
         head = DomainHead(network.module.config.hidden_size, len(trainer.task.domains),
                           method.domain_loss == "reversal", seed)  # fmt: skip
         attach(network.module, "domain", head.to(trainer.device))

@@ -10,11 +10,13 @@ from transformers import (
 
 from engine.batch import Batch
 from engine.cuda_graph import StepGraphs
+from engine.layer_map import freeze_unmapped, layer_map
 from engine.learner import Learner
 from engine.meta_step import MetaStep
 from engine.methods import METHODS, State
 from engine.network import Encoder, Network
 from engine.objectives import Objective
+from engine.reptile import Reptile
 from engine.weights import TeacherWeights
 
 STEPS, WORDS, CLASSES = 20, 50, 3
@@ -66,7 +68,12 @@ class Training:
         self.state = State(student, Objective("kl", 3.0, 0.6))
         if method == "kd":
             self.state.teachers = teachers
-        if method == "metadistil":
+        if METHODS[method].teachers == "learning":
+            if method == "reptile":
+                maps = [layer_map(network.module, t.module, "skip") for t in teachers]
+                for teacher, found in zip(teachers, maps, strict=True):
+                    freeze_unmapped(teacher.module, found)
+                settings["strategy"] = Reptile([found.sources for found in maps])
             learners = [Learner.adamw(t, lr=rate(1e-2), steps=STEPS, **common) for t in teachers]
             module = TeacherWeights.of(weights, 2, network.flat.weights)
             wrapped = None if module is None else Network(module)
@@ -112,6 +119,8 @@ METHODS_AND_SETTINGS = {
     "metadistil first order": ("metadistil", {"strategy": "first_order"}),
     "metadistil double backward": ("metadistil", {"strategy": "double_backward", "independent_masks": True}),
     "metadistil checkpointing": ("metadistil", {"checkpointing": "teachers"}),
+    "reptile": ("reptile", {}),
+    "reptile bf16": ("reptile", {"precision": "bf16"}),
 }
 
 

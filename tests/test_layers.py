@@ -33,7 +33,8 @@ LAYERS = [
     {"data"},
     {"network", "time_machine", "optim", "models", "teacher_params"},
     {"objectives", "pilot", "learner", "evaluation"},
-    {"metagrad", "micro_batches"},
+    {"metagrad", "micro_batches", "layer_map"},
+    {"reptile"},
     {"meta_step"},
     {"methods", "__init__"},  # the package itself names the public classes
     {"cuda_graph"},

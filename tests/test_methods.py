@@ -16,6 +16,7 @@ from engine.metagrad import STRATEGIES
 from engine.methods import METHODS, State
 from engine.network import Encoder, Network
 from engine.objectives import Objective
+from engine.reptile import Reptile
 from engine.weights import TeacherWeights
 
 # Largest difference of a weight. Adam divides by the gradient's own size, so that rounding in a gradient near its
@@ -64,7 +65,9 @@ class Setting:
 
     def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact", weights=None, independent_masks=False):
         student = Encoder("student", Toy(5, seed=0).double(), "words")
-        networks = [Encoder(f"teacher{k}", Toy(6, seed=k + 1, norm=False).double(), "words") for k in range(teachers)]
+        width = 5 if method == "reptile" else 6  # its models are of one width
+        modules = [Toy(width, seed=k + 1, norm=False).double() for k in range(teachers)]
+        networks = [Encoder(f"teacher{k}", module, "words") for k, module in enumerate(modules)]
         for network in (student, *networks):
             network.table_rows = 1  # as if there were thousands of words
         self.batches = [[make_batch(10 * r + j) for j in range(size)] for r in range(rounds)]
@@ -78,16 +81,19 @@ class Setting:
         self.quizzed = []
         if method == "kd":
             self.state.teachers, self.state.weights = networks, module and module().detach()
-        if method == "metadistil":
+        if METHODS[method].teachers == "learning":
             learners = [Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks]
             wrapped = module and Network(module)
             if weights == "learned":
                 learners.append(Learner.constant(wrapped, WEIGHTS_LR))
+            if method == "reptile":
+                strategy = Reptile([{name: [name] for name in network.trainable()} for network in networks])
             self.state.meta_step = MetaStep.of(
                 self.state.student, networks, learners, wrapped, objective, pilot_lr=PILOT_LR, strategy=strategy,
                 independent_masks=independent_masks,
             )  # fmt: skip
-            self.state.quiz = lambda number: self.quizzed.append(number) or quiz(number)
+            if METHODS[method].learn_from == "quiz":
+                self.state.quiz = lambda number: self.quizzed.append(number) or quiz(number)
         self.step = METHODS[method].step
         self.student, self.teachers = student.module, [n.module for n in networks]
         self.copies = copy.deepcopy([student.module, *self.teachers])

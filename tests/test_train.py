@@ -22,6 +22,7 @@ JOBS = {
     "metadistil": {"method": "metadistil"},
     "two samples, pilot of two batches": {"teachers": "bert,bert2", "pilot_steps": 2},
     "double backward": {"meta_grad": "double_backward", "pilot_steps": 2},
+    "reptile": {"method": "reptile", "teachers": "bert,roberta"},
     "warm-up": {"student_warmup_epochs": 1},
     "other losses": {"soft_loss": "mse_prob", "quiz_batches": 2},
     "its own tokenizer": {"teachers": "roberta", "student": "tinybert"},
@@ -69,7 +70,7 @@ def test_three_classes(tmp_path):
     assert config.label2id == {"bad": 0, "fair": 1, "good": 2}
 
 
-@pytest.mark.parametrize("method", ["kd", "metadistil"])
+@pytest.mark.parametrize("method", ["kd", "metadistil", "reptile"])
 def test_regression(method, tmp_path, capsys):
     rows = [(text, round(len(text) / 7, 2)) for text, _ in sentences(120)]
     run = succeed(table(tmp_path / "r.tsv", rows), tmp_path / "run", method=method)

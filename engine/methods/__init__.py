@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.methods import finetune, kd, metadistil, metakd
+from engine.methods import finetune, kd, metadistil, metakd, reptile
 from engine.methods.state import State
 
 Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  # state, batches, quiz batches
@@ -21,17 +21,20 @@ Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  #
 
 @dataclass(frozen=True)
 class Method:
-    """A step, and what it needs of its teachers: none, frozen ones, or ones that learn (and the meta-step's parts)."""
+    """A step, what it needs of its teachers (none, frozen ones, or ones that learn), and of what they learn: a quiz through
+    the meta-gradient, or the student's weights (engine.reptile)."""
 
     step: Step
     teachers: Literal["none", "frozen", "learning"]
+    learn_from: Literal["quiz", "weights"] | None = None
 
 
 METHODS: dict[str, Method] = {
     "finetune": Method(finetune.step, "none"),
     "kd": Method(kd.step, "frozen"),
     "metakd": Method(metakd.step, "frozen"),
-    "metadistil": Method(metadistil.step, "learning"),
+    "metadistil": Method(metadistil.step, "learning", "quiz"),
+    "reptile": Method(reptile.step, "learning", "weights"),
 }
 
 __all__ = ["METHODS", "Method", "State", "Step"]

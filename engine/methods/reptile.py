@@ -1,0 +1,18 @@
+"""ReptileDistil (Ma et al., COLING 2022), with any number of teachers.
+
+A batch: the student takes one AdamW step from the frozen teachers, every teacher takes an AdamW step towards the student's
+moved weights (engine.reptile), the student is rewound and takes its real step on the same batch from the updated teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.methods.state import State
+
+
+def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
+    return state.meta_step(batches, quizzes)
