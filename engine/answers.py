@@ -27,7 +27,7 @@ from engine.data.encode import EncodedSplit
 from engine.errors import UserError
 from engine.evaluation import EVALUATION_BATCH
 from engine.models import content_hash
-from engine.network import Encoder, Outputs
+from engine.network import Encoder
 
 SHOWN = 100  # batches from which on progress is shown
 

@@ -6,7 +6,9 @@ With h [B, H] an example's mean state over its real tokens and k its domain:
     d = W_2 tanh(W_1 f' + b_1) + b_2    the domain classifier's logits [B, domains]
 
 `reversal`: f' = f with its gradient's sign turned (Ganin et al. 2016), so that the classifier learns to tell the domains
-apart and encoder and embeddings learn to keep it from that. `shuffled`, as the published code has it: f' = f, and the
+apart and encoder and embeddings learn to keep it from that. Only for examples that it knows better than by guessing, whose
+cross-entropy is below log(domains): reversed without that bound, the gradient that misleads the classifier outgrows the
+task's, and a teacher of four domains stayed at chance on its task (docs/log.md). `shuffled`, as the published code has it: f' = f, and the
 classifier is taught the domains of other examples of the batch (engine.methods.meta_teacher).
 """
 
@@ -25,7 +27,6 @@ class DomainHead(nn.Module):
     def __init__(self, width: int, domains: int, reversal: bool, seed: int):
         super().__init__()
         self.reversal = reversal
-        self.register_buffer("progress", torch.zeros(()))  # 0 to 1: the part of the training that is behind it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Parameter(torch.randn(domains, width) * 0.02)
@@ -39,12 +40,10 @@ class DomainHead(nn.Module):
         """d [B, domains]."""
         f = self.feature(h, domains)
         if self.reversal:
-            with torch.no_grad():  # an example that is taken for another domain already is left alone
-                lost = F.cross_entropy(self._classify(f), domains, reduction="none") > math.log(len(self.embedding))
-            strength = (~lost[:, None]).to(f.dtype)
-            if self.progress >= 0:
-                strength = strength * (2 / (1 + torch.exp(-10 * self.progress)) - 1).to(f.dtype)
-            f = (1 + strength) * f.detach() - strength * f  # the value of f, minus `strength` times its gradient
+            with torch.no_grad():
+                chance = math.log(len(self.embedding))
+                told = F.cross_entropy(self._classify(f), domains, reduction="none") < chance  # [B]
+            f = torch.where(told[:, None], 2 * f.detach() - f, f.detach())  # the value of f, minus its gradient or none
         return self._classify(f)
 
     def _classify(self, f: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class DomainPlan:
 
 def plan(config: Config, task: Task) -> DomainPlan:
     """The plan of a run's settings; raises UserError where they do not fit each other or the data."""
-    data, method = config.data, config.method
+    data = config.data
     if data.domain_column is None:
         _refuse_without_domains(config)
         return DomainPlan((), None, "all", 1.0)

@@ -26,7 +26,6 @@ from engine.objectives import Objective
 from engine.prototypes import kept_states, prototypes, typicality
 from engine.trainer import Phase, Plan, Progress, Trainer
 
-
 META = ("domain_loss", "domain_weight", "prototype_own", "prototype_others")  # settings of a meta-teacher
 
 
@@ -151,7 +150,7 @@ def typicality_of(
     return typicality(*known(splits), p, method.prototype_own, others)
 
 
-def _reuse(file: Path, network: Network) -> Progress | None:
+def _reuse(file: Path, network: Encoder) -> Progress | None:
     if not file.exists():
         return None
     try:

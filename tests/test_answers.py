@@ -21,8 +21,8 @@ from engine.data.encode import EncodedSplit, Encoding
 from engine.data.splits import content_hash
 from engine.embedded import build, generate
 from engine.errors import UserError
-from engine.features import InnerStates
 from engine.evaluation import EVALUATION_BATCH
+from engine.features import InnerStates
 from engine.learner import Learner
 from engine.methods import METHODS, State
 from engine.network import Encoder, Network

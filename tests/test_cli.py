@@ -22,10 +22,10 @@ def other_value(name: str):
     option, kind = OPTIONS[name]
     if kind is bool:
         return not option.default
-    choices = [c for c in get_args(kind) if isinstance(c, str)]
-    if choices:
+    if type(None) in get_args(kind):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if choices := get_args(kind):
         return next(choice for choice in choices if choice != option.default)
-    kind = next(k for k in get_args(kind) or (kind,) if k is not type(None))
     if kind is str:
         return "0,1" if name == "student_layers" else f"other {name}"
     low, high = option.metadata["minimum"], option.metadata["maximum"]
