@@ -282,6 +282,8 @@ def _row(entry: Any, common: Settings, small: Settings, scale: str, flags: Setti
     settings = {name: str(v) if name in ("teachers", "student", "data") else v for name, v in settings.items()}
     row = Row(entry["name"], settings, _published(entry.get("published"), where), _each(entry.get("each"), where),
               show, entry.get("against"))  # fmt: skip
+    if row.method != "finetune" and not row.teachers:
+        raise UserError(f"{where}: the method {row.method} needs teachers; name at least one.")
     if show is not None and show not in row.teachers:
         raise UserError(f"{where}: show is {show!r}; it must be one of its teachers, {', '.join(row.teachers)}.")
     return row

@@ -123,10 +123,10 @@ def _data(words: list[str], raw: dict[str, Any]) -> tuple[dict[str, str], str | 
     places, everywhere = {}, None
     for word in words:
         name, equals, place = word.partition("=")
-        if equals and re.fullmatch(r"[\w-]+", name):
-            if name not in known:
-                raise UserError(f"--data {word} names no data set of the grid; {alike(name, sorted(known))}.")
+        if equals and name in known:
             places[name] = place
+        elif equals and not Path(word).expanduser().exists():
+            raise UserError(f"--data {word} names no data set of the grid; {alike(name, sorted(known))}.")
         else:
             everywhere = word
     return places, everywhere
@@ -152,12 +152,22 @@ def _chosen(grid: Grid, rows: str | None, values: str | None) -> list[Row]:
     if values is not None:
         wanted = [part.strip() for part in values.split(",")]
         known: Iterable[str] = dict.fromkeys(v for row in kept if row.each for v in row.each[1])
+        if not known:
+            raise UserError("--values is for rows that are run for each of several values, and the grid has none; leave it out.")
         for value in wanted:
             if value not in known:
                 raise UserError(f"--values has {value!r}; {alike(value, known)}.")
-        kept = [replace(row, each=(row.each[0], [v for v in row.each[1] if v in wanted])) if row.each else row for row in kept]
+        kept = [_less(row, wanted) for row in kept]
         kept = [row for row in kept if row.each is None or row.each[1]]
     return kept
+
+
+def _less(row: Row, wanted: list[str]) -> Row:
+    """The row for some of its values; what was published of all of them on average does not compare any more."""
+    if row.each is None or set(row.each[1]) <= set(wanted):
+        return row
+    published = {k: v for k, v in row.published.items() if k in wanted} if isinstance(row.published, dict) else None
+    return replace(row, each=(row.each[0], [v for v in row.each[1] if v in wanted]), published=published or None)
 
 
 def _command(words: Sequence[str], given: argparse.Namespace) -> str:

@@ -110,9 +110,12 @@ def scale_of(found: Result) -> int:
 
 
 def average_published(row: Result) -> float | None:
-    """The published figure of the row as a whole; None where only its values have one."""
+    """The published figure of the row as a whole, which is the mean where every value has one; None where there is none."""
     given = row["published"]
-    return given.get("average") if isinstance(given, dict) else given
+    if not isinstance(given, dict):
+        return given
+    known = [given[value] for value in row["values"] or [] if value in given]
+    return given.get("average", round(fmean(known), 2) if known and len(known) == len(row["values"]) else None)
 
 
 def _line(found: Result, row: Result, values: list[str], published: bool, short: bool) -> list[str]:
