@@ -55,7 +55,10 @@ def test_methods_and_seeds(place, capsys):
     runs = starts(place / "out")
     assert len(runs) == 10 and all(times == ["started"] for times in runs.values())  # both teachers by one run
     lines = (place / "out" / "table.md").read_text().splitlines()
-    assert lines[2] == "| method | teachers -> student | accuracy | parameters | smaller | time | examples/s | peak memory |"
+    assert (
+        lines[2]
+        == "| method | teachers -> student | accuracy | parameters | smaller | time | examples/s | peak memory |"
+    )
     assert lines[4:9] == [
         "| fine-tuned | bert | 90.00 | 300 |  | 7 s |  |  |",
         "| fine-tuned | bert2 | 91.00 | 300 |  | 7 s |  |  |",
@@ -63,7 +66,8 @@ def test_methods_and_seeds(place, capsys):
         "| kd | bert+bert2 -> distilbert | 81.30 ± 0.75 | 100 | 3.00 x | 3 s | 50 | 1.0 GiB |",
         "| metadistil | bert+bert2 -> distilbert | 82.30 ± 0.75 | 100 | 3.00 x | 3 s | 50 | 1.0 GiB |",
     ]
-    assert lines[-2:] == [
+    assert lines[-3:] == ["```bash", "python -m engine.compare " + " ".join(METHODS[:-2]), "```"]
+    assert lines[-6:-4] == [
         "| finetune | distilbert | kd, bert+bert2 -> distilbert | -1.20 ± 0.50 | 3 | yes |",
         "| metadistil | bert+bert2 -> distilbert | kd, bert+bert2 -> distilbert | +1.00 ± 0.00 | 3 | yes |",
     ]
@@ -171,7 +175,9 @@ def test_ctrl_c_hands_on_the_signal_keeps_what_is_there_and_says_how_to_go_on(pl
     assert "81.00" in out
     found = compared(place / "out")
     assert [len(row["cells"]) for row in found["rows"]] == [1, 0, 0] and found["missing"] == 2 and not found["failed"]
-    assert (place / "out" / "plot.png").exists() and "2 runs have not been made yet" in (place / "out" / "table.md").read_text()
+    assert (place / "out" / "plot.png").exists() and "2 runs have not been made yet" in (
+        place / "out" / "table.md"
+    ).read_text()
     assert not (place / "out" / ".lock").exists()
     assert main(words) == 0
     assert starts(place / "out") == {
@@ -187,7 +193,10 @@ def test_a_comparison_without_output_names_its_directory_when_it_is_stopped(plac
     assert main(words) == 130
     thread.join()
     (run,) = (place / "runs").iterdir()
-    assert f"Continue with: python -m engine.compare --config grid.yaml --output runs/{run.name}" in capsys.readouterr().out
+    assert (
+        f"Continue with: python -m engine.compare --config grid.yaml --output runs/{run.name}"
+        in capsys.readouterr().out
+    )
 
 
 def next_run(place: Path) -> Path:
@@ -247,7 +256,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place, capsys, case):
     before = contents(place)
     assert main(["--output", "out", *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error and len(error) < 500, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error and len(error) < 500, (
+        error
+    )
     for part in parts:
         assert part in error, f"{part!r} is not in: {error}"
     assert contents(place) == before
@@ -258,7 +269,9 @@ def test_a_missing_plotting_library_is_known_before_anything_runs(place, capsys,
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(METHODS) == 2
-    assert capsys.readouterr().err == "error: the plot needs matplotlib, which is not installed; pip install matplotlib.\n"
+    assert (
+        capsys.readouterr().err == "error: the plot needs matplotlib, which is not installed; pip install matplotlib.\n"
+    )
     assert not (place / "out").exists()
 
 
@@ -277,12 +290,26 @@ def test_two_methods_two_seeds_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    words = ["--methods", "kd,metadistil", "--seeds", "2", "--source", "embedded", "--max-steps", "4", *sizes, "--output", "out"]
+    words = [
+        "--methods",
+        "kd,metadistil",
+        "--seeds",
+        "2",
+        "--source",
+        "embedded",
+        "--max-steps",
+        "4",
+        *sizes,
+        "--output",
+        "out",
+    ]
     assert main(words) == 0, capsys.readouterr().out
     found = compared(tmp_path / "out")
     assert [len(row["cells"]) for row in found["rows"]] == [1, 2, 2] and found["sources"] == ["embedded"]
     logs = "".join(log.read_text() for log in (tmp_path / "out" / "cells").glob("*.log"))
-    assert logs.count("prepare bert: step") > 0 and logs.count("Teacher bert: reused") == 4  # prepared by the first run only
+    assert (
+        logs.count("prepare bert: step") > 0 and logs.count("Teacher bert: reused") == 4
+    )  # prepared by the first run only
     assert str(tmp_path) not in json.dumps(found)
     assert "EMBEDDED DEMONSTRATION" in (tmp_path / "out" / "table.md").read_text()
     assert main(words) == 0

@@ -110,7 +110,9 @@ def _open(given: str | None) -> OutputDirectory:
     output = OutputDirectory(given, "compare", resume=True)
     others = output.path.exists() and any(entry.name != ".lock" for entry in output.path.iterdir())
     if others and not (output.path / "comparison.json").exists():
-        raise UserError(f"--output {output.path} is in use by something else than a comparison; give another directory.")
+        raise UserError(
+            f"--output {output.path} is in use by something else than a comparison; give another directory."
+        )
     return output
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import cli
-from engine.compare.grid import OURS, Grid, Row, alike, build, find_row, of_methods, parse_seeds, read
+from engine.compare.grid import Grid, Row, alike, find_row
+from engine.compare.grid_file import OURS, build, of_methods, parse_seeds, read
 from engine.errors import UserError
 
 # flags of engine.train that belong to the comparison instead
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
                         "data set's name in the grid stands for; repeatable")  # fmt: skip
     result.add_argument("--rows", help="only these rows, by name, comma-separated")
     result.add_argument("--values", help="only these values of rows that are run for each of several, comma-separated")
-    result.add_argument("--against", help="the row that paired differences are taken to (default: kd with the same student)")
+    result.add_argument(
+        "--against", help="the row that paired differences are taken to (default: kd with the same student)"
+    )
     result.add_argument("--output", help="directory of runs and results (default: runs/<time>-compare)")
     return result
 
@@ -68,7 +71,9 @@ def parse(words: Sequence[str]) -> Options:
         for name in ("methods", "teachers", "student"):
             if getattr(given, name) is not None:
                 instead = "--rows" if name == "methods" else "--model"
-                raise UserError(f"--{name} does not go with --config, whose rows have theirs; use {instead} to change them.")
+                raise UserError(
+                    f"--{name} does not go with --config, whose rows have theirs; use {instead} to change them."
+                )
         raw, source = read(given.config), given.config
     else:
         raw = of_methods(given.methods if given.methods is not None else "finetune,kd,metadistil",
@@ -153,7 +158,9 @@ def _chosen(grid: Grid, rows: str | None, values: str | None) -> list[Row]:
         wanted = [part.strip() for part in values.split(",")]
         known: Iterable[str] = dict.fromkeys(v for row in kept if row.each for v in row.each[1])
         if not known:
-            raise UserError("--values is for rows that are run for each of several values, and the grid has none; leave it out.")
+            raise UserError(
+                "--values is for rows that are run for each of several values, and the grid has none; leave it out."
+            )
         for value in wanted:
             if value not in known:
                 raise UserError(f"--values has {value!r}; {alike(value, known)}.")

@@ -12,16 +12,18 @@ from engine.compare.stats import estimate, paired
 Result = dict[str, Any]
 
 
-def collect(
-    grid: Grid, done: Sequence[tuple[Cell, dict]], failed: Sequence[tuple[Cell, str]], command: str
-) -> Result:
+def collect(grid: Grid, done: Sequence[tuple[Cell, dict]], failed: Sequence[tuple[Cell, str]], command: str) -> Result:
     """Rows with every cell's figures, their means and intervals, and the paired differences. Figures are fractions."""
-    rows = [_row(grid, number, row, [(c, s) for c, s in done if c.row == number]) for number, row in enumerate(grid.rows)]
+    rows = [
+        _row(grid, number, row, [(c, s) for c, s in done if c.row == number]) for number, row in enumerate(grid.rows)
+    ]
     titled = {row.title: found for row, found in zip(grid.rows, rows, strict=True)}
     for row, found in zip(grid.rows, rows, strict=True):
         reference = grid.reference(row)
         if reference is not None and reference.title in titled:
-            difference = paired(_by_seed(row, found, grid.split), _by_seed(reference, titled[reference.title], grid.split))
+            difference = paired(
+                _by_seed(row, found, grid.split), _by_seed(reference, titled[reference.title], grid.split)
+            )
             found["against"] = reference.title
             found["difference"] = difference and difference._asdict()
     machines: list[dict] = []
@@ -30,7 +32,7 @@ def collect(
         if machine not in machines:
             machines.append(machine)
     return {
-        "kind": "comparison", "title": grid.title, "note": grid.note, "split": grid.split, "command": command,
+        "kind": "comparison", "name": grid.name, "title": grid.title, "scale": grid.scale, "note": grid.note, "split": grid.split, "command": command,
         "seeds": grid.seeds, "teacher_seeds": sorted({cell.settings["teacher_seed"] for cell in grid.cells()}),
         "models": {name: _shown(place, layers) for name, (place, layers) in grid.places.items()},
         "metrics": list(dict.fromkeys(s["metric"] for _, s in done)),
@@ -57,7 +59,9 @@ def _row(grid: Grid, number: int, row: Row, done: list[tuple[Cell, dict]]) -> Re
         "cells": cells,
     }  # fmt: skip
     if row.each:
-        columns = {value: estimate([c["figures"][grid.split] for c in cells if c["value"] == value]) for value in row.values}
+        columns = {
+            value: estimate([c["figures"][grid.split] for c in cells if c["value"] == value]) for value in row.values
+        }
         found["columns"] = {value: known and known._asdict() for value, known in columns.items()}
     over_all = estimate(list(_by_seed(row, found, grid.split).values()))
     return found | {"all": over_all and over_all._asdict()}

@@ -29,14 +29,19 @@ def console_tables(found: Result) -> list[dict[str, Any]]:
 
 
 def markdown(found: Result) -> str:
-    """Both tables with what has to be known to read them."""
-    parts = [f"## {found['title']}", "", *_markdown(*main_table(found)), "", caption(found)]
+    """The page of a comparison's directory."""
+    return f"## {found['title']}\n\n{body(found)}"
+
+
+def body(found: Result) -> str:
+    """Both tables with what has to be known to read them, and the command that makes them."""
+    parts = [*_markdown(*main_table(found)), "", caption(found)]
     columns, rows = difference_table(found)
     if rows:
         parts += ["", "Differences, seed by seed:", "", *_markdown(columns, rows)]
     if found["failed"]:
         parts += ["", "Failed:", "", *(f"- {entry['title']}: {entry['error']}" for entry in found["failed"])]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, "", "```bash", found["command"], "```"]) + "\n"
 
 
 def main_table(found: Result, short: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -63,7 +68,8 @@ def difference_table(found: Result) -> tuple[list[str], list[list[str]]]:
 def caption(found: Result) -> str:
     """What the figures are, how the intervals are made, and where they were measured."""
     seeds = ", ".join(map(str, found["seeds"]))
-    words = [f"{_capital(measured(found))}; seed{'s' * (len(found['seeds']) > 1)} {seeds}."]
+    scale = "; the grid's small scale" * (found["scale"] == "small")
+    words = [f"{_capital(measured(found))}; seed{'s' * (len(found['seeds']) > 1)} {seeds}{scale}."]
     if len(found["seeds"]) > 1:
         words.append("Mean ± t s / sqrt(n): s the standard deviation over n seeds, t the 0.975 quantile of Student's "
                      "distribution with n - 1 degrees of freedom (95 %).")  # fmt: skip
@@ -77,7 +83,9 @@ def caption(found: Result) -> str:
     if found["sizes"]:
         words.append("Examples: " + ", ".join(f"{n} {_range(*s)}" for n, s in found["sizes"].items()) + ".")
     if "embedded" in found["sources"]:
-        words.append("EMBEDDED DEMONSTRATION: miniatures and generated text; these figures say nothing about real models.")
+        words.append(
+            "EMBEDDED DEMONSTRATION: miniatures and generated text; these figures say nothing about real models."
+        )
     for machine in found["machines"]:
         device, versions = machine["device"], machine["versions"]
         threads = f", {device['threads']} thread{'s' * (device['threads'] != 1)}" * (device["device"] == "cpu")
