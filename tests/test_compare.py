@@ -143,6 +143,13 @@ def test_a_row_that_lacks_a_seed_says_so(place):
     assert "81.00 (n = 1)" in (place / "out" / "table.md").read_text()
 
 
+def test_rows_of_unequal_training_sets_are_pointed_out(place, capsys):
+    assert main(["--methods", "kd", "--output", "out"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+    assert main(["--methods", "finetune,kd", "--output", "out", "--teachers", "bert,bert2"]) == 0
+    assert "rows were trained on 32 to 64 examples" in " ".join(capsys.readouterr().out.split())
+
+
 WAITING = """
 title: t
 rows:

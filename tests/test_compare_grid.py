@@ -43,6 +43,14 @@ def test_settings_of_a_cell():
     }  # fmt: skip
 
 
+def test_numbers_are_numbers_however_yaml_reads_them():
+    one, two = (grid(settings={"lr": lr}).cells()[0] for lr in ("6e-5", 6e-5))
+    assert one == two and one.settings["lr"] == 6e-5
+    rows = [ROWS[0] | {"each": {"temperature": [2, "1e1"]}}]
+    assert [(c.value, c.settings["temperature"]) for c in grid(rows=rows).cells()] == [("2", 2.0), ("1e1", 10.0)]
+    assert "--temperature is 'hot'" in refused(rows=[ROWS[0] | {"each": {"temperature": ["hot"]}}])
+
+
 def test_small_wins_over_rows_a_rows_own_small_over_that_and_flags_over_all():
     rows = [ROWS[0] | {"epochs": 7, "train_size": 9, "small": {"epochs": 2}}]
     small = {"seeds": 2, "epochs": 1, "train_size": 5, "batch_size": 3}
@@ -117,6 +125,20 @@ def test_flags_of_models_and_data():
     assert "--model bert=e --model tinybert=e:1,3 --data amazon=amazon" in given.command
 
 
+def test_a_row_that_is_left_out_is_nobodys_reference():
+    words = ["--config", str(ROOT / "recipes" / "metakd-amazon.yaml"), "--rows", "mixed teacher,Meta-KD"]
+    found = options.parse(words).grid
+    assert [r and r.name for r in map(found.reference, found.rows)] == [None, "mixed teacher"]
+    with pytest.raises(UserError, match="--against is 'multi-teacher', which no row is called"):
+        options.parse([*words, "--against", "multi-teacher"])
+    assert options.parse([*words, "--against", "Meta-KD"]).grid.against == "Meta-KD"
+
+
+def test_a_flag_does_not_go_with_rows_that_are_run_for_each_of_its_values():
+    flag = {"data": "x"}
+    assert "--data does not go with the row 'KD'" in refused(rows=[ROWS[0] | {"each": {"data": ["a"]}}], flags=flag)
+
+
 def test_the_command_names_no_place_of_one_machine():
     words = [
         "--methods",
@@ -168,7 +190,7 @@ WRONG = [
     ({"settings": [1]}, "settings is [1]", "mapping"),
     ({"settings": {"seed": 1}}, "seed is not a grid's to set"),
     ({"settings": {"output": "x"}}, "output is not a grid's to set"),
-    ({"settings": {"lr": "fast"}}, "KD, bert -> distilbert", "--lr is 'fast'", "number"),
+    ({"settings": {"lr": "fast"}}, "row 'KD'", "--lr is 'fast'", "number"),
     ({"settings": {"alpha": 7}}, "--alpha is 7.0", "from 0.0 to 1.0"),
     ({"settings": {"lr": None}}, "lr is None", "one value"),
     ({"settings": {"teachers": ["a", "b"]}, "rows": [{"name": "a"}]}, "teachers is ['a', 'b']", "one value"),

@@ -77,7 +77,9 @@ def _compare(given: options.Options, output: OutputDirectory, console: Console, 
 
 def _announce(grid: Grid, cells: list[Cell], folder: Path, console: Console) -> None:
     seeds = ", ".join(map(str, grid.seeds))
-    console.say(f"{len(cells)} runs: {len(grid.rows)} rows, seeds {seeds}; results in {folder}.")
+    console.say(
+        f"{len(cells)} runs: {len(grid.rows)} rows, seeds {seeds}; results in {folder}, what a run says in cells/*.log."
+    )
     console.say("Teachers are prepared once, with one --teacher-seed, and shared by all seeds: the intervals are those of the "
                 "students.")  # fmt: skip
 
@@ -95,6 +97,10 @@ def _show(found: dict, output: OutputDirectory, console: Console) -> None:
         console.banner("EMBEDDED DEMONSTRATION", DEMONSTRATION)
     if len(found["sources"]) > 1:
         console.warn(f"rows come from different sources ({', '.join(found['sources'])}); they do not compare.")
+    few, most = found["sizes"].get("train", [0, 0])
+    if few < most and not any(row["values"] for row in found["rows"]):
+        console.warn(f"rows were trained on {few:,} to {most:,} examples: the data are too few for the samples of several "
+                     "teachers, and all rows of a comparison need the same; lower --train-size.")  # fmt: skip
     for table in console_tables(found):
         console.table(**table)
     for entry in found["failed"]:

@@ -70,10 +70,9 @@ class Cells:
 
     def _wait(self, words: list[str], log) -> int:
         """The exit status of engine.train. A signal is handed on once, which lets the step end and saves a checkpoint."""
-        root = str(
-            Path(engine.__file__).resolve().parents[1]
-        )  # found from any directory, also where it is not installed
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        root = Path(engine.__file__).resolve().parents[1]  # of a checkout, which is found from any directory so
+        paths = [] if root.name in ("site-packages", "dist-packages") else [str(root)]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         self._stop_if_asked()
         self.interrupts.deferring = True

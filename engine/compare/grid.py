@@ -43,7 +43,7 @@ class Row:
     name: str
     settings: Settings
     published: float | dict[str, float] | None = None
-    each: tuple[str, list[str]] | None = None
+    each: tuple[str, Settings] | None = None  # a setting, and by their names the values that the row is run for
     show: str | None = None
     against: str | None = None
 
@@ -104,7 +104,8 @@ class Grid:
 
     def cell(self, number: int, value: str | None, seed: int) -> Cell:
         row = self.rows[number]
-        settings = {"teacher_seed": 0} | row.settings | ({} if value is None else {row.each[0]: value}) | {"seed": seed}
+        own = {} if value is None else {row.each[0]: row.each[1][value]}
+        settings = {"teacher_seed": 0} | row.settings | own | {"seed": seed}
         if "data" in settings:
             settings["data"] = self.data.get(settings["data"], settings["data"])
         if not row.teachers:

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from engine import cli
-from engine.compare.grid import Cell, Grid, Row, Settings, alike
+from engine.compare.grid import Grid, Row, Settings, alike
 from engine.config import LARGEST_SEED
 from engine.errors import UserError
 
@@ -41,7 +41,7 @@ def of_methods(methods: str, teachers: str, student: str) -> dict[str, Any]:
     names = [name.strip() for name in methods.split(",") if name.strip()]
     taught = any(name != "finetune" for name in names)
     members = [name.strip() for name in teachers.split(",") if name.strip()] if taught else []
-    rows: list[dict[str, Any]] = [{"name": "fine-tuned", "show": member} for member in members]
+    rows: list[dict[str, Any]] = [{"name": "fine-tuned", "show": member} for member in dict.fromkeys(members)]
     rows += [{"name": name, "method": name} for name in names]
     return {"title": f"{', '.join(names)}", "settings": {"teachers": teachers, "student": student}, "rows": rows}
 
@@ -89,9 +89,8 @@ def build(raw: dict[str, Any], source: str, scale: str = "full", flags: Settings
                 str(raw.get("note", "")), raw.get("split", "test"), raw.get("against"), places)  # fmt: skip
     grid = replace(grid, **changes | {"places": grid.places | changes.get("places", {})})
     for row in grid.rows:
-        grid.reference(row)
-        for value in row.values:
-            _check(grid.cell(rows.index(row), value, grid.seeds[0]), source)
+        grid.reference(row)  # raises, as cells do, for names that do not fit
+    assert grid.cells()
     return grid
 
 
@@ -121,9 +120,12 @@ def _row(entry: Any, common: Settings, small: Settings, scale: str, flags: Setti
             raise UserError(f"{where}: {name!r} is not a setting of engine.train; {alike(name, cli.TYPES)}.")
         if not isinstance(settings[name], str | int | float):
             raise UserError(f"{where}: {name} is {settings[name]!r}; it must be one value.")
-    settings = {name: str(v) if name in ("teachers", "student", "data") else v for name, v in settings.items()}
-    row = Row(entry["name"], settings, _published(entry.get("published"), where), _each(entry.get("each"), where),
-              show, entry.get("against"))  # fmt: skip
+    each = _each(entry.get("each"), where)
+    if each and each[0] in flags:
+        raise UserError(f"--{each[0].replace('_', '-')} does not go with the row {entry['name']!r}, which is run for each of its own "
+                        "values; use --values to choose among them, or --data NAME=PLACE for where data are.")  # fmt: skip
+    row = Row(entry["name"], _typed(settings, where), _published(entry.get("published"), where), each, show,
+              entry.get("against"))  # fmt: skip
     if row.method != "finetune" and not row.teachers:
         raise UserError(f"{where}: the method {row.method} needs teachers; name at least one.")
     if show is not None and show not in row.teachers:
@@ -131,19 +133,20 @@ def _row(entry: Any, common: Settings, small: Settings, scale: str, flags: Setti
     return row
 
 
-def _check(cell: Cell, source: str) -> None:
-    """Let engine.config see the settings, and keep its types: 6e-5 is text in YAML."""
+def _typed(settings: Settings, where: str) -> Settings:
+    """The values as engine.config takes them, which checks them: 6e-5 is text in YAML."""
     words = []
-    for name, value in cell.settings.items():
+    for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
+        if value is True and cli.TYPES[name] is bool:
             words.append(flag)
         elif value is not False or cli.TYPES[name] is not bool:
             words.append(f"{flag}={value}")
     try:
-        cli.parse(words)
+        parsed = cli.parse(words).to_flat()
     except UserError as e:
-        raise UserError(f"{source}, {cell.title.rsplit(', ', 1)[0]}: {e}") from e
+        raise UserError(f"{where}: {e}") from e
+    return {name: parsed[name] for name in settings}
 
 
 def _known(given: dict, known: Iterable[str], where: str) -> None:
@@ -177,7 +180,7 @@ def _seeds(given: Any, source: str) -> list[int]:
     return found
 
 
-def _each(given: Any, where: str) -> tuple[str, list[str]] | None:
+def _each(given: Any, where: str) -> tuple[str, Settings] | None:
     if given is None:
         return None
     if (
@@ -194,7 +197,7 @@ def _each(given: Any, where: str) -> tuple[str, list[str]] | None:
         raise UserError(
             f"{where}: each has {name!r}, which is not a setting of engine.train; {alike(str(name), cli.TYPES)}."
         )
-    return name, [str(value) for value in values]
+    return name, {str(value): _typed({name: value}, where)[name] for value in values}
 
 
 def _published(given: Any, where: str) -> float | dict[str, float] | None:

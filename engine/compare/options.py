@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> Options:
         changes["against"] = given.against
     grid = build(raw, source, given.scale, flags, seeds=seeds, **changes)
     _refuse_unused(places, grid)
-    grid = replace(grid, rows=_chosen(grid, given.rows, given.values))
+    grid = _without_references(replace(grid, rows=_chosen(grid, given.rows, given.values)), given.against)
     return Options(grid, given.output, cache_dir, _command(words, given))
 
 
@@ -169,12 +169,23 @@ def _chosen(grid: Grid, rows: str | None, values: str | None) -> list[Row]:
     return kept
 
 
+def _without_references(grid: Grid, asked: str | None) -> Grid:
+    """A file's `against` that names a row which is left out is none; one of the command line is refused."""
+    if asked is not None:
+        find_row(grid.rows, asked, "--against")
+    known = {name for row in grid.rows for name in (row.name, row.title)}
+    rows = [row if row.against in known else replace(row, against=None) for row in grid.rows]
+    return replace(grid, rows=rows, against=grid.against if grid.against in known else None)
+
+
 def _less(row: Row, wanted: list[str]) -> Row:
     """The row for some of its values; what was published of all of them on average does not compare any more."""
     if row.each is None or set(row.each[1]) <= set(wanted):
         return row
     published = {k: v for k, v in row.published.items() if k in wanted} if isinstance(row.published, dict) else None
-    return replace(row, each=(row.each[0], [v for v in row.each[1] if v in wanted]), published=published or None)
+    return replace(
+        row, each=(row.each[0], {k: v for k, v in row.each[1].items() if k in wanted}), published=published or None
+    )
 
 
 def _command(words: Sequence[str], given: argparse.Namespace) -> str:

@@ -45,12 +45,12 @@ def collect(grid: Grid, done: Sequence[tuple[Cell, dict]], failed: Sequence[tupl
 
 def described(grid: Grid, cell: Cell, summary: dict) -> str:
     """A finished run in a few words."""
-    found = _cell(grid.rows[cell.row], cell, summary)
+    found = _cell(grid.rows[cell.row], cell, summary, grid.split)
     return f"{found['metric']} {found['figures'][grid.split]:.4f} on {grid.split}, {found['seconds'] or 0:.0f} s of training"
 
 
 def _row(grid: Grid, number: int, row: Row, done: list[tuple[Cell, dict]]) -> Result:
-    cells = [_cell(row, cell, summary) for cell, summary in done]
+    cells = [_cell(row, cell, summary, grid.split) for cell, summary in done]
     found: Result = {
         "name": row.name, "method": row.method, "models": row.models, "title": row.title, "teacher": row.show is not None,
         "values": row.values if row.each else None, "published": row.published,
@@ -67,7 +67,7 @@ def _row(grid: Grid, number: int, row: Row, done: list[tuple[Cell, dict]]) -> Re
     return found | {"all": over_all and over_all._asdict()}
 
 
-def _cell(row: Row, cell: Cell, summary: dict) -> Result:
+def _cell(row: Row, cell: Cell, summary: dict, split: str) -> Result:
     """A run's figures: its student's, or those of the teacher that the row shows."""
     metric, phases = summary["metric"], summary["phases"]
     entry = summary["student"] if row.show is None else summary["teachers"][row.teachers.index(row.show)]
@@ -82,7 +82,7 @@ def _cell(row: Row, cell: Cell, summary: dict) -> Result:
     return found | {
         "times_smaller": summary["times_smaller"], "seconds": round(sum(p["seconds"] for p in own.values()), 3),
         "examples_per_second": summary["examples_per_second"], "peak_memory": summary["peak_memory"],
-        "teachers_after": [t["metrics"][split][metric] for t in summary["teachers"] for split in ("test",)],
+        "teachers_after": [t["metrics"][split][metric] for t in summary["teachers"]],
         "by_domain": entry.get("by_domain"),
     }  # fmt: skip
 
