@@ -45,6 +45,7 @@ LAYERS = [
     {"job"},
     {"cli"},
     {"train"},
+    {"compare"},
 ]
 LEAVES = {"models", "checkpoint", "monitor", "console", "time_machine", "hub"}
 LEAVES |= {"tape", "checkpointing", "encoder_layers", "weights", "features", "compiling"}

@@ -1,0 +1,287 @@
+"""From a grid to its cells: what wins over what, what names stand for, what a file of a grid may hold; and the recipes."""
+
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+from compare_helpers import ROWS, grid
+from run_helpers import ROOT
+
+from engine import cli
+from engine.compare import options
+from engine.compare.grid import find_row
+from engine.config import MethodConfig
+from engine.errors import UserError
+
+
+def settings(number: int = 0, **changes) -> dict:
+    return grid(**changes).cells()[number].settings
+
+
+def refused(**changes) -> str:
+    with pytest.raises(UserError) as caught:
+        grid(**changes)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+# Cells
+
+
+def test_cells_are_rows_values_and_seeds_seed_by_seed():
+    rows = [{"name": "T", "show": "bert"}, {"name": "A", "method": "kd", "each": {"data": ["x", "y"]}}, {"name": "B"}]
+    found = [(c.row, c.value, c.seed) for c in grid(rows=rows, seeds=[3, 1]).cells()]
+    assert found == [(0, None, 3), (1, "x", 3), (1, "y", 3), (2, None, 3), (1, "x", 1), (1, "y", 1), (2, None, 1)]
+
+
+def test_settings_of_a_cell():
+    rows = [ROWS[0] | {"lr": 1e-4, "epochs": 7, "each": {"target_domain": ["a"]}}]
+    assert settings(rows=rows, settings={"lr": 1e-5, "batch_size": 8}, seeds=[4]) == {
+        "teacher_seed": 0, "lr": 1e-4, "batch_size": 8, "method": "kd", "teachers": "bert", "student": "distilbert",
+        "epochs": 7, "target_domain": "a", "seed": 4,
+    }  # fmt: skip
+
+
+def test_numbers_are_numbers_however_yaml_reads_them():
+    one, two = (grid(settings={"lr": lr}).cells()[0] for lr in ("6e-5", 6e-5))
+    assert one == two and one.settings["lr"] == 6e-5
+    rows = [ROWS[0] | {"each": {"temperature": [2, "1e1"]}}]
+    assert [(c.value, c.settings["temperature"]) for c in grid(rows=rows).cells()] == [("2", 2.0), ("1e1", 10.0)]
+    assert "--temperature is 'hot'" in refused(rows=[ROWS[0] | {"each": {"temperature": ["hot"]}}])
+
+
+def test_small_wins_over_rows_a_rows_own_small_over_that_and_flags_over_all():
+    rows = [ROWS[0] | {"epochs": 7, "train_size": 9, "small": {"epochs": 2}}]
+    small = {"seeds": 2, "epochs": 1, "train_size": 5, "batch_size": 3}
+    assert settings(rows=rows, small=small, seeds=9)["epochs"] == 7
+    found = grid(rows=rows, small=small, seeds=9, scale="small", flags={"batch_size": 4})
+    assert found.seeds == [0, 1]
+    cell = found.cells()[0].settings
+    assert (cell["epochs"], cell["train_size"], cell["batch_size"]) == (2, 5, 4)
+    default = grid(scale="small")
+    assert default.seeds == [0, 1] and default.cells()[0].settings["train_size"] == 2000
+
+
+def test_a_teachers_own_figure_comes_from_one_step_of_kd():
+    rows = [{"name": "T", "show": "bert2", "teachers": "bert,bert2"}]
+    found = settings(rows=rows, settings={"max_steps": 50, "method": "metadistil", "student_warmup_epochs": 3})
+    assert (found["method"], found["max_steps"], found["student_warmup_epochs"]) == ("kd", 1, 0)
+
+
+def test_finetuning_does_not_depend_on_teachers():
+    rows = [{"name": "F", "method": "finetune"}]
+    one, two = (grid(rows=rows, settings={"teachers": t}).cells()[0] for t in ("bert", "roberta"))
+    assert one == two and "teachers" not in one.settings
+
+
+def test_the_directory_of_a_cell_follows_its_settings():
+    names = [c.name for s in ({}, {"lr": 1e-4}, {"log_steps": 3}) for c in grid(settings=s, seeds=2).cells()]
+    assert names[0] == names[4] and names[1] == names[5]  # how often it logs changes no result
+    assert len(set(names)) == 4 and names[0].startswith("kd-bert-distilbert-seed-0-")
+
+
+# Models and data
+
+
+def test_models_are_replaced_by_places():
+    rows = [{"name": "M", "teachers": "bert,roberta,bert2", "student": "distilbert"}]
+    places = {"bert": ("../enc", "0,1"), "distilbert": ("../enc", "1,3,5")}
+    found = settings(rows=rows, places=places)
+    assert found["teachers"] == "../enc,roberta,../enc"  # a source named twice takes the next sample
+    assert (found["student"], found["student_layers"]) == ("../enc", "1,3,5")
+    file = settings(
+        rows=rows, models={"bert": "a", "distilbert": {"place": "b", "layers": "2"}}, places={"bert": ("c", None)}
+    )
+    assert (file["teachers"], file["student"], file["student_layers"]) == ("c,roberta,c", "b", "2")
+
+
+def test_a_second_sample_needs_the_first_before_it():
+    rows = [{"name": "M", "teachers": "bert2"}]
+    assert settings(rows=rows)["teachers"] == "bert2"  # the hub's has a name of its own
+    assert "name the others before it" in refused(rows=rows, places={"bert": ("x", None)})
+    rows = [{"name": "M", "teachers": "bert,bert3"}]
+    assert "the 3. time" in refused(rows=rows, places={"bert": ("x", None)})
+
+
+def test_a_model_whose_name_ends_in_a_digit_is_no_sample():
+    rows = [{"name": "M", "teachers": "bert", "student": "tinybert6"}]
+    assert settings(rows=rows, models={"tinybert6": "hub/id"})["student"] == "hub/id"
+
+
+def test_data_are_replaced_by_places_also_where_a_row_is_run_for_each():
+    rows = [ROWS[0] | {"each": {"data": ["cola", "rte"]}}]
+    assert [c.settings["data"] for c in grid(rows=rows, data={"cola": "../cola"}).cells()] == ["../cola", "rte"]
+
+
+def test_flags_of_models_and_data():
+    words = ["--config", str(ROOT / "recipes" / "metakd-amazon.yaml"), "--model", "bert=../e", "--model", "tinybert=../e:1,3",
+             "--data", "amazon=../amazon", "--seeds", "2,5", "--values", "dvd", "--rows", "meta-teacher,multi-teacher"]  # fmt: skip
+    given = options.parse(words)
+    cells = given.grid.cells()
+    assert [(c.row, c.value, c.seed) for c in cells] == [(0, "dvd", 2), (1, "dvd", 2), (1, "dvd", 5)]
+    assert cells[1].settings["data"] == "../amazon" and cells[1].settings["student_layers"] == "1,3"
+    assert all(row.published is None for row in given.grid.rows)  # the average over four does not compare with one
+    assert "--model bert=e --model tinybert=e:1,3 --data amazon=amazon" in given.command
+
+
+def test_a_row_that_is_left_out_is_nobodys_reference():
+    words = ["--config", str(ROOT / "recipes" / "metakd-amazon.yaml"), "--rows", "mixed teacher,Meta-KD"]
+    found = options.parse(words).grid
+    assert [r and r.name for r in map(found.reference, found.rows)] == [None, "mixed teacher"]
+    with pytest.raises(UserError, match="--against is 'multi-teacher', which no row is called"):
+        options.parse([*words, "--against", "multi-teacher"])
+    assert options.parse([*words, "--against", "Meta-KD"]).grid.against == "Meta-KD"
+
+
+def test_a_flag_does_not_go_with_rows_that_are_run_for_each_of_its_values():
+    flag = {"data": "x"}
+    assert "--data does not go with the row 'KD'" in refused(rows=[ROWS[0] | {"each": {"data": ["a"]}}], flags=flag)
+
+
+def test_the_command_names_no_place_of_one_machine():
+    words = [
+        "--methods",
+        "kd",
+        "--data",
+        "/some/where/sst2",
+        "--cache-dir",
+        "/c",
+        "--output=/o",
+        "--model",
+        "bert=~/m/enc:1",
+    ]
+    assert options.parse(words).command == "python -m engine.compare --methods kd --data sst2 --model bert=enc:1"
+
+
+# Which row is compared with which
+
+
+def test_reference():
+    rows = [
+        {"name": "T", "show": "bert", "teachers": "bert"},
+        {"name": "KD", "method": "kd", "teachers": "bert", "student": "distilbert"},
+        {"name": "KD", "method": "kd", "teachers": "roberta", "student": "distilbert"},
+        {"name": "MD", "teachers": "roberta", "student": "distilbert"},
+        {"name": "MD", "teachers": "bert,roberta", "student": "distilbert"},
+        {"name": "MD", "teachers": "bert", "student": "tinybert"},
+    ]
+    found = grid(rows=rows)
+    titles = [r.title if (r := found.reference(row)) else None for row in found.rows]
+    kd = ["KD, bert -> distilbert", "KD, roberta -> distilbert"]
+    assert titles == [None, None, None, kd[1], kd[0], None]
+    named = grid(rows=[*rows[:5], rows[5] | {"against": kd[0]}], against=kd[1])
+    titles = [r.title if (r := named.reference(row)) else None for row in named.rows]
+    assert titles == [None, kd[1], None, kd[1], kd[1], kd[0]]
+    assert find_row(found.rows, "T", "x") is found.rows[0]
+
+
+# Files
+
+WRONG = [
+    ({"rows": []}, "rows is no list"),
+    ({"rows": {"KD": {}}}, "rows is no list"),
+    ({"rows": ["KD"]}, "has no name", "{name: KD, method: kd}"),
+    ({"rows": [{"method": "kd"}]}, "has no name"),
+    ({"row": 1}, "'row' is not known here", "did you mean 'rows'"),
+    ({"rows": [{"name": "a", "epoch": 1}]}, "row 'a'", "'epoch'", "did you mean 'epochs'"),
+    ({"rows": [{"name": "a", "publish": 1}]}, "did you mean 'published'"),
+    ({"settings": {"epoch": 1}}, "'epoch' is not a setting of engine.train", "did you mean 'epochs'"),
+    ({"settings": [1]}, "settings is [1]", "mapping"),
+    ({"settings": {"seed": 1}}, "seed is not a grid's to set"),
+    ({"settings": {"output": "x"}}, "output is not a grid's to set"),
+    ({"settings": {"lr": "fast"}}, "row 'KD'", "--lr is 'fast'", "number"),
+    ({"settings": {"alpha": 7}}, "--alpha is 7.0", "from 0.0 to 1.0"),
+    ({"settings": {"lr": None}}, "lr is None", "one value"),
+    ({"settings": {"teachers": ["a", "b"]}, "rows": [{"name": "a"}]}, "teachers is ['a', 'b']", "one value"),
+    ({"rows": [{"name": "a", "method": "foo"}]}, "--method is 'foo'"),
+    ({"rows": [{"name": "a", "published": "93"}]}, "published is '93'", "number"),
+    ({"rows": [{"name": "a", "show": "roberta"}]}, "show is 'roberta'", "one of its teachers, bert"),
+    ({"rows": [{"name": "a", "each": ["x"]}]}, "each is ['x']", "{target_domain: [a, b]}"),
+    ({"rows": [{"name": "a", "each": {"domain": ["x"]}}]}, "'domain'", "not a setting"),
+    ({"rows": [{"name": "a", "each": {"seed": [1]}}]}, "'seed'"),
+    ({"rows": [{"name": "a", "against": "b"}, {"name": "bb"}]}, "against is 'b'", "did you mean 'bb'"),
+    ({"rows": ROWS + ROWS}, "two rows are 'KD, bert -> distilbert'"),
+    ({"seeds": 0}, "seeds is 0", "at least 1"),
+    ({"seeds": "x"}, "seeds is 'x'"),
+    ({"seeds": True}, "seeds is True"),
+    ({"seeds": [1, 1]}, "once"),
+    ({"split": "train"}, "split is 'train'", "test or validation"),
+    ({"models": {"bert": 3}}, "models has bert: 3", "{place: DIR"),
+    ({"models": {"bert": {"place": "x", "layer": "1"}}}, "models has bert"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: str(case[0])[:60])
+def test_a_wrong_grid_is_refused(case):
+    changes, *parts = case
+    message = refused(**changes)
+    assert message.startswith("g.yaml") or "against is" in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(("text", "part"), [
+    ("rows: [", "is not valid YAML"), ("- 1\n", "holds no grid"), ("", "holds no grid"), ("title: t\n", "needs 'rows'"),
+])  # fmt: skip
+def test_a_file_that_is_no_grid(tmp_path, text, part):
+    (tmp_path / "g.yaml").write_text(text)
+    with pytest.raises(UserError, match=part):
+        options.parse(["--config", str(tmp_path / "g.yaml")])
+
+
+# Recipes
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PLANNED = {"noise_teacher", "noise_student"}  # which a recipe may name before engine.config has them
+
+
+def test_recipes_are_there():
+    assert [file.stem for file in RECIPES] == ["metakd-amazon", "metakd-mnli", "reptile-glue", "table1"]
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipe(file, scale):
+    raw = yaml.safe_load(file.read_text())
+    missing = PLANNED & {key for row in raw["rows"] for key in row} - cli.TYPES.keys()
+    methods = get_args(get_type_hints(MethodConfig)["method"])
+    missing |= {"method reptile"} & {f"method {row.get('method')}" for row in raw["rows"]} - {
+        f"method {m}" for m in methods
+    }
+    if missing:
+        pytest.skip(f"engine.config has no {', '.join(sorted(missing))} yet")
+    found = options.parse(["--config", str(file), "--scale", scale]).grid
+    assert all(found.cells())
+    published = {row.title: row.published for row in found.rows if row.published is not None}
+    if file.stem == "table1":
+        assert len(published) == 16 and published["MetaDistil, bert+bert2 -> distilbert"] == 93.55
+        assert found.cells()[3].settings["train_size"] == (30000 if scale == "full" else 4000)
+    if file.stem.startswith("metakd"):
+        assert len(published) == 7 and published["Meta-KD, bert -> tinybert"] == (
+            89.4 if "amazon" in file.stem else 80.4
+        )
+        assert all(len(row.values) == (4 if "amazon" in file.stem else 5) for row in found.rows)
+        reference = {row.title: found.reference(row) for row in found.rows}
+        assert reference["Meta-KD, bert -> tinybert"].name == "single-domain teacher"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_run_on_local_models_and_data(file, tmp_path):
+    """Every model and every data set has a name that a flag can replace."""
+    raw = yaml.safe_load(file.read_text())
+    raw["rows"] = [{k: v for k, v in row.items() if k not in PLANNED} | {"name": f"{row['name']} {i}"}
+                   for i, row in enumerate(raw["rows"]) if row.get("method") != "reptile"]  # fmt: skip
+    raw.pop("against", None)
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(raw))
+    models = {name.strip() for row in raw["rows"] for key in ("teachers", "student")
+              for name in (row | {k: v for k, v in raw["settings"].items() if k not in row}).get(key, "bert").split(",")}  # fmt: skip
+    names = {raw["settings"].get("data"), *(v for row in raw["rows"] for v in row.get("each", {}).get("data", []))} - {
+        None
+    }
+    words = [w for m in models - {"bert2"} for w in ("--model", f"{m}=./enc:1,2")]
+    words += [w for name in names for w in ("--data", f"{name}=./data")]
+    for cell in options.parse(["--config", str(tmp_path / "g.yaml"), *words]).grid.cells():
+        assert cell.settings["data"] == "./data"
+        assert set(cell.settings.get("teachers", "./enc").split(",")) == {"./enc"}
+        assert cell.settings.get("student", "./enc") == "./enc"
