@@ -13,7 +13,7 @@ from engine import __version__, checkpoint
 from engine.config import Config
 from engine.data.encode import EncodedSplits
 from engine.errors import UserError
-from engine.evaluation import predict, score
+from engine.evaluation import predict, primary, score
 from engine.learner import Learner
 from engine.methods import METHODS, State
 from engine.models import ModelSource, content_hash
@@ -71,6 +71,8 @@ def prepare(
             name: getattr(optim, name)
             for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
     }  # fmt: skip
+    if primary(trainer.task) not in ("accuracy", "pearson"):  # which chose the weights that are kept
+        settings["metric"] = primary(trainer.task)
     if optim.optimizer != "flat":  # other roundings
         settings["optimizer"] = optim.optimizer
     if config.run.compile:  # likewise
