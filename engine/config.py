@@ -69,6 +69,9 @@ class DataConfig(_Section):
     task: Literal["auto", "classification", "regression"] = option(
         "auto", "regression predicts one number; auto takes it when a label has a fraction"
     )
+    metric: Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"] = option(
+        "auto", "what the best model is chosen by and tables show; auto takes GLUE's own for its tasks, also where a local "
+        "directory has the name of one, else accuracy, or for a regression pearson")  # fmt: skip
     train_size: int = option(30_000, "examples in each teacher's sample; students train on the first sample", 1)
     quiz_size: int = option(100, "examples in the quiz set, where it is cut from the training file", 1)
     validation_size: int = option(872, "examples in the validation set, where it is cut from the training file", 1)

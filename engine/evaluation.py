@@ -55,6 +55,7 @@ def score(logits: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
             "f1": f1_score(predictions, labels, average="macro", **kind),  # `average` is ignored with two classes
             "matthews": matthews_corrcoef(predictions, labels, **kind),
         }
+    metrics = {primary(task): metrics[primary(task)], **metrics}
     # float32 has no more than six digits; a correlation of constant predictions is undefined and counts as none
     return {name: round(float(value.nan_to_num(0.0)), 6) for name, value in metrics.items()}
 
@@ -68,4 +69,4 @@ def by_domain(logits: Tensor, split: EncodedSplit, task: Task) -> dict[str, dict
 
 def primary(task: Task) -> str:
     """The metric a student is chosen by; higher is better."""
-    return "pearson" if task.kind == "regression" else "accuracy"
+    return task.metric or ("pearson" if task.kind == "regression" else "accuracy")

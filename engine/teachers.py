@@ -16,7 +16,7 @@ from engine.data.encode import EncodedSplits
 from engine.data.splits import Task
 from engine.domain_head import DomainHead, widen
 from engine.errors import UserError
-from engine.evaluation import predict, score
+from engine.evaluation import predict, primary, score
 from engine.features import InnerStates, attach
 from engine.learner import Learner
 from engine.methods import METHODS, Method, State, meta_teacher
@@ -99,6 +99,8 @@ def prepare(
             name: getattr(optim, name)
             for name in ("prepare_lr", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")},
     }  # fmt: skip
+    if primary(trainer.task) not in ("accuracy", "pearson"):  # which chose the weights that are kept
+        settings["metric"] = primary(trainer.task)
     if optim.optimizer != "flat":  # other roundings
         settings["optimizer"] = optim.optimizer
     if config.run.compile:  # likewise

@@ -12,10 +12,10 @@ from engine.data.splits import Task
 from engine.evaluation import predict, primary, score
 from engine.network import Encoder
 
-BINARY = SimpleNamespace(kind="classification", num_labels=2)
-THREE = SimpleNamespace(kind="classification", num_labels=3)
+BINARY = SimpleNamespace(kind="classification", num_labels=2, metric=None)
+THREE = SimpleNamespace(kind="classification", num_labels=3, metric=None)
 RANKS = 2e-6  # torchmetrics adds 1e-6 to the denominator of Spearman's correlation, which few rows do not outweigh
-REGRESSION = SimpleNamespace(kind="regression", num_labels=1)
+REGRESSION = SimpleNamespace(kind="regression", num_labels=1, metric=None)
 
 
 def votes(classes, num_labels):
@@ -51,6 +51,14 @@ def test_perfect_and_one_sided():
     labels = torch.tensor([0, 1, 1, 0])
     assert score(votes([0, 1, 1, 0], 2), labels, BINARY) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
     assert score(votes([0, 0, 0, 0], 2), labels, BINARY) == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
+def test_the_metric_of_a_task_is_the_first(metric):
+    task = Task("classification", ("no", "yes"), False, metric=metric)
+    got = score(votes([0, 0, 1], 2), torch.tensor([0, 1, 1]), task)
+    assert next(iter(got)) == primary(task) == metric
+    assert got == score(votes([0, 0, 1], 2), torch.tensor([0, 1, 1]), BINARY)
 
 
 def test_regression():

@@ -31,6 +31,8 @@ class Task:
     pair: bool
     domains: tuple[str, ...] = ()
     """Sorted names; an example's domain is its place among them."""
+    metric: str | None = None
+    """What a model is chosen by; without it accuracy, or Pearson's correlation."""
 
     @property
     def num_labels(self) -> int:
@@ -73,7 +75,10 @@ def is_regression(keys: Iterable[Key], names: tuple[str, ...], task: str) -> boo
 class Labels:
     """Learns the labels of the training data; gives their ids, or their numbers, for every split."""
 
-    def __init__(self, keys: list[Key], table: Table, column: str, task: str, numbers: list[int]):
+    def __init__(
+        self, keys: list[Key], table: Table, column: str, task: str, numbers: list[int], known: tuple[str, ...] = ()
+    ):
+        """Words that are just the `known` ones have their order, others that of the alphabet."""
         self.column = column
         names = table.class_names.get(column, ())
         counts = Counter(keys)
@@ -89,7 +94,7 @@ class Labels:
         else:
             # numbers by size, words by the alphabet; a mixture counts as words
             words = any(isinstance(key, str) for key in counts)
-            ordered = sorted(counts, key=str if words else None)
+            ordered = known if counts.keys() == set(known) else sorted(counts, key=str if words else None)
             self.ids, self.names = {key: i for i, key in enumerate(ordered)}, tuple(map(str, ordered))
         self._check(counts, table)
 

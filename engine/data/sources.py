@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.data.glue import METRICS as GLUE
+from engine.data.glue import REPOSITORY, spelt
 from engine.data.read import READERS, Table, class_names_of, read_file
 from engine.errors import UserError
 from engine.hub import Hub
@@ -20,8 +22,6 @@ STEMS = {
     "test": ("test",),
 }
 """The names under which each split is looked for, in a folder and on the hub."""
-GLUE = ("sst2", "cola", "mrpc", "rte", "stsb", "qqp", "mnli", "qnli", "wnli")
-_GLUE_REPOSITORY = "nyu-mll/glue"
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 
@@ -37,13 +37,13 @@ class Found:
 def find(data: str, samples: int, hub: Hub, say: Say) -> Found:
     """Resolve --data. Existing paths come first and never touch the network."""
     path = _existing(data)
-    name = data.lower().replace("-", "")
+    name = spelt(data)
     if path is not None:
         if name in GLUE:
             say(f"Reading the local {'folder' if path.is_dir() else 'file'} {data}, not the data set of that name.")
-        return Found("local", read_local(path))
+        return Found("local", read_local(path, say))
     if name in GLUE:
-        return _named(name, _GLUE_REPOSITORY, name, samples, hub, say)
+        return _named(name, REPOSITORY, name, samples, hub, say)
     if not _looks_like_path(data) and (match := _HUB_NAME.fullmatch(data)):
         return _named(data, match["repo"], match["config"], samples, hub, say)
     if _looks_like_path(data):
@@ -67,7 +67,7 @@ def _looks_like_path(data: str) -> bool:
     return data.startswith((".", "/", "~")) or "\\" in data or data.count("/") > 1 or suffix in READERS
 
 
-def read_local(path: Path) -> dict[str, Table]:
+def read_local(path: Path, say: Say = lambda _: None) -> dict[str, Table]:
     """A folder's files by split, or a single file as the training file."""
     suffixes = ", ".join(READERS)
     if not path.is_dir():
@@ -79,9 +79,13 @@ def read_local(path: Path) -> dict[str, Table]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     files: dict[str, Path] = {}
+    unused = []
     for file in inside:
+        if file.suffix.lower() not in READERS or not file.is_file():
+            continue
         part = next((part for part, stems in STEMS.items() if file.stem.lower() in stems), None)
-        if part is None or file.suffix.lower() not in READERS or not file.is_file():
+        if part is None:
+            unused.append(file.name)
             continue
         if part in files:
             raise UserError(f"{path} has two {part} files, {files[part].name} and {file.name}; remove one of them.")
@@ -92,7 +96,14 @@ def read_local(path: Path) -> dict[str, Table]:
             f"{path} has no training file; looked for are train, quiz, validation (or "
             f"{', '.join(STEMS['validation'][1:])}) and test, as {suffixes}; found was {found or 'nothing'}."
         )
+    if unused:
+        say(_not_used(str(path), unused))
     return {part: read_file(file) for part, file in files.items()}
+
+
+def _not_used(name: str, parts: list[str]) -> str:
+    """MNLI has a second validation set, of other genres, and so have others what no run needs."""
+    return f"{name}: not used are {', '.join(parts[:10])}{', ...' if len(parts) > 10 else ''}."
 
 
 def _named(name: str, repo: str, config: str | None, samples: int, hub: Hub, say: Say) -> Found:
@@ -105,10 +116,10 @@ def _named(name: str, repo: str, config: str | None, samples: int, hub: Hub, say
             "then names the embedded corpus."
         )
     if hub.reachable():
-        return _from_hub(repo, config)
+        return _from_hub(repo, config, say)
     try:
         with hub.offline():
-            found = _from_hub(repo, config)
+            found = _from_hub(repo, config, say)
     except UserError as error:
         # a ConnectionError only repeats that there is no network; anything else is about the cache, and is passed on
         cause = "" if isinstance(error.__cause__, ConnectionError) else f" ({_first_line(error.__cause__ or error)})"
@@ -129,7 +140,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _from_hub(repo: str, config: str | None) -> Found:
+def _from_hub(repo: str, config: str | None, say: Say) -> Found:
     import datasets
 
     datasets.disable_progress_bars()  # the console shows progress where it takes a while
@@ -144,6 +155,9 @@ def _from_hub(repo: str, config: str | None) -> Found:
     parts = {part: next((stem for stem in stems if stem in loaded), None) for part, stems in STEMS.items()}
     if parts["train"] is None:
         raise UserError(f"The data set {title} has no split named train; it has {', '.join(map(str, loaded))}.")
+    unused = [str(split) for split in loaded if split not in parts.values()]
+    if unused:
+        say(_not_used(title, unused))
     return Found("hub", {part: _hub_table(loaded[s], f"{title} {s}") for part, s in parts.items() if s is not None})
 
 

@@ -15,6 +15,7 @@ from engine.config import DataConfig
 from engine.data.columns import Columns, Rows, find_columns, read_rows
 from engine.data.cut import HELD_OUT, Pool, fit
 from engine.data.domains import Domains, describe
+from engine.data.glue import CLASSES, choose_metric, task_of
 from engine.data.labels import Labels, Task, is_regression
 from engine.data.read import Table
 from engine.data.sources import Found, find
@@ -53,10 +54,11 @@ def load_splits(config: DataConfig, samples: int, hub: Hub, say: Callable[[str],
     columns = find_columns(found.tables["train"], config)
     parts, labels, domains = _checked_rows(found, columns, config, tell)
     kind = "regression" if labels.regression else "classification"
-    task = Task(kind, labels.names, columns.pair is not None, domains)
+    metric = choose_metric(config.metric, kind, task_of(config.data))
+    task = Task(kind, labels.names, columns.pair is not None, domains, metric)
     _separate(parts, found.tables, tell)
     train, held_out = _cut(parts, task, config, samples, found, tell)
-    _report(found, columns, task, train, held_out, parts, tell)
+    _report(found, columns, task, config, train, held_out, parts, tell)
     shuffled = {part: _dataset(rows, task, (config.split_seed, i)) for i, (part, rows) in enumerate(held_out.items())}
     trains = [_dataset(rows, task, (config.split_seed, 3 + i)) for i, rows in enumerate(train)]
     return Splits(task, trains, **shuffled, source=found.source, notes=notes)
@@ -94,7 +96,8 @@ def _checked_rows(
         if not len(rows):
             raise UserError(f"{table.name} has no row with a text and a label.")
         if labels is None:
-            labels = Labels(rows.labels, table, columns.label, config.task, rows.numbers)
+            known = CLASSES.get(task_of(config.data), ())
+            labels = Labels(rows.labels, table, columns.label, config.task, rows.numbers, known)
         rows.labels = labels.convert(rows.labels, table, rows.numbers)
         missing = _absent(rows, labels.names)
         if missing:
@@ -244,7 +247,7 @@ def _refuse_tiny(cuts: dict[str, Rows], train: list[Rows], classes: int, rows: i
         )
 
 
-def _report(found: Found, columns: Columns, task: Task, train, held_out, parts, tell) -> None:
+def _report(found: Found, columns: Columns, task: Task, config: DataConfig, train, held_out, parts, tell) -> None:
     """One line that says what the run will use."""
     texts = columns.text + (f" + {columns.pair}" if columns.pair else "")
     kind = "regression" if task.kind == "regression" else f"{task.num_labels} classes"
@@ -252,7 +255,11 @@ def _report(found: Found, columns: Columns, task: Task, train, held_out, parts, 
         kind += f", domain {columns.domain} ({describe(task.domains, train[0].domains)})"
     sizes = [f"train {len(train)} x {len(train[0]):,}"]
     sizes += [f"{p} {len(held_out[p]):,} ({'given' if p in parts else 'cut from train'})" for p in reversed(HELD_OUT)]
-    tell(f"Data ({found.source}): text {texts}, label {columns.label}, {kind}; {', '.join(sizes)}.")
+    glue, metric = task_of(config.data), ""
+    if glue is not None or config.metric != "auto":
+        of = f" of {task.label_names[1]!r}" if task.metric == "f1" and task.num_labels == 2 else ""
+        metric = f"; metric {task.metric}{of}" + (f" (GLUE's for {glue})" if config.metric == "auto" else "")
+    tell(f"Data ({found.source}): text {texts}, label {columns.label}, {kind}; {', '.join(sizes)}{metric}.")
 
 
 def _rows(count: int) -> str:
