@@ -67,7 +67,7 @@ def _refuse_without_quiz(config: Config) -> None:
         return
     allowed = {
         "meta_grad": (method.meta_grad == "exact", "takes no meta-gradient"),
-        "pilot_optimizer": (method.pilot_optimizer == "sgd", "has a pilot step of its own, a new AdamW's"),
+        "pilot_optimizer": (method.pilot_optimizer == "auto", "has a pilot step of its own, a new AdamW's"),
         "pilot_steps": (method.pilot_steps == 1, "takes one step a batch"),
         "quiz_batches": (method.quiz_batches == 1, "draws no quiz batches"),
         "checkpointing": (method.checkpointing in ("none", "student"), "has no backward pass through teachers"),
@@ -109,6 +109,8 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
             setattr(optim, name, defaults[name])
     if config.method.pilot_lr is None:
         config.method.pilot_lr = optim.lr
+    if config.method.pilot_optimizer == "auto" and METHODS[config.method.method].learn_from != "weights":
+        config.method.pilot_optimizer = "adamw" if METHODS[config.method.method].own_loss else "sgd"
     if config.run.teacher_seed is None:
         config.run.teacher_seed = config.run.seed
 

@@ -83,7 +83,9 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """method"""
 
-    method: Literal["metadistil", "kd", "finetune", "reptile"] = option("metadistil", "how the student is trained")
+    method: Literal["metadistil", "kd", "finetune", "lgtm", "reptile"] = option(
+        "metadistil", "how the student is trained"
+    )
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
     temperature: float = option(5.0, "softmax temperature T of both sides of the soft loss", 1e-3)
     alpha: float = option(0.5, "weight of the soft loss; the hard loss has 1 - alpha", 0.0, 1.0)
@@ -111,8 +113,14 @@ class MethodConfig(_Section):
     checkpointing: Literal["none", "student", "teachers", "both", "selective"] = option(
         "none", "recompute activations layer by layer in the meta-gradient's backward passes, for memory; selective is "
         "refused: it has no second derivatives")  # fmt: skip
-    pilot_optimizer: Literal["sgd", "adamw"] = option(
-        "sgd", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer"
+    pilot_optimizer: Literal["sgd", "adamw", "auto"] = option(
+        "auto", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer; auto: sgd, with lgtm "
+        "adamw")  # fmt: skip
+    teacher_alpha: float = option(
+        0.4,
+        "lgtm: weight of a teacher's soft loss against the student's answers; its hard loss has 1 - teacher-alpha",
+        0.0,
+        1.0,
     )
     layer_map: Literal["first", "skip", "last", "both"] = option(
         "skip", "reptile: which teacher layers the student's layers are compared with: the first ones, evenly spread ones, "
