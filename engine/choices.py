@@ -73,7 +73,7 @@ def _refuse_without_quiz(config: Config) -> None:
         return
     allowed = {
         "meta_grad": (method.meta_grad == "exact", "takes no meta-gradient"),
-        "pilot_optimizer": (method.pilot_optimizer == "sgd", "has a pilot step of its own, a new AdamW's"),
+        "pilot_optimizer": (method.pilot_optimizer is None, "has a pilot step of its own, a new AdamW's"),
         "pilot_steps": (method.pilot_steps == 1, "takes one step a batch"),
         "quiz_batches": (method.quiz_batches == 1, "draws no quiz batches"),
         "checkpointing": (method.checkpointing in ("none", "student"), "has no backward pass through teachers"),
@@ -118,6 +118,8 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
     by_method["feature_epochs"] = optim.epochs if method.method == "metakd" else 0
     by_method["beta"] = 1.0 if (method.feature_loss or by_method["feature_loss"]) == "tinybert" else 100.0
     by_method["pilot_lr"] = optim.lr
+    if METHODS[method.method].learn_from != "weights":  # whose pilot step is its own
+        by_method["pilot_optimizer"] = "adamw" if METHODS[method.method].own_loss else "sgd"
     for name, default in by_method.items():
         if getattr(method, name) is None:
             setattr(method, name, default)

@@ -98,9 +98,9 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """method"""
 
-    method: Literal["metadistil", "reptile", "metakd", "kd", "finetune"] = option(
-        "metadistil", "how the student is trained: by teachers that learn to teach it (metadistil) or follow it "
-        "(reptile), by meta-teachers of several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
+    method: Literal["metadistil", "lgtm", "reptile", "metakd", "kd", "finetune"] = option(
+        "metadistil", "how the student is trained: by teachers that learn to teach it (metadistil, lgtm) or "
+        "follow it (reptile), by meta-teachers of several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
     temperature: float | None = option(
         None, "softmax temperature T of both sides of the soft loss (default: 5; metakd 2)", 1e-3
@@ -150,8 +150,15 @@ class MethodConfig(_Section):
     checkpointing: Literal["none", "student", "teachers", "both", "selective"] = option(
         "none", "recompute activations layer by layer in the meta-gradient's backward passes, for memory; selective is "
         "refused: it has no second derivatives")  # fmt: skip
-    pilot_optimizer: Literal["sgd", "adamw"] = option(
-        "sgd", "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer"
+    pilot_optimizer: Literal["sgd", "adamw"] | None = option(
+        None,
+        "the pilot's step: plain SGD, or AdamW from the moments of the student's own optimizer (default: sgd; lgtm adamw)",
+    )
+    teacher_alpha: float = option(
+        0.4,
+        "lgtm: weight of a teacher's soft loss against the student's answers; its hard loss has 1 - teacher-alpha",
+        0.0,
+        1.0,
     )
     layer_map: Literal["first", "skip", "last", "both"] = option(
         "skip", "reptile: which teacher layers the student's layers are compared with: the first ones, evenly spread ones, "

@@ -385,6 +385,7 @@ class Job:
             pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
             independent_masks=settings.independent_masks, store=settings.snapshot_store,
             micro_batch_size=self.config.optim.micro_batch_size,
+            teacher_alpha=settings.teacher_alpha if METHODS[settings.method].own_loss else None,
         )  # fmt: skip
 
     def _teacher_weights(self) -> Network | None:

@@ -9,6 +9,7 @@ The engine's own `metadistil` is this object, given the encoders of transformers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class MetaStep:
                        (engine.reptile), which needs no quizzes and has a pilot step of its own
     teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
                        meta-gradient at `weights_lr` (AdamW on their logarithms)
+    teacher_alpha      adds to every teacher's gradient that of its own loss, `objective` with the student as its teacher and
+                       this `alpha`: teacher_alpha soft(teacher, student) + (1 - teacher_alpha) hard; None adds nothing
     checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
     independent_masks  new dropout masks for the real step, instead of the pilot's
     micro_batch_size   examples that go through the models at once; gradients are those of the whole batch
@@ -69,6 +72,7 @@ class MetaStep:
         strategy: str | Reptile = "exact",
         teacher_weights: Sequence[float] | str | None = None,
         weights_lr: float = 0.01,
+        teacher_alpha: float | None = None,
         checkpointing: str = "none",
         independent_masks: bool = False,
         micro_batch_size: int | None = None,
@@ -95,7 +99,7 @@ class MetaStep:
             each.flatten()
         self._set_up(
             learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
-            checkpointing, independent_masks, micro_batch_size, store,
+            checkpointing, independent_masks, micro_batch_size, store, teacher_alpha,
         )  # fmt: skip
 
     @classmethod
@@ -103,27 +107,29 @@ class MetaStep:
         cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
         objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str | Reptile = "exact",
         checkpointing: str = "none", independent_masks: bool = False, micro_batch_size: int | None = None,
-        store: Store = "device",
+        store: Store = "device", teacher_alpha: float | None = None,
     ) -> MetaStep:  # fmt: skip
         """From learners that bring their schedules; `learners` are those of the teachers and of learned `weights`."""
         step = cls.__new__(cls)
         step._set_up(
             student, teachers, learners, weights, objective, pilot_lr, pilot_optimizer, strategy, checkpointing,
-            independent_masks, micro_batch_size, store,
+            independent_masks, micro_batch_size, store, teacher_alpha,
         )  # fmt: skip
         return step
 
     def _set_up(
         self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
         objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str | Reptile, checkpointing: str,
-        independent_masks: bool, micro_batch_size: int | None, store: Store,
+        independent_masks: bool, micro_batch_size: int | None, store: Store, teacher_alpha: float | None,
     ) -> None:  # fmt: skip
         if not teachers:
             raise ValueError("a meta-step needs at least one teacher; got none.")
         self.quizzed = not isinstance(strategy, Reptile)
         if self.quizzed:
             _choice("strategy", strategy, STRATEGIES)
-        _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+            _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+        elif teacher_alpha is not None:
+            raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
         if checkpointing in REFUSED:
             raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
         _choice("checkpointing", checkpointing, CHOICES)
@@ -137,6 +143,7 @@ class MetaStep:
         self.problem = Problem(
             network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
             keep and self.learner is not None, micro_batch=micro_batch_size,
+            own=None if teacher_alpha is None else replace(objective, alpha=teacher_alpha, feature_loss="none"),
         )  # fmt: skip
         self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
         if isinstance(strategy, Reptile):
@@ -161,7 +168,7 @@ class MetaStep:
         """Pilot, quiz, a step of every teacher, and the student's real steps; device scalars `loss`, `pilot_loss`, `quiz_loss`.
 
         The student is put in train mode, the teachers in eval mode, with gradient. Where there is no quiz (`Reptile`),
-        `quizzes` may be empty, and there is no `quiz_loss`.
+        `quizzes` may be empty, and there is no `quiz_loss`; with `teacher_alpha` there is a `teacher_loss`, the teachers' mean.
         """
         taught = {id(learner.network) for learner in self.learners}
         if self.learner is None or not all(id(teacher) in taught for teacher in self.problem.teachers):
@@ -220,7 +227,7 @@ def _resumed(network: Network, kept: Kept):
 
 
 def _losses(meta: Meta) -> dict[str, Tensor]:
-    found = {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss}
+    found = {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss, "teacher_loss": meta.teacher_loss}
     return {name: loss for name, loss in found.items() if loss is not None}
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,9 @@ class Problem:
     keep: bool = False  # whether the graph of a single pilot's forward is kept for the real step
     taped: bool = True  # until the student was seen to draw random numbers that a tape does not record
     micro_batch: int | None = None  # examples that go through the models at once
-    own: Objective | None = None  # the loss of a teacher itself, of which the student is the teacher; none by default
+    own: Objective | None = (
+        None  # a teacher's own loss, in which the student teaches it; its gradient joins dq/dtheta_k
+    )
 
     def parts(self, batch: Batch) -> list[Part]:
         return parts(batch, self.objective, self.micro_batch)
@@ -84,6 +86,7 @@ class Meta(NamedTuple):
     quiz_loss: Tensor | None  # None where there is no quiz (engine.reptile)
     masks: list[list[RandomState]]  # of each batch, of each of its parts
     kept: Kept | None = None
+    teacher_loss: Tensor | None = None  # mean of the teachers' own losses, where they have them
 
 
 Strategy = Callable[[Problem, Sequence[Batch], Sequence[Batch]], Meta]
@@ -146,15 +149,16 @@ def _walk_back(
         for j, batch in enumerate(batches):
             gradient, pieces = None, []
             for part in batch:
-                piece, outputs, g = pilot_pass(problem, part, single, tape)
+                piece, g = pilot_pass(problem, part, single, tape)
                 gradient = g if gradient is None else gradient.plus(g)
-                names = None if only is None else only(student, outputs)
+                names = None if only is None else only(student, piece.outputs)
                 pieces.append(piece)
-                del piece, outputs, g
+                del piece, g
             walked.append(pieces)
             pilot.advance(j, gradient, time_machine)
             del gradient
         quiz_loss, v = _quiz(problem, quizzes, names)
+        own = []
         for j in range(len(batches) - 1, -1, -1):
             time_machine.rewind(j)
             direction, v = pilot.pull_back(j, v)
@@ -165,9 +169,11 @@ def _walk_back(
                 )
                 if hd is not None:
                     v = v.plus(hd)
-                _to_each(problem, piece, outputs, tangents)
+                own += _to_each(problem, piece, outputs, tangents, len(batches))
     loss = torch.stack([piece.loss for pieces in walked for piece in pieces]).sum() / len(batches)
-    return Meta(loss, quiz_loss, [[piece.masks for piece in pieces] for pieces in walked], walked[0][0].kept)
+    teacher_loss = torch.stack(own).sum() / len(problem.teachers) if own else None
+    masks = [[piece.masks for piece in pieces] for pieces in walked]
+    return Meta(loss, quiz_loss, masks, walked[0][0].kept, teacher_loss)
 
 
 @dataclass
@@ -176,6 +182,7 @@ class Piece:
 
     part: Part
     masks: RandomState  # before the student's forward
+    outputs: Outputs  # the student's, detached
     answers: list[Outputs]  # the teachers', detached
     loss: Tensor
     taught: _Taught | None = None  # the teachers' forwards with their graph, where it is kept
@@ -184,7 +191,7 @@ class Piece:
 
 def pilot_pass(
     problem: Problem, part: Part, single: bool, tape: Tape | None = None, frozen: bool = False
-) -> tuple[Piece, Outputs, Vector]:
+) -> tuple[Piece, Vector]:
     """Loss and gradient of the student at its present weights. In a `single` pass of a round the graph of the teachers is
     kept for their backward, unless they are `frozen`; otherwise it is recomputed, so that activation memory grows neither
     with M nor with parts."""
@@ -199,26 +206,38 @@ def pilot_pass(
     loss, slopes = part.objective.slopes(outputs, taught.outputs, part.batch.labels, taught.weights)
     gradient = student.flat.gradients_of(outputs.given(), slopes, student.leaves(), lookups, retain_graph=keep)
     answers = [o.detached() for o in taught.outputs]
-    return (
-        Piece(part, masks, answers, loss, taught if single and not frozen else None, kept),
-        outputs.detached(),
-        gradient,
-    )
+    graph = taught if single and not frozen else None
+    return Piece(part, masks, outputs.detached(), answers, loss, graph, kept), gradient
 
 
-def _to_each(problem: Problem, piece: Piece, outputs: Outputs, tangents: Outputs) -> None:
-    """The cotangents c = d/do < dl/do_S, J d > into every teacher, and into teacher weights that learn."""
+def _to_each(problem: Problem, piece: Piece, outputs: Outputs, tangents: Outputs, pilots: int) -> list[Tensor]:
+    """The cotangents c = d/do < dl/do_S, J d > into every teacher, and into teacher weights that learn.
+
+    Slopes of the teachers' own losses, which are means over the `pilots` of a round, go the same way; returns their values.
+    """
     batch, taught = piece.part.batch, piece.taught or _teach(problem, piece.part.batch)
     piece.taught = None
     cotangents, weights = piece.part.objective.cotangents(
         outputs, taught.outputs, batch.labels, tangents, taught.weights
     )
+    own = []
+    if problem.own is not None:
+        loss = _own(problem, piece.part, pilots)
+        found = [loss.slopes(Outputs(o.logits), [Outputs(piece.outputs.logits)], batch.labels) for o in taught.outputs]
+        own = [value for value, _ in found]
+        cotangents = [c._replace(logits=c.logits + s) for c, (_, (s,)) in zip(cotangents, found, strict=True)]
     for teacher, o, c, found in zip(problem.teachers, taught.outputs, cotangents, taught.lookups, strict=True):
         # an output without graph: a teacher whose trained weights it does not depend on
         pairs = [(t, g) for t, g in zip(o.given(), c.given(), strict=False) if t.requires_grad]
         _accumulate(teacher, [t for t, _ in pairs], [g for _, g in pairs], found)
     if weights is not None:
         _accumulate(problem.weights, [taught.weights], [weights], Lookups())
+    return own
+
+
+def _own(problem: Problem, part: Part, pilots: int) -> Objective:
+    """A teacher's own loss on a part of one of so many batches."""
+    return replace(problem.own, share=part.objective.share / pilots)
 
 
 def _head(problem: Problem, piece: Piece) -> Head:
@@ -233,7 +252,7 @@ def _head(problem: Problem, piece: Piece) -> Head:
 def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
     """Autograd through the pilot steps: memory grows with M and with every activation of student and teachers."""
     student, pilot = problem.student, problem.pilot
-    weights, losses, masks, taught = dict(student.flat.parameters), [], [], []
+    weights, losses, masks, taught, own = dict(student.flat.parameters), [], [], [], []
     with problem.time_machine.excursion():  # the weights are not written here, but buffers may be
         pilot.begin()
         for j, batch in enumerate(pilots):
@@ -245,6 +264,9 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
                 with _recomputed(problem, student, "student"):
                     outputs = student(part.batch, weights, higher=True)
                 loss = loss + part.objective.distil(outputs, answers.outputs, part.batch.labels, answers.weights)
+                if problem.own is not None:
+                    theirs, pupil = _own(problem, part, len(pilots)), [Outputs(outputs.logits.detach())]
+                    own += [theirs.distil(Outputs(o.logits), pupil, part.batch.labels) for o in answers.outputs]
             gradients = _gradients(loss, list(weights.values()), create_graph=True)
             weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
             losses.append(loss.detach())
@@ -253,12 +275,13 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
             several = [part for batch in quizzes for part in problem.parts(batch)]
             answered = (p.objective.hard(student(p.batch, weights).logits, p.batch.labels) for p in several)
             quiz_loss = sum(answered) / len(quizzes)
-        _to_teachers(problem, quiz_loss, taught)
-    return Meta(torch.stack(losses).mean(), quiz_loss.detach(), masks)
+        _to_teachers(problem, quiz_loss + sum(own), taught)
+    teacher_loss = torch.stack(own).detach().sum() / len(problem.teachers) if own else None
+    return Meta(torch.stack(losses).mean(), quiz_loss.detach(), masks, teacher_loss=teacher_loss)
 
 
-def _to_teachers(problem: Problem, quiz_loss: Tensor, taught: list[_Taught]) -> None:
-    """dq/dtheta_k and dq/dw in one backward."""
+def _to_teachers(problem: Problem, loss: Tensor, taught: list[_Taught]) -> None:
+    """dq/dtheta_k and dq/dw (of q and the teachers' own losses) in one backward."""
     learners = [(t, [each.lookups[k] for each in taught]) for k, t in enumerate(problem.teachers)]
     if problem.weights is not None and problem.weights.trainable():
         learners.append((problem.weights, []))
@@ -266,7 +289,7 @@ def _to_teachers(problem: Problem, quiz_loss: Tensor, taught: list[_Taught]) -> 
         [*network.leaves().values(), *(leaf for found in lookups for leaf in found.leaves)]
         for network, lookups in learners
     ]
-    found = iter(torch.autograd.grad(quiz_loss, [t for each in inputs for t in each], allow_unused=True))
+    found = iter(torch.autograd.grad(loss, [t for each in inputs for t in each], allow_unused=True))
     for (network, lookups), each in zip(learners, inputs, strict=True):
         gradients = [next(found) for _ in each]
         names = list(network.leaves())

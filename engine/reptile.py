@@ -47,7 +47,7 @@ class Reptile:
         with problem.time_machine.excursion():
             problem.pilot.begin()
             for part in parts:
-                piece, _, g = pilot_pass(problem, part, single=len(parts) == 1, frozen=True)
+                piece, g = pilot_pass(problem, part, single=len(parts) == 1, frozen=True)
                 gradient = g if gradient is None else gradient.plus(g)
                 pieces.append(piece)
             problem.pilot.advance(0, gradient, problem.time_machine)

@@ -119,6 +119,7 @@ METHODS_AND_SETTINGS = {
     "metadistil first order": ("metadistil", {"strategy": "first_order"}),
     "metadistil double backward": ("metadistil", {"strategy": "double_backward", "independent_masks": True}),
     "metadistil checkpointing": ("metadistil", {"checkpointing": "teachers"}),
+    "lgtm": ("lgtm", {"teacher_alpha": 0.4, "pilot_optimizer": "adamw"}),
     "reptile": ("reptile", {}),
     "reptile bf16": ("reptile", {"precision": "bf16"}),
 }

@@ -91,6 +91,8 @@ ALLOWED = [
     (["--method", "finetune", "--teacher-weights", "1"], "finetune has no teachers", "leave --teacher-weights out"),
     (["--cache-teacher-logits"], "--cache-teacher-logits", "--method metadistil", "change in every round", "--method kd"),
     (["--method", "finetune", "--cache-teacher-logits"], "--cache-teacher-logits", "has no teachers", "leave it out"),
+    (["--method", "lgtm", "--teacher-alpha", "1.5"], "--teacher-alpha is 1.5", "from 0.0 to 1.0"),
+    (["--method", "lgtm", "--cache-teacher-logits"], "--cache-teacher-logits", "--method lgtm", "change in every round"),
     (["--layer-map", "middle"], "--layer-map is 'middle'", "one of first, skip, last, both"),
     (["--method", "reptile", "--student", "tinybert"], "has 20", "64", "models of equal width", "--method metadistil"),
     (["--method", "reptile", "--teachers", "distilbert", "--student", "bert"], "--layer-map skip", "the student has 4 layers"),

@@ -25,6 +25,7 @@ TOLERANCE = 1e-10
 LR, TEACHER_LR, PILOT_LR, WEIGHTS_LR, DECAY, CLIP, WARMUP = 0.02, 0.01, 0.3, 0.05, 0.1, 0.05, 0.4
 T, ALPHA, WORDS, CLASSES = 3.0, 0.6, 12, 3
 GIVEN = [0.7, 0.2, 0.1]
+TEACHER_ALPHA, LGTM_PILOT_LR = 0.4, 0.03
 
 
 class Toy(nn.Module):
@@ -88,9 +89,10 @@ class Setting:
                 learners.append(Learner.constant(wrapped, WEIGHTS_LR))
             if method == "reptile":
                 strategy = Reptile([{name: [name] for name in network.trainable()} for network in networks])
+            more = {"teacher_alpha": TEACHER_ALPHA, "pilot_optimizer": "adamw"} if method == "lgtm" else {}
             self.state.meta_step = MetaStep.of(
-                self.state.student, networks, learners, wrapped, objective, pilot_lr=PILOT_LR, strategy=strategy,
-                independent_masks=independent_masks,
+                self.state.student, networks, learners, wrapped, objective, strategy=strategy,
+                pilot_lr=LGTM_PILOT_LR if method == "lgtm" else PILOT_LR, independent_masks=independent_masks, **more,
             )  # fmt: skip
             if METHODS[method].learn_from == "quiz":
                 self.state.quiz = lambda number: self.quizzed.append(number) or quiz(number)

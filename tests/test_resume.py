@@ -69,6 +69,7 @@ KILLS = {
     "preparing the second": ("prepare roberta", 7, {"prepare_epochs": 8}),
     "warming up": ("warm up", 7, {"student_warmup_epochs": 8}),
     "kd": ("kd", 13, {"method": "kd", "max_steps": 120}),
+    "lgtm": ("lgtm", 13, {"method": "lgtm"}),
     "reptile": ("reptile", 13, {"method": "reptile"}),
 }
 

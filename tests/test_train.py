@@ -23,6 +23,7 @@ JOBS = {
     "two samples, pilot of two batches": {"teachers": "bert,bert2", "pilot_steps": 2},
     "double backward": {"meta_grad": "double_backward", "pilot_steps": 2},
     "reptile": {"method": "reptile", "teachers": "bert,roberta"},
+    "lgtm": {"method": "lgtm", "teachers": "bert,roberta", "pilot_steps": 2},
     "warm-up": {"student_warmup_epochs": 1},
     "other losses": {"soft_loss": "mse_prob", "quiz_batches": 2},
     "its own tokenizer": {"teachers": "roberta", "student": "tinybert"},
@@ -70,7 +71,7 @@ def test_three_classes(tmp_path):
     assert config.label2id == {"bad": 0, "fair": 1, "good": 2}
 
 
-@pytest.mark.parametrize("method", ["kd", "metadistil", "reptile"])
+@pytest.mark.parametrize("method", ["kd", "metadistil", "lgtm", "reptile"])
 def test_regression(method, tmp_path, capsys):
     rows = [(text, round(len(text) / 7, 2)) for text, _ in sentences(120)]
     run = succeed(table(tmp_path / "r.tsv", rows), tmp_path / "run", method=method)

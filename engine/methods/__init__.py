@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.methods import finetune, kd, metadistil, metakd, reptile
+from engine.methods import finetune, kd, lgtm, metadistil, metakd, reptile
 from engine.methods.state import State
 
 Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  # state, batches, quiz batches
@@ -27,6 +27,7 @@ class Method:
     step: Step
     teachers: Literal["none", "frozen", "learning"]
     learn_from: Literal["quiz", "weights"] | None = None
+    own_loss: bool = False  # teachers also learn the task, and from the student
 
 
 METHODS: dict[str, Method] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "kd": Method(kd.step, "frozen"),
     "metakd": Method(metakd.step, "frozen"),
     "metadistil": Method(metadistil.step, "learning", "quiz"),
+    "lgtm": Method(lgtm.step, "learning", "quiz", own_loss=True),
     "reptile": Method(reptile.step, "learning", "weights"),
 }
 
