@@ -15,7 +15,9 @@ class Batch:
     """The same B examples in each encoding, padded to a length L of its own (tokenizers differ)."""
 
     labels: Tensor  # [B] int64 class ids, or float32 for regression
-    inputs: dict[str, dict[str, Tensor]]  # encoding -> {input_ids, attention_mask, token_type_ids: [B, L] int64}
+    # encoding -> {input_ids, attention_mask, token_type_ids: [B, L] int64}; with noise in what the models of a role read,
+    # that is beside it under "encoding/role"
+    inputs: dict[str, dict[str, Tensor]]
     # per teacher what it gives to these examples, where that was kept: [B, C] logits, [B, layers, H] features if matched
     answers: list[list[Tensor]] = field(default_factory=list)
     # what else is known of the examples, by name: [B] int64 or float32, as the id of each one's domain

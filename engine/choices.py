@@ -9,6 +9,7 @@ import torch
 from engine import cuda_graph, optim, precision
 from engine.checkpointing import REFUSED, encoder_layers
 from engine.config import Config
+from engine.data.noise import Reader
 from engine.data.splits import Task
 from engine.errors import UserError
 from engine.layer_map import LayerMap, layer_map
@@ -32,6 +33,7 @@ def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
     Raises UserError for a device that does not exist, and for what does not go with it or with the method.
     """
     _refuse_answers(config)
+    _refuse_noise(config)
     _refuse_compile(config)
     _refuse_without_quiz(config)
     device = _device(config.run.device)
@@ -56,6 +58,17 @@ def _refuse_answers(config: Config) -> None:
         raise UserError(
             f"--cache-teacher-logits keeps what frozen teachers answer, and does not fit --method {method.method}, {why}; use "
             "--method kd, or leave it out.")  # fmt: skip
+
+
+def _refuse_noise(config: Config) -> None:
+    """Raises UserError for noise in what no teacher reads."""
+    method = config.method
+    if method.noise_teacher and METHODS[method.method].teachers == "none":
+        raise UserError(f"--noise-teacher is {method.noise_teacher}, but --method {method.method} has no teachers; use "
+                        "--noise-student, or leave it out.")  # fmt: skip
+    if method.noise_teacher and method.cache_teacher_logits:
+        raise UserError("--noise-teacher changes what teachers read in every epoch, and --cache-teacher-logits asks them once; "
+                        "leave one of the two out.")  # fmt: skip
 
 
 def _refuse_compile(config: Config) -> None:
@@ -164,6 +177,28 @@ def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objecti
             f"--feature-epochs {method.feature_epochs} trains on a feature loss; choose one with --feature-loss."
         )
     return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
+
+
+def noise_readers(
+    config: Config, student: Network, teachers: Sequence[Network], say: Callable[[str], None]
+) -> dict[str, Reader]:
+    """Who reads training batches with noise, by role; nobody where both probabilities are 0. Networks are told their role."""
+    settings, found = config.method, {}
+    for role, networks, probability in (
+        ("teacher", teachers, settings.noise_teacher),
+        ("student", [student], settings.noise_student),
+    ):
+        if probability:
+            found[role] = Reader(frozenset(network.encoding for network in networks), probability)
+            for network in networks:
+                network.role = role
+    if found:
+        shares = " and ".join(
+            f"{100 * reader.probability:g} % of the words that the {role} reads" for role, reader in found.items()
+        )
+        by = {"mask": "the mask token", "vocabulary": "random tokens"}[settings.noise_kind]
+        say(f"Noise: in training batches {shares} are replaced by {by}.")
+    return found
 
 
 def check_checkpointing(choice: str, student: Network, teachers: Sequence[Network]) -> None:

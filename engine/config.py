@@ -179,6 +179,16 @@ class MethodConfig(_Section):
         False, "with frozen teachers (kd): compute what they answer on the training set once, and keep it in the cache; they "
         "then take no time of a step, and no memory on the device")  # fmt: skip
 
+    noise_teacher: float = option(
+        0.0, "probability that a word of what teachers read in training batches is replaced", 0.0, 1.0
+    )
+    noise_student: float = option(
+        0.0, "the same for the student, which at equal probabilities reads what they read", 0.0, 1.0
+    )
+    noise_kind: Literal["mask", "vocabulary"] = option(
+        "mask", "what a word is replaced by: the tokenizer's mask token for each of its pieces, or random tokens"
+    )
+
 
 @dataclass
 class OptimConfig(_Section):

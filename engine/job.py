@@ -21,6 +21,7 @@ from engine.config import Config
 from engine.console import Console
 from engine.data.batches import QuizBatches, training_rows
 from engine.data.encode import EncodedSplits, Encoding
+from engine.data.noise import Noise
 from engine.data.splits import load_splits
 from engine.errors import UserError
 from engine.evaluation import by_domain, predict, primary, score
@@ -78,6 +79,10 @@ class Job:
         self.console.say(f"Tokenising {texts:,} texts, {len(encodings)} tokenizer{'s' * (len(encodings) != 1)} ...")
         self._encode(list(encodings.values()))
         student, teachers = self.student.network, [member.network for member in self.teacher_members]
+        readers, self.noise = choices.noise_readers(config, student, teachers, console.say), None
+        if readers:
+            self.noise = Noise(self.splits.train[0], list(encodings.values()), self.encoded.hashes[0], self.cache / "tokens",
+                               readers, config.method.noise_kind, config.run.seed)  # fmt: skip
         self.objective = choices.objective(config, self.task, console.say)
         self.matching = None
         if self.objective.feature_loss != "none":
@@ -175,7 +180,7 @@ class Job:
                 self.answers = [self._answers(teacher) for teacher in teachers]
             if not joint:
                 objective = replace(objective, feature_loss="none")
-            self._fit(method.method, method.method, config.optim.epochs, config.optim.max_steps, objective)
+            self._fit(method.method, method.method, config.optim.epochs, config.optim.max_steps, objective, noise=self.noise)
 
     def close(self, output: OutputDirectory, seconds: float) -> None:
         """Measure every model once on validation and test, export, write the summary, show the table."""
@@ -306,10 +311,12 @@ class Job:
 
     def _fit(
         self, phase_name: str, method: str, epochs: int, max_steps: int | None = None, objective: Objective | None = None,
-        chosen: bool = True,
+        chosen: bool = True, noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """One stage of the student; the weights that stay are `chosen` by validation, or else the last."""
         config, train, student = self.config, self.encoded.train[0], self.student.network
+        if noise is not None:
+            train = train.with_noise(noise)
         optim, settings = config.optim, config.method
         learning = METHODS[method].teachers == "learning"
         plan = Plan(-(-len(train) // optim.batch_size), epochs, max_steps, settings.pilot_steps if learning else 1)

@@ -152,6 +152,7 @@ class Encoder(Network):
         super().__init__(module, name=name)
         self.encoding, self.precision, self.compiled = encoding, precision, compiled
         self.heads = 1
+        self.role: str | None = None  # "teacher" or "student": it reads that role's version where a batch has one
         self._inputs = set(inspect.signature(module.forward).parameters)
         self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
         self._family = family(module)
@@ -163,7 +164,8 @@ class Encoder(Network):
         self, batch: Batch, parameters: dict[str, Tensor] | None = None, *, repeated: bool = False, higher: bool = False,
         precision: str | None = None,
     ) -> Outputs:  # fmt: skip
-        inputs = {k: v for k, v in batch.inputs[self.encoding].items() if k in self._inputs}
+        given = batch.inputs.get(f"{self.encoding}/{self.role}", batch.inputs[self.encoding])
+        inputs = {k: v for k, v in given.items() if k in self._inputs}
         low = (precision or self.precision) == "bf16"
         if low:
             given = {n: t.to(torch.bfloat16) for n, t in (parameters or {}).items()}

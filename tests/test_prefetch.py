@@ -30,7 +30,7 @@ class Numbers:
     def __len__(self):
         return len(self.widths)
 
-    def batch(self, rows):
+    def batch(self, rows, epoch):
         self.threads.add(threading.current_thread())
         self.before(rows)
         self.made.append(rows)

@@ -48,7 +48,7 @@ class TrainingBatches:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
             try:
                 for rows in training_rows(self.split.widths, self.batch_size, self.seed, number)[start:]:
-                    waiting.append(thread.submit(self._make, rows))
+                    waiting.append(thread.submit(self._make, rows, number))
                     if len(waiting) > AHEAD:
                         yield self._take(waiting.popleft())
                 while waiting:
@@ -57,8 +57,8 @@ class TrainingBatches:
                 for made in waiting:
                     made.cancel()
 
-    def _make(self, rows: list[int]) -> tuple[Batch, torch.cuda.Event | None]:
-        batch = self.split.batch(rows)
+    def _make(self, rows: list[int], epoch: int) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = self.split.batch(rows, epoch)
         if self._copies is None:
             return batch.to(self.device), None
         with torch.cuda.stream(self._copies):  # which also sets the thread's device

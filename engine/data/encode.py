@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from engine.batch import Batch
 from engine.config import DataConfig, OptimConfig
 from engine.data.buckets import Buckets
+from engine.data.noise import Noise
 from engine.data.splits import Splits, content_hash
 from engine.data.token_files import Chunk, Tokens, load, save
 
@@ -39,6 +40,15 @@ class Encoding:
             content.pop(used, None)
         identity = json.dumps([content, max_length, tokenizer.pad_token_id], sort_keys=True)
         return cls(hashlib.sha256(identity.encode()).hexdigest()[:16], tokenizer, max_length)
+
+    def tokenized(self, dataset: Dataset) -> Iterator[BatchEncoding]:
+        """`dataset` (text, optional pair), some texts at a time: token ids, and types where there is a pair."""
+        for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
+            rows = dataset[start : start + TOKENIZED_AT_ONCE]
+            yield self.tokenizer(
+                rows["text"], rows.get("pair"), truncation=True, max_length=self.max_length,
+                return_token_type_ids="pair" in rows or None, return_attention_mask=False,
+            )  # fmt: skip
 
 
 class TokenTable:
@@ -78,6 +88,13 @@ class TokenTable:
             out["token_type_ids"] = _gather(self._types, source, hole, 0)
         return out
 
+    def beside(self, values: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
+        """`values` [tokens], which go with the tokens of the mapped files, of `rows`: [B, L] as `pad` lays them out."""
+        lengths = self.lengths[rows]
+        positions = self._positions[: self.buckets(lengths.max())]
+        found = values.take(self._starts[rows][:, None] + positions, mode="clip")
+        return np.where(positions < lengths[:, None], found, padding)
+
 
 def _gather(values: np.ndarray, source: np.ndarray, hole: np.ndarray, padding: int) -> torch.Tensor:
     out = values.take(source, mode="clip").astype(np.int64)
@@ -109,6 +126,8 @@ class EncodedSplit:
         self.labels = torch.tensor(dataset["label"][:], dtype=dtype)
         self._group()
         self.answers: Sequence[Sequence[np.ndarray]] = ()
+        self.noise: Noise | None = None
+        self._rows = np.arange(len(self))  # numbers in the whole data set, also of a part
         self.columns: dict[str, torch.Tensor] = {}
         if "domain" in dataset.column_names:
             self.columns["domain"] = torch.tensor(dataset["domain"][:])
@@ -154,6 +173,12 @@ class EncodedSplit:
             part.columns[name] = values.to(torch.float32 if values.is_floating_point() else torch.int64)
         return part
 
+    def with_noise(self, noise: Noise) -> EncodedSplit:
+        """The same rows, whose batches of an epoch have beside each encoding what the noise makes of it."""
+        part = copy.copy(self)
+        part.noise = noise
+        return part
+
     def take(self, rows: np.ndarray, training: EncodedSplit | None = None) -> EncodedSplit:
         """The split of these rows [m] alone, in this order: tokens are read from the same mapped files.
 
@@ -163,17 +188,22 @@ class EncodedSplit:
         assert rows.ndim == 1 and len(rows), rows.shape
         part, planned = copy.copy(self), _planned(training)
         part.tables = [table.take(rows, *self._plan, planned.get(table.encoding.key)) for table in self.tables]
-        part.labels = self.labels[rows]
+        part.labels, part._rows = self.labels[rows], self._rows[rows]
         part.answers = [[array[rows] for array in given] for given in self.answers]
         part.columns = {name: values[rows] for name, values in self.columns.items()}
         part._group()
         return part
 
-    def batch(self, rows: list[int]) -> Batch:
+    def batch(self, rows: list[int], epoch: int | None = None) -> Batch:
+        """The examples `rows`; where they are of an `epoch` of training, with its noise."""
         index = np.asarray(rows)
+        inputs = {t.encoding.key: t.pad(index) for t in self.tables}
+        if self.noise is not None and epoch is not None:
+            for t in self.tables:
+                inputs |= self.noise(t, index, self._rows[index], inputs[t.encoding.key], epoch)
         answers = [[torch.from_numpy(array[index]) for array in given] for given in self.answers]
         columns = {name: values[index] for name, values in self.columns.items()}
-        return Batch(self.labels[index], {t.encoding.key: t.pad(index) for t in self.tables}, answers, columns)
+        return Batch(self.labels[index], inputs, answers, columns)
 
     def padding_waste(self, batches: list[list[int]]) -> float:
         """Share of padded tokens in `batches`, over all encodings."""
@@ -223,10 +253,5 @@ def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> T
 
 
 def _tokenize(dataset: Dataset, encoding: Encoding) -> Iterator[Chunk]:
-    for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
-        rows = dataset[start : start + TOKENIZED_AT_ONCE]
-        done = encoding.tokenizer(
-            rows["text"], rows.get("pair"), truncation=True, max_length=encoding.max_length,
-            return_token_type_ids="pair" in rows or None, return_attention_mask=False,
-        )  # fmt: skip
+    for done in encoding.tokenized(dataset):
         yield done["input_ids"], done.get("token_type_ids")
