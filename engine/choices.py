@@ -50,7 +50,11 @@ def _refuse_answers(config: Config) -> None:
     """Raises UserError where --cache-teacher-logits has nothing to keep."""
     method = config.method
     teachers = METHODS[method.method].teachers
-    if method.cache_teacher_logits and method.feature_loss == "tinybert" and not method.feature_epochs:
+    if (
+        method.cache_teacher_logits
+        and method.feature_loss == "tinybert"
+        and not (method.feature_epochs or method.method == "metakd")
+    ):
         raise UserError("--cache-teacher-logits cannot keep what --feature-loss tinybert compares, the states of every token; "
                         "leave it out, or give --feature-epochs, after which there are logits alone.")  # fmt: skip
     if method.cache_teacher_logits and teachers != "frozen":

@@ -99,6 +99,9 @@ def _refuse_without_domains(config: Config) -> None:
 def _refuse_several(config: Config, task: Task, target: int | None) -> None:
     """What needs several domains and classes."""
     data, method = config.data, config.method
+    if method.method == "metakd" and method.prepare_method != "meta":
+        raise UserError(f"--method metakd learns from meta-teachers, and --prepare-method {method.prepare_method} makes none; "
+                        "leave it out, or use --method kd.")  # fmt: skip
     prepare = f"--prepare-method {method.prepare_method}" if method.method != "metakd" else "--method metakd"
     if method.prepare_method == "finetune":
         if len(task.domains) < 2 and data.teacher_domains in ("others", "each"):

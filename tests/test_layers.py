@@ -42,6 +42,8 @@ LAYERS = [
     {"prototypes", "domains", "matching"},
     {"teachers", "report", "answers"},
     {"choices"},
+    {"setup"},
+    {"stages"},
     {"job"},
     {"cli"},
     {"train"},
