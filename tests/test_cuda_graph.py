@@ -206,7 +206,7 @@ def test_there_is_an_end_to_graphs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil"])
+@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil", "lgtm", "reptile"])
 def test_a_whole_run_is_the_same(method, data, tmp_path, monkeypatch):
     """Teachers prepared, student distilled, interrupted by validations, with its schedule: every model is bit for bit that
     of an eager run. Learning rates are numbers on a CPU; made tensors, as on a GPU, they have other last bits, so both."""

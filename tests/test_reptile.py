@@ -300,8 +300,8 @@ def test_models_that_cannot_be_compared():
 
 def test_a_run_says_what_is_mapped_and_its_loss_falls(cache, tmp_path, capsys):
     data = table(tmp_path / "d.tsv", sentences(500))
-    run = succeed(data, tmp_path / "run", method="reptile", train_size=460, epochs=6, prepare_epochs=4, log_steps=10,
-                  eval_steps=1000)  # fmt: skip
+    run = succeed(data, tmp_path / "run", method="reptile", train_size=460, max_steps=100, prepare_epochs=3,
+                  log_steps=10, eval_steps=1000)  # fmt: skip
     said = " ".join(capsys.readouterr().out.split())
     assert "Layer map: of distilbert to bert, layers 0 to 1, 1 to 3" in said
     assert "No quiz batches are drawn: the quiz set stays unused." in said
