@@ -24,7 +24,10 @@ PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepa
 
 
 DEFAULTS = {"temperature": 5.0, "alpha": 0.5, "feature_loss": "none", "prepare_method": "finetune"}
-METHOD_DEFAULTS = {"metakd": {"temperature": 2.0, "alpha": 1.0, "feature_loss": "tinybert", "prepare_method": "meta"}}
+METHOD_DEFAULTS = {
+    "lgtm": {"temperature": 1.0, "alpha": 1.0},
+    "metakd": {"temperature": 2.0, "alpha": 1.0, "feature_loss": "tinybert", "prepare_method": "meta"},
+}
 
 
 def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:

@@ -103,10 +103,10 @@ class MethodConfig(_Section):
         "follow it (reptile), by meta-teachers of several domains (metakd), by frozen teachers (kd), by labels alone (finetune)")  # fmt: skip
     student_warmup_epochs: int = option(0, "epochs of plain fine-tuning of the student before it is distilled", 0)
     temperature: float | None = option(
-        None, "softmax temperature T of both sides of the soft loss (default: 5; metakd 2)", 1e-3
+        None, "softmax temperature T of both sides of the soft loss (default: 5; metakd 2, lgtm 1)", 1e-3
     )
     alpha: float | None = option(
-        None, "weight of the soft loss; the hard loss has 1 - alpha (default: 0.5; metakd 1)", 0.0, 1.0
+        None, "weight of the soft loss; the hard loss has 1 - alpha (default: 0.5; metakd, lgtm 1)", 0.0, 1.0
     )
     soft_loss: Literal["kl", "mse_prob", "mse_logits"] = option(
         "kl", "T^2 KL between softened probabilities, T^2 mean squared error of them, or of the logits"

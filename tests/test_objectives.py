@@ -184,7 +184,9 @@ def test_features_of_length_0_have_finite_gradients():
     with torch.no_grad():
         case.student.features[0, 0] = 0
         case.teachers[0].features[1, 1] = 0
-    assert all(g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*case.student.given(), *case.teachers[0].given()]))
+    assert all(
+        g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*case.student.given(), *case.teachers[0].given()])
+    )
 
 
 @pytest.mark.parametrize(
