@@ -51,7 +51,7 @@ def main(words: list[str]) -> int:
     if lr == 0.125 and not resumed:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
         (folder / "waiting").touch()
-        time.sleep(60)
+        time.sleep(20)
     (folder / "summary.json").write_text(json.dumps(summary(settings)))
     return 0
 
