@@ -1,6 +1,7 @@
 """Stands in for engine.train where a test is about what runs the cells: it leaves the same files, in no time.
 
-A learning rate of 0.5 is refused, 0.25 kills the process, 0.125 waits for a signal, and ends well when it is resumed.
+A learning rate of 0.5 is refused, 0.25 kills the process, 0.125 waits for a signal (0.0625 for a second one), and ends well
+when it is resumed.
 """
 
 import json
@@ -48,10 +49,12 @@ def main(words: list[str]) -> int:
         starts.write("resumed\n" if resumed else "started\n")
     if lr == 0.25:
         os.kill(os.getpid(), signal.SIGKILL)
-    if lr == 0.125 and not resumed:
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    if lr in (0.125, 0.0625) and not resumed:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if lr == 0.125 else (folder / "noted").touch())
         (folder / "waiting").touch()
-        time.sleep(60)
+        for _ in range(200):
+            time.sleep(0.1)
     (folder / "summary.json").write_text(json.dumps(summary(settings)))
     return 0
 

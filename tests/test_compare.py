@@ -72,7 +72,7 @@ def test_methods_and_seeds(place, capsys):
         "| metadistil | bert+bert2 -> distilbert | kd, bert+bert2 -> distilbert | +1.00 ± 0.00 | 3 | yes |",
     ]
     out = capsys.readouterr().out
-    assert "81.30 ± 0.75" in out and "Teachers are prepared once" in out and "less that of" in out
+    assert "81.30 ± 0.75" in out and "Teachers are prepared once" in out and "compared with" in out
     assert all((place / "out" / name).stat().st_size > 1000 for name in ("plot.svg", "plot.png"))
     assert (place / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "metadistil" in (place / "out" / "plot.svg").read_text()
@@ -159,11 +159,15 @@ rows:
 """
 
 
+def wait_until(there) -> None:
+    deadline = time.monotonic() + 30
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def interrupt_when_it_waits(folder: Path, *numbers: int) -> threading.Thread:
     def send():
-        deadline = time.monotonic() + 30
-        while not list(folder.glob("cells/*/waiting")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: list(folder.glob("cells/*/waiting")))
         for number in numbers:
             os.kill(os.getpid(), number)
 
@@ -193,6 +197,22 @@ def test_ctrl_c_hands_on_the_signal_keeps_what_is_there_and_says_how_to_go_on(pl
     }  # fmt: skip
 
 
+def test_a_second_signal_is_handed_on_as_well(place, capsys):
+    words = ["--config", grid(place, WAITING.replace("0.125", "0.0625")), "--output", "out"]
+
+    def send():
+        interrupt_when_it_waits(place / "out", signal.SIGINT).join()
+        wait_until(lambda: list(place.glob("out/cells/*/noted")))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert main(words) == 128 + signal.SIGTERM
+    thread.join()
+    assert "Continue with: " in capsys.readouterr().out
+    assert [len(row["cells"]) for row in compared(place / "out")["rows"]] == [1, 0, 0]
+
+
 def test_a_comparison_without_output_names_its_directory_when_it_is_stopped(place, capsys):
     words = ["--config", grid(place, WAITING)]
     thread = threading.Thread(target=lambda: interrupt_when_it_waits(next_run(place), signal.SIGINT).join())
@@ -207,9 +227,7 @@ def test_a_comparison_without_output_names_its_directory_when_it_is_stopped(plac
 
 
 def next_run(place: Path) -> Path:
-    deadline = time.monotonic() + 30
-    while not list(place.glob("runs/*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: list(place.glob("runs/*")))
     return next(place.glob("runs/*"))
 
 

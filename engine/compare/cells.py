@@ -44,20 +44,25 @@ class Cells:
     def __init__(self, folder: Path, cache_dir: str | None, interrupts: Interrupts):
         self.folder, self.cache_dir, self.interrupts = folder, cache_dir, interrupts
 
+    def directory(self, cell: Cell) -> Path:
+        """Where a cell is run. Rows of equal settings share it: those that show the teachers of one run, say."""
+        found = [run for run in sorted(self.folder.glob(f"*-{cell.digest}")) if run.is_dir()]
+        return found[0] if found else self.folder / cell.name
+
     def state(self, cell: Cell) -> Literal["new", "interrupted", "finished"]:
-        run = self.folder / cell.name
+        run = self.directory(cell)
         if (run / "summary.json").exists():
             return "finished"
         return "interrupted" if (run / "config.yaml").exists() else "new"
 
     def run(self, cell: Cell) -> Outcome:
         """The outcome of a cell, which is run or resumed unless it is finished. Raises Stopped after a signal."""
-        run, log = self.folder / cell.name, self.folder / f"{cell.name}.log"
+        run = self.directory(cell)
+        log, settings = (self.folder / f"{run.name}.{suffix}" for suffix in ("log", "yaml"))
         state = self.state(cell)
         if state == "finished":
             return _outcome(run, 0, log)
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self.folder / f"{cell.name}.yaml"
         settings.write_text(yaml.safe_dump(cell.settings, sort_keys=False))
         words = ["--resume"] if state == "interrupted" else ["--config", str(settings)]
         words += ["--output", str(run)]

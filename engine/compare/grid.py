@@ -24,16 +24,19 @@ class Cell:
     value: str | None  # of the row's `each`
     seed: int
     title: str
-    label: str  # of its directory: rows that show several teachers of one run share it
     settings: Settings
 
     @property
-    def name(self) -> str:
-        """Of its directory. It holds a hash of the settings, so that changed ones are another run."""
+    def digest(self) -> str:
+        """Of all settings that change a result."""
         kept = {k: v for k, v in self.settings.items() if k not in cli.FREE_ON_RESUME}
-        digest = hashlib.sha256(json.dumps([__version__, kept], sort_keys=True).encode()).hexdigest()[:10]
-        words = re.sub(r"[^A-Za-z0-9]+", "-", self.label).strip("-").lower()
-        return f"{words[:60].strip('-')}-{digest}"
+        return hashlib.sha256(json.dumps([__version__, kept], sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Of its directory: changed settings are another run."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.title).strip("-").lower()
+        return f"{words[:60].strip('-')}-{self.digest}"
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,8 @@ class Grid:
         if not row.teachers:
             settings.pop("teachers", None)  # that the method reads none: another one is not another run
         settings |= self._placed(row)
-        ending = [*([] if value is None else [value]), f"seed {seed}"]
-        label = row.title if row.show is None else f"teachers {'+'.join(row.teachers)}"
-        return Cell(number, value, seed, ", ".join([row.title, *ending]), ", ".join([label, *ending]), settings)
+        title = ", ".join([row.title, *([] if value is None else [value]), f"seed {seed}"])
+        return Cell(number, value, seed, title, settings)
 
     def reference(self, row: Row) -> Row | None:
         """What a row's figures are compared with: what is named, else kd with the same teachers and student, else kd with

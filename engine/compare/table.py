@@ -62,7 +62,7 @@ def difference_table(found: Result) -> tuple[list[str], list[list[str]]]:
             verdict = {True: "yes", False: "no"}[clear] if difference["interval"] is not None else "one seed"
             rows.append([row["name"], row["models"], row["against"], number(found, difference, signed=True),
                          str(difference["n"]), verdict])  # fmt: skip
-    return ["method", "teachers -> student", "less that of", "difference", "seeds", "without 0"], rows
+    return ["method", "teachers -> student", "compared with", "difference", "seeds", "without 0"], rows
 
 
 def caption(found: Result) -> str:
@@ -74,8 +74,12 @@ def caption(found: Result) -> str:
         words.append("Mean ± t s / sqrt(n): s the standard deviation over n seeds, t the 0.975 quantile of Student's "
                      "distribution with n - 1 degrees of freedom (95 %).")  # fmt: skip
     teachers = ", ".join(map(str, found["teacher_seeds"]))
-    words.append(f"Teachers were prepared once (seed {teachers}) and are the same for all seeds, so that the intervals hold "
-                 "the students' spread alone. Time is the student's training, without the teachers' preparation.")  # fmt: skip
+    several = ", and are the same for all seeds: the intervals hold the students' spread alone" * (
+        len(found["seeds"]) > 1
+    )
+    words.append(f"Teachers were prepared once (seed {teachers}){several}.")
+    words.append("Time is the student's training in all its stages, without the teachers' preparation; examples/s is of the "
+                 "last stage.")  # fmt: skip
     if found["note"]:
         words.append(found["note"].strip())
     if found["models"]:
