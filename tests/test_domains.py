@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import hashes, load, numbered, parts, refused, write
+from graph_simulator import SimulatedCapture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import succeed, summary
 from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
 from engine.batch import Batch
+from engine.cuda_graph import StepGraphs
 from engine.data.buckets import Buckets
 from engine.data.cut import Pool
 from engine.data.encode import EncodedSplit, Encoding
@@ -264,6 +266,18 @@ def test_columns_go_where_the_batch_goes(split):
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert isinstance(again, Batch) and torch.equal(again.columns["domain"], batch.columns["domain"])
     assert spec != torch.utils._pytree.tree_flatten(Batch(batch.labels, batch.inputs, batch.answers))[1]
+
+
+def test_a_captured_step_reads_the_columns_of_each_batch(split):
+    def step(batches):
+        return {"domains": batches[0].columns["domain"].sum().float()}
+
+    graphs = StepGraphs(step, CPU, capture=SimulatedCapture())
+    short = np.argsort(split.lengths, kind="stable")[:4].tolist()
+    for i in range(12):
+        rows = [*short[1:], short[0]] if i % 2 else [short[0]] * 4
+        assert graphs([split.batch(rows)])["domains"] == sum(row % 3 for row in rows)
+    assert graphs.captured
 
 
 def equal_inputs(one: Batch, other: Batch, name: str, of: int = 0):

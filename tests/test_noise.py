@@ -313,13 +313,13 @@ class Sum(torch.nn.Module):
         super().__init__()
         self.one = torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, attention_mask):
         return SimpleNamespace(logits=input_ids.float() * self.one)
 
 
 def test_a_network_reads_the_version_of_its_role():
     def given(value):
-        return {"input_ids": torch.full((2, 3), value)}
+        return {"input_ids": torch.full((2, 3), value), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
 
     batch = Batch(torch.zeros(2), {"a": given(1), "a/teacher": given(2), "b": given(3)})
     for encoding, role, value in (("a", "teacher", 2), ("a", "student", 1), ("a", None, 1), ("b", "teacher", 3)):
