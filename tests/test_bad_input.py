@@ -73,7 +73,7 @@ ALLOWED = [
     (["--lr", "abc"], "--lr is 'abc'", "number"),
     (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
     (["--seed", "-1"], "--seed is -1", "it must be"),
-    (["--method", "foo"], "--method is 'foo'", "one of metadistil, kd, finetune"),
+    (["--method", "foo"], "--method is 'foo'", "one of metadistil, lgtm, reptile, metakd, kd, finetune"),
     (["--source", "web"], "--source is 'web'", "one of auto, hub, embedded"),
     (["--pilot-optimizer", "lion"], "--pilot-optimizer is 'lion'", "one of sgd, adamw"),
     (["--meta-grad", "implicit"], "--meta-grad is 'implicit'", "exact"),
@@ -199,7 +199,11 @@ YAML = {
     "number for text": ("student_layers: 1\n", "student_layers in c.yaml is '1'", "text", "quotes"),
     "nothing for a number": ("quiz_batches: null\n", "quiz_batches in c.yaml is null", "whole number"),
     "word for a switch": ("retrain_teachers: perhaps\n", "retrain_teachers in c.yaml is 'perhaps'", "true or false"),
-    "unknown choice": ("method: foo\n", "method in c.yaml is 'foo'", "one of metadistil, kd, finetune"),
+    "unknown choice": (
+        "method: foo\n",
+        "method in c.yaml is 'foo'",
+        "one of metadistil, lgtm, reptile, metakd, kd, finetune",
+    ),
     "out of range": ("alpha: 7\n", "--alpha is 7", "from 0.0 to 1.0"),
 }
 

@@ -16,7 +16,6 @@ from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
 from engine.batch import Batch
 from engine.cuda_graph import StepGraphs
-from engine.data.buckets import Buckets
 from engine.data.cut import Pool
 from engine.data.encode import EncodedSplit, Encoding
 from engine.data.splits import content_hash
@@ -278,49 +277,6 @@ def test_a_captured_step_reads_the_columns_of_each_batch(split):
         rows = [*short[1:], short[0]] if i % 2 else [short[0]] * 4
         assert graphs([split.batch(rows)])["domains"] == sum(row % 3 for row in rows)
     assert graphs.captured
-
-
-def equal_inputs(one: Batch, other: Batch, name: str, of: int = 0):
-    """Whether row 0 of `one` is row `of` of `other`, whatever they are padded to."""
-    a, b = (batch.inputs[name] for batch in (one, other))
-    width = min(t["input_ids"].shape[1] for t in (a, b))
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k][0, :width], b[k][of, :width]) and not a["attention_mask"][0, width:].any() for k in a
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(picked=st.lists(st.integers(0, 44), min_size=1, max_size=20))
-def test_a_taken_split_is_the_whole_one_row_for_row(split, picked):
-    answered = split.with_answers([[np.arange(90, dtype=np.float32).reshape(45, 2)]])
-    part = answered.take(np.array(picked))
-    assert len(part) == len(picked)
-    for i, row in enumerate(picked):
-        mine, whole = part.batch([i]), answered.batch([row])
-        assert all(equal_inputs(mine, whole, name) for name in whole.inputs)
-        assert torch.equal(mine.labels, whole.labels) and torch.equal(mine.answers[0][0], whole.answers[0][0])
-        assert torch.equal(mine.columns["domain"], whole.columns["domain"])
-    together = part.batch(list(range(len(picked))))
-    for i, row in enumerate(picked):
-        assert all(equal_inputs(answered.batch([row]), together, name, i) for name in together.inputs)
-
-
-def test_the_widths_of_a_taken_split(split):
-    """Of its own lengths for training, of the training set's for what is held out; tokens stay the mapped ones."""
-    short = np.argsort(split.lengths, kind="stable")[:12][::-1].copy()
-    part, held_out = split.take(short), split.take(short, training=split)
-    assert part.lengths.tolist() == split.lengths[short].tolist()
-    for mine, theirs, table in zip(part.tables, held_out.tables, split.tables, strict=True):
-        assert np.shares_memory(mine._ids, table.tokens.ids)
-        expected = Buckets.of(table.lengths[short], 64, 4, 8).widths
-        assert mine.buckets.widths.tolist() == expected.tolist() != table.buckets.widths.tolist()
-        assert theirs.buckets.widths.tolist() == table.buckets.widths.tolist()
-    assert part.widths.tolist() == Buckets.of(part.lengths, 64, 4, 8)(part.lengths).tolist()
-    assert held_out.widths.tolist() == split.widths[short].tolist()
-    other = split.take(np.arange(5), training=part)  # of a part again
-    assert other.tables[0].buckets.widths.tolist() == part.tables[0].buckets.widths.tolist()
-    again = part.take(np.array([3, 1]))
-    assert again.lengths.tolist() == split.lengths[short[[3, 1]]].tolist()
 
 
 # Whole runs

@@ -241,9 +241,6 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(scene, kind):
         part = split.batch(rows, 2)
         width = min(ids(part, key).shape[1], ids(whole, key).shape[1])
         assert all(torch.equal(ids(part, key)[i, :width], ids(whole, key)[row, :width]) for i, row in enumerate(rows))
-    taken = split.take(np.array([44, 5, 17])).batch([1], 2)
-    width = min(ids(taken, key).shape[1], ids(whole, key).shape[1])
-    assert torch.equal(ids(taken, key)[0, :width], ids(whole, key)[5, :width])
     assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
 
 

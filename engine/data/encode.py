@@ -67,14 +67,6 @@ class TokenTable:
         self.training = self.lengths if training is None else training
         self.buckets = Buckets.of(self.training, encoding.max_length, buckets, batch_size)
 
-    def take(self, rows: np.ndarray, buckets: int, batch_size: int, training: np.ndarray | None) -> TokenTable:
-        """The examples `rows` [m] of this table, read from the same mapped tokens; the rest as in the constructor."""
-        part = copy.copy(self)
-        part._starts, part.lengths = self._starts[rows], self.lengths[rows]
-        part.training = part.lengths if training is None else training
-        part.buckets = Buckets.of(part.training, self.encoding.max_length, buckets, batch_size)
-        return part
-
     def pad(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (and token_type_ids) of `rows`, each [B, L] int64, L the bucket of the longest."""
         lengths = self.lengths[rows]
@@ -116,7 +108,7 @@ class EncodedSplit:
         """Batches are padded to at most `buckets` widths an encoding, planned for batches of `batch_size` of the split
         `training`; without it, of this one.
         """
-        planned = _planned(training)
+        planned = {} if training is None else {table.encoding.key: table.training for table in training.tables}
         self.tables = [
             TokenTable(e, encode(dataset, e, content, cache), buckets, batch_size, planned.get(e.key))
             for e in encodings
@@ -127,7 +119,6 @@ class EncodedSplit:
         self._group()
         self.answers: Sequence[Sequence[np.ndarray]] = ()
         self.noise: Noise | None = None
-        self._rows = np.arange(len(self))  # numbers in the whole data set, also of a part
         self.columns: dict[str, torch.Tensor] = {}
         if "domain" in dataset.column_names:
             self.columns["domain"] = torch.tensor(dataset["domain"][:])
@@ -179,28 +170,13 @@ class EncodedSplit:
         part.noise = noise
         return part
 
-    def take(self, rows: np.ndarray, training: EncodedSplit | None = None) -> EncodedSplit:
-        """The split of these rows [m] alone, in this order: tokens are read from the same mapped files.
-
-        Widths are planned for the lengths of `training`; without it, of these rows.
-        """
-        rows = np.asarray(rows)
-        assert rows.ndim == 1 and len(rows), rows.shape
-        part, planned = copy.copy(self), _planned(training)
-        part.tables = [table.take(rows, *self._plan, planned.get(table.encoding.key)) for table in self.tables]
-        part.labels, part._rows = self.labels[rows], self._rows[rows]
-        part.answers = [[array[rows] for array in given] for given in self.answers]
-        part.columns = {name: values[rows] for name, values in self.columns.items()}
-        part._group()
-        return part
-
     def batch(self, rows: list[int], epoch: int | None = None) -> Batch:
         """The examples `rows`; where they are of an `epoch` of training, with its noise."""
         index = np.asarray(rows)
         inputs = {t.encoding.key: t.pad(index) for t in self.tables}
         if self.noise is not None and epoch is not None:
             for t in self.tables:
-                inputs |= self.noise(t, index, self._rows[index], inputs[t.encoding.key], epoch)
+                inputs |= self.noise(t, index, inputs[t.encoding.key], epoch)
         answers = [[torch.from_numpy(array[index]) for array in given] for given in self.answers]
         columns = {name: values[index] for name, values in self.columns.items()}
         return Batch(self.labels[index], inputs, answers, columns)
@@ -214,11 +190,6 @@ class EncodedSplit:
                 real += int(lengths.sum())
                 padded += len(rows) * int(t.buckets(lengths.max()))
         return 1 - real / max(1, padded)
-
-
-def _planned(training: EncodedSplit | None) -> dict[str, np.ndarray]:
-    """The lengths that widths are planned for, by encoding."""
-    return {} if training is None else {table.encoding.key: table.training for table in training.tables}
 
 
 @dataclass

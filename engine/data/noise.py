@@ -57,17 +57,14 @@ class Noise:
             self._words[encoding.key] = words_of(dataset, encoding, content, cache)
 
     def __call__(
-        self, table: TokenTable, index: np.ndarray, rows: np.ndarray, clean: dict[str, Tensor], epoch: int
+        self, table: TokenTable, rows: np.ndarray, clean: dict[str, Tensor], epoch: int
     ) -> dict[str, dict[str, Tensor]]:
-        """Noised versions of `clean`, which `table.pad(index)` gave, under "<encoding>/<role>". Shapes stay as they are.
-
-        `rows` [B] are the numbers of the examples in the whole data set, `index` [B] those in the table.
-        """
+        """Noised versions of `clean`, which `table.pad(rows)` gave, under "<encoding>/<role>". Shapes stay as they are."""
         key = table.encoding.key
         roles = {role: r.probability for role, r in self.readers.items() if key in r.encodings}
         if not roles:
             return {}
-        words = table.beside(self._words[key], index, -1)  # [B, L]
+        words = table.beside(self._words[key], rows, -1)  # [B, L]
         streams = _mixed(rows.astype(np.uint64) * GOLDEN + _state(self.seed, epoch, key))[:, None]  # one an example
         # numbers of 53 bits, as many as a float64 holds; what is no word is never replaced
         u = np.where(
