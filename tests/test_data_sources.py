@@ -62,7 +62,7 @@ def corpus(monkeypatch):
 
     def splits(samples):
         sizes = {"train": 200 * samples, "quiz": 10, "validation": 20, "test": 30}
-        return {part: [(f"{part} {i}", i % 2) for i in range(size)] for part, size in sizes.items()}
+        return {part: [(f"{part} {i}", i % 2, "ab"[i % 4 // 2]) for i in range(size)] for part, size in sizes.items()}
 
     package, module = types.ModuleType("engine.embedded"), types.ModuleType("engine.embedded.corpus")
     module.splits, package.corpus = splits, module

@@ -30,7 +30,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def texts(parts):
-    return [text for text, _ in parts["train"]]
+    return [text for text, _, _ in parts["train"]]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_shorter_corpus_begins_the_longer_one():
 
 
 def test_splits_are_disjoint_sized_and_stable(parts):
-    everything = [text for rows in parts.values() for text, _ in rows]
+    everything = [text for rows in parts.values() for text, _, _ in rows]
     assert len(set(everything)) == len(everything)
     assert {name: len(rows) for name, rows in parts.items()} == {
         "quiz": 100,
@@ -81,7 +81,18 @@ def test_splits_are_disjoint_sized_and_stable(parts):
     assert all(four[name] == parts[name] for name in ("quiz", "validation", "test"))
     assert four["train"][: len(parts["train"])] == parts["train"]
     for name, rows in parts.items():
-        assert 2 * sum(label for _, label in rows) == len(rows), f"{name} is not balanced"
+        assert 2 * sum(label for _, label, _ in rows) == len(rows), f"{name} is not balanced"
+
+
+def test_domains(parts):
+    """Every one in every split, in like shares; texts of one are about its own things."""
+    names = {"films", "books", "phones", "food", "hotels"}
+    for rows in parts.values():
+        counts = Counter(domain for _, _, domain in rows)
+        assert counts.keys() == names and max(counts.values()) < 2 * min(counts.values()) + 10
+    told = {"films": "screenplay", "books": "imagery", "phones": "touchpad", "food": "dumplings", "hotels": "lobby"}
+    for name, word in told.items():
+        assert {domain for text, _, domain in parts["train"] if word in words(text)} == {name}
 
 
 def test_vocabulary_is_of_a_natural_size(texts):
@@ -90,7 +101,7 @@ def test_vocabulary_is_of_a_natural_size(texts):
 
 
 def test_no_single_word_decides(parts):
-    rows = [(set(words(text)), label) for text, label in parts["train"]]
+    rows = [(set(words(text)), label) for text, label, _ in parts["train"]]
     counts = Counter((word, label) for found, label in rows for word in found)
     goods, total = sum(label for _, label in rows), len(rows)
     for word in {word for word, _ in counts}:
@@ -101,15 +112,15 @@ def test_no_single_word_decides(parts):
 def test_bag_of_words_falls_short(parts):
     """Logistic regression on word counts: better than chance, far below what the teachers reach (about 96 %)."""
     train, held_out = parts["train"][: embedded.SIZES["train"]], parts["validation"]
-    index = {word: i for i, word in enumerate(sorted({word for text, _ in train for word in words(text)}))}
+    index = {word: i for i, word in enumerate(sorted({word for text, *_ in train for word in words(text)}))}
 
     def counts(rows):
         x = torch.zeros(len(rows), len(index))  # [N, V]
-        for i, (text, _) in enumerate(rows):
+        for i, (text, *_) in enumerate(rows):
             for word in words(text):
                 if word in index:
                     x[i, index[word]] += 1
-        return x, torch.tensor([float(label) for _, label in rows])
+        return x, torch.tensor([float(label) for _, label, *_ in rows])
 
     (x, y), (x_held, y_held) = counts(train), counts(held_out)
     weight = torch.zeros(len(index) + 1, requires_grad=True)
@@ -205,7 +216,7 @@ def test_one_tokenizer_for_the_bert_family_in_every_process(texts, built, tmp_pa
         saved[alias] = (tmp_path / alias / "tokenizer.json").read_bytes()
     assert len({saved[alias] for alias in BERT_FAMILY}) == 1
     code = (
-        "from engine.embedded import build, splits\ntexts = [text for text, _ in splits(2)['train']]\n"
+        "from engine.embedded import build, splits\ntexts = [text for text, _, _ in splits(2)['train']]\n"
         "import hashlib, tempfile, pathlib\n"
         "for alias in ('bert', 'roberta'):\n"
         "    folder = tempfile.mkdtemp()\n"

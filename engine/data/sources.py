@@ -182,8 +182,8 @@ def embedded(samples: int, say: Say) -> Found:
     tables = {
         part: Table(
             f"embedded {part}",
-            ["text", "label"],
-            {"text": [text for text, _ in rows], "label": [label for _, label in rows]}.__getitem__,
+            ["text", "label", "domain"],
+            dict(zip(("text", "label", "domain"), map(list, zip(*rows, strict=True)), strict=True)).__getitem__,
             range(1, len(rows) + 1),
             "row",
             names,

@@ -27,6 +27,7 @@ _SEED = 20_220
 class Domain:
     """What is reviewed; each value is one string of words, read by `_words`."""
 
+    name: str
     item: str  # what the whole is called
     aspects: str  # its parts; a final * marks a plural
     good: str  # adjectives that suit these parts only
@@ -49,6 +50,7 @@ _HATED = "hated loathed detested disliked regretted despised resented deplored s
 
 _DOMAINS = (
     Domain(
+        name="films",
         item="film movie picture production sequel drama comedy thriller documentary western musical remake",
         aspects="""acting plot ending script score dialogue cast direction villain heroine finale narration chemistry
             performances* scenes* humour screenplay romance""",
@@ -57,6 +59,7 @@ _DOMAINS = (
         verbs="watched saw rented streamed",
     ),
     Domain(
+        name="books",
         item="book novel memoir biography paperback anthology fable story diary sonnet",
         aspects="""prose narrator chapters* plot ending characters* style premise opening translation dialogue imagery
             epilogue argument verses* foreword language""",
@@ -65,6 +68,7 @@ _DOMAINS = (
         verbs="read borrowed finished reviewed",
     ),
     Domain(
+        name="phones",
         item="phone handset tablet laptop device gadget smartphone camcorder printer",
         aspects="""camera screen keyboard speaker charger software display buttons* menus* microphone processor antenna
             touchpad hinge scanner battery""",
@@ -73,6 +77,7 @@ _DOMAINS = (
         verbs="bought tested used ordered",
     ),
     Domain(
+        name="food",
         item="restaurant bistro diner café pizzeria tavern brasserie canteen steakhouse buffet",
         aspects="""food soup pasta dessert steak bread salad sauce noodles* starters* fish curry rice pudding vegetables*
             pizza dumplings* omelette""",
@@ -81,6 +86,7 @@ _DOMAINS = (
         verbs="visited tried booked found",
     ),
     Domain(
+        name="hotels",
         item="hotel hostel inn resort guesthouse lodge motel chalet",
         aspects="""room lobby breakfast pool bed bathroom balcony garden terrace reception sauna corridors* towels* bar
             lounge parking curtains*""",
@@ -163,7 +169,8 @@ class _Writer:
             return f"nobody would call the {name} {self.adjective(domain, word_is_good)}"
         return f"{self.pick(_WHO)} {self.pick(_LOVED if word_is_good else _HATED)} the {name}"
 
-    def sentence(self, good: bool) -> str:
+    def sentence(self, good: bool) -> tuple[str, str]:
+        """A text, and the name of its domain."""
         rng = self.rng
         domain = rng.choice(_DOMAINS)
         first, second = rng.sample(_words(domain.aspects), 2)
@@ -191,11 +198,16 @@ class _Writer:
             text = f"{self.pick(_WHO)} {self.pick(domain.verbs)} the {self.pick(domain.item)} {where}: {text}"
         elif self.chance(0.30):
             text = f"{self.pick(_HEDGES)}, {text}"
-        return text[0].upper() + text[1:] + "."
+        return text[0].upper() + text[1:] + ".", domain.name
 
 
 def generate(count: int, seed: int) -> list[tuple[str, int]]:
-    """`count` distinct sentences with their labels, as many good as bad (one more of either if `count` is odd).
+    """`examples` without their domains."""
+    return [(text, label) for text, label, _ in examples(count, seed)]
+
+
+def examples(count: int, seed: int) -> list[tuple[str, int, str]]:
+    """`count` distinct sentences with label and domain, as many good as bad (one more of either if `count` is odd).
 
     A longer list from the same seed begins with the shorter one.
     """
@@ -203,22 +215,22 @@ def generate(count: int, seed: int) -> list[tuple[str, int]]:
     while len(rows) < count:
         # labels are drawn in pairs, so that every even-sized slice from an even start is balanced too
         label = 1 - rows[-1][1] if len(rows) % 2 else writer.rng.randrange(2)
-        text = writer.sentence(good=bool(label))
+        text, domain = writer.sentence(good=bool(label))
         while text in seen:
-            text = writer.sentence(good=bool(label))
+            text, domain = writer.sentence(good=bool(label))
         seen.add(text)
-        rows.append((text, label))
+        rows.append((text, label, domain))
     return rows
 
 
-def splits(samples: int) -> dict[str, list[tuple[str, int]]]:
-    """The four parts, no text in two of them; `train` has `samples` samples of `SIZES["train"]` rows, one after another.
+def splits(samples: int) -> dict[str, list[tuple[str, int, str]]]:
+    """The four parts as `examples`, no text in two of them; `train` has `samples` samples of `SIZES["train"]` rows, one after another.
 
     Quiz, validation and test are the same for every number of samples, and so are the samples that come first.
     """
     sizes = {"quiz": SIZES["quiz"], "validation": SIZES["validation"], "test": SIZES["test"]}
     sizes["train"] = samples * SIZES["train"]
-    rows, parts, start = generate(sum(sizes.values()), _SEED), {}, 0
+    rows, parts, start = examples(sum(sizes.values()), _SEED), {}, 0
     for name, size in sizes.items():
         parts[name] = rows[start : start + size]
         start += size
