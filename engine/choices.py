@@ -53,11 +53,10 @@ def _refuse_answers(config: Config) -> None:
     """Raises UserError where --cache-teacher-logits has nothing to keep."""
     method = config.method
     teachers = METHODS[method.method].teachers
-    if (
-        method.cache_teacher_logits
-        and method.feature_loss == "tinybert"
-        and not (method.feature_epochs or method.method == "metakd")
-    ):
+    by_method = METHOD_DEFAULTS.get(method.method, {})
+    together = method.feature_epochs == 0 or (method.feature_epochs is None and method.method != "metakd")
+    tinybert = (method.feature_loss or by_method.get("feature_loss")) == "tinybert"
+    if method.cache_teacher_logits and tinybert and together:
         raise UserError("--cache-teacher-logits cannot keep what --feature-loss tinybert compares, the states of every token; "
                         "leave it out, or give --feature-epochs, after which there are logits alone.")  # fmt: skip
     if method.cache_teacher_logits and teachers != "frozen":
@@ -135,8 +134,9 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
             setattr(optim, name, defaults[name])
     method = config.method
     by_method = DEFAULTS | METHOD_DEFAULTS.get(method.method, {})
-    by_method["feature_epochs"] = optim.epochs if method.method == "metakd" else 0
-    by_method["beta"] = 1.0 if (method.feature_loss or by_method["feature_loss"]) == "tinybert" else 100.0
+    feature_loss = method.feature_loss or by_method["feature_loss"]
+    by_method["feature_epochs"] = optim.epochs if method.method == "metakd" and feature_loss != "none" else 0
+    by_method["beta"] = 1.0 if feature_loss == "tinybert" else 100.0
     by_method["pilot_lr"] = optim.lr
     if METHODS[method.method].learn_from != "weights":  # whose pilot step is its own
         by_method["pilot_optimizer"] = "adamw" if METHODS[method.method].own_loss else "sgd"

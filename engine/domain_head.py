@@ -7,7 +7,7 @@ With h [B, H] an example's mean state over its real tokens and k its domain:
 
 `reversal`: f' = f with its gradient's sign turned (Ganin et al. 2016), so that the classifier learns to tell the domains
 apart and encoder and embeddings learn to keep it from that. Only for examples that it knows better than by guessing, whose
-cross-entropy is below log(domains): reversed without that bound, the gradient that misleads the classifier outgrows the
+cross-entropy is below log(domains that there are examples of): reversed without that bound, the gradient that misleads the classifier outgrows the
 task's, and a teacher of four domains stayed at chance on its task (docs/log.md). `shuffled`, as the published code has it: f' = f, and the
 classifier is taught the domains of other examples of the batch (engine.methods.meta_teacher).
 """
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 
 
 class DomainHead(nn.Module):
-    """Embeddings and classifier of `domains` domains for states of `width` numbers; `seed` fixes their first weights."""
+    """Embeddings and classifier of `domains` domains for states of `width` numbers; `seed` fixes their first weights.
 
-    def __init__(self, width: int, domains: int, reversal: bool, seed: int):
+    `seen` is how many of the domains it is trained on, by default all.
+    """
+
+    def __init__(self, width: int, domains: int, reversal: bool, seed: int, seen: int | None = None):
         super().__init__()
         self.reversal = reversal
+        self.chance = math.log(domains if seen is None else seen)  # cross-entropy of a guess
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Parameter(torch.randn(domains, width) * 0.02)
@@ -41,8 +45,7 @@ class DomainHead(nn.Module):
         f = self.feature(h, domains)
         if self.reversal:
             with torch.no_grad():
-                chance = math.log(len(self.embedding))
-                told = F.cross_entropy(self._classify(f), domains, reduction="none") < chance  # [B]
+                told = F.cross_entropy(self._classify(f), domains, reduction="none") < self.chance  # [B]
             f = torch.where(told[:, None], 2 * f.detach() - f, f.detach())  # the value of f, minus its gradient or none
         return self._classify(f)
 
@@ -75,7 +78,7 @@ def widen(module: nn.Module, classes: int, names: list[str], seed: int) -> None:
     if not found:
         raise ValueError(f"a {type(module).__name__} has no linear layer of {classes} outputs.")
     path, old = found[-1]
-    new = nn.Linear(old.in_features, classes * len(names))
+    new = nn.Linear(old.in_features, classes * len(names)).to(old.weight)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * 0.02)

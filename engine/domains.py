@@ -55,8 +55,9 @@ class DomainPlan:
         """With --teacher-domains each, every teacher once a domain, named after it."""
         if self.teachers != "each":
             return teachers
-        return [replace(source, name=f"{source.name}-{_plain(name)}", domain=k)
-                for source in teachers for k, name in enumerate(self.names)]  # fmt: skip
+        plain = [_plain(name) for name in self.names]
+        plain = [name if plain.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(plain)]
+        return [replace(source, name=f"{source.name}-{name}", domain=k) for source in teachers for k, name in enumerate(plain)]
 
 
 def plan(config: Config, task: Task) -> DomainPlan:
@@ -114,8 +115,9 @@ def _refuse_several(config: Config, task: Task, target: int | None) -> None:
     left = len(task.domains) - (data.teacher_domains == "others")
     if left < 2 or data.teacher_domains == "each" or (data.teacher_domains == "target" and target is not None):
         given = f" of --teacher-domains {data.teacher_domains}" if len(task.domains) > 1 else ""
+        instead = "--method kd" if method.method == "metakd" else "--prepare-method finetune"
         raise UserError(f"{prepare} learns from several domains, and a teacher{given} has only one; give data with more, "
-                        "--teacher-domains all, or --prepare-method finetune.")  # fmt: skip
+                        f"--teacher-domains all, or {instead}.")  # fmt: skip
     if method.prepare_method == "multitask" and data.teacher_domains == "others":
         raise UserError(
             "--prepare-method multitask has no head for a domain that it never saw; use --teacher-domains all."
@@ -127,11 +129,12 @@ def _only(splits: Splits, domains: frozenset[int]) -> Splits:
         return dataset.select(np.flatnonzero(np.isin(dataset["domain"][:], list(domains))))
 
     parts = {name: pick(getattr(splits, name)) for name in ("quiz", "validation", "test")}
-    for name, part in parts.items():
+    train = [pick(train) for train in splits.train]
+    for name, part in [*(("training", part) for part in train), *parts.items()]:
         if not len(part):
             shown = ", ".join(splits.task.domains[k] for k in sorted(domains))
             raise UserError(f"The {name} set has no example of the domain {shown}; give more rows of it.")
-    return replace(splits, train=[pick(train) for train in splits.train], **parts)
+    return replace(splits, train=train, **parts)
 
 
 def _plain(name: str) -> str:
@@ -147,5 +150,5 @@ def _part(train: Dataset, target: int, fraction: float) -> Dataset:
     keep = domains != target
     for label in np.unique(labels):
         rows = np.flatnonzero((domains == target) & (labels == label))
-        keep[rows[: math.ceil(fraction * len(rows))]] = True
+        keep[rows[: math.ceil(round(fraction * len(rows), 6))]] = True  # 0.07 * 100 is a little more than 7
     return train.select(np.flatnonzero(keep))

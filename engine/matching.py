@@ -11,6 +11,7 @@ from engine.domain_head import DomainProjection
 from engine.encoder_layers import family
 from engine.errors import UserError
 from engine.features import InnerStates, all_layers, attach, detach, layers_to_match, projection
+from engine.methods import METHODS
 from engine.network import Network
 
 
@@ -105,6 +106,6 @@ def _check_run(config: Config) -> None:
         raise UserError(
             "--compile hides the attention scores that --feature-loss tinybert compares; leave one of them out."
         )
-    if config.method.checkpointing != "none" and config.method.method == "metadistil":
+    if config.method.checkpointing != "none" and METHODS[config.method.method].teachers == "learning":
         raise UserError(f"--checkpointing {config.method.checkpointing} lets go of the attention scores that --feature-loss "
                         "tinybert compares; leave one of them out.")  # fmt: skip

@@ -84,7 +84,7 @@ def prepare(
             {"typicality": typicality_of(config, network, splits, source.sample, trainer, cache)}
         )
         head = DomainHead(network.module.config.hidden_size, len(trainer.task.domains),
-                          method.domain_loss == "reversal", seed)  # fmt: skip
+                          method.domain_loss == "reversal", seed, len(train.columns["domain"].unique()))  # fmt: skip
         attach(network.module, "domain", head.to(trainer.device))
         step = Method(meta_teacher.step(method.domain_weight, method.domain_loss == "shuffled"), "none")
     plan = Plan(-(-len(train) // optim.batch_size), optim.prepare_epochs)
