@@ -57,7 +57,11 @@ class DomainPlan:
             return teachers
         plain = [_plain(name) for name in self.names]
         plain = [name if plain.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(plain)]
-        return [replace(source, name=f"{source.name}-{name}", domain=k) for source in teachers for k, name in enumerate(plain)]
+        return [
+            replace(source, name=f"{source.name}-{name}", domain=k)
+            for source in teachers
+            for k, name in enumerate(plain)
+        ]
 
 
 def plan(config: Config, task: Task) -> DomainPlan:

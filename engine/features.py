@@ -62,11 +62,11 @@ class InnerStates:
         with recording(self.attention) if self.attention else nullcontext([]) as scores:
             out = forward(**inputs, output_hidden_states=True)
         states, extras, found = out.hidden_states, getattr(module, EXTRAS, {}), {"logits": out.logits}
+        project = extras["hidden"] if "hidden" in extras else nn.Identity()
         if self.first:
-            found["features"] = torch.stack([states[i][:, 0] for i in self.first], 1)
+            found["features"] = project(torch.stack([states[i][:, 0] for i in self.first], 1))
         if self.hidden:
-            hidden = torch.stack([states[i] for i in self.hidden], 1)
-            found["features"] = over_real(extras["hidden"](hidden) if "hidden" in extras else hidden, mask)
+            found["features"] = over_real(project(torch.stack([states[i] for i in self.hidden], 1)), mask)
         if self.attention:
             found["attention"] = over_real_pairs(torch.stack(scores, 1), mask)
         if self.domain:

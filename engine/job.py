@@ -85,6 +85,8 @@ class Job:
             self.console.say(f"torch.compile: {graphs} graphs in {taken:.0f} s, which the times of this run include.")
         self.console.say(f"Results: {output.path} ({seconds:.0f} s)")
         self.console.table(**report.closing_table(summary))
+        if (domains := report.domain_table(summary)) is not None:
+            self.console.table(**domains)
 
     def _warn_of_fallen(self, teachers: list[dict[str, Any]]) -> None:
         """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""

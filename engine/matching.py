@@ -34,7 +34,7 @@ class Matching:
         device = next(module.parameters()).device
         with ExitStack() as stack:
             stack.callback(detach, module)
-            if self.student.hidden:
+            if self.student.hidden or (self.student.first and own != width):
                 attach(module, "hidden", projection(own, width, self.seed).to(device))
             if self.student.domain:
                 attach(module, "domain", DomainProjection(projection(own, width, self.seed + 1)).to(device))
@@ -49,13 +49,13 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
     Raises UserError where two models' states cannot be compared, or cannot be had in a run with these settings.
     """
     method, own, theirs = config.method, [], []
-    check = _check_patient if method.feature_loss == "patient" else _check_tinybert
     for teacher in teachers:
         if teacher.encoding != student.encoding:
             raise UserError(
                 f"--feature-loss {method.feature_loss} compares states of the same tokens, but {teacher.name} has another "
                 f"tokenizer than the student {student.name}; use --feature-loss none.")  # fmt: skip
-        check(student, teacher)
+        if method.feature_loss == "tinybert":
+            _check_tinybert(student, teacher)
         depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
         if method.feature_loss == "patient":
             pair = [InnerStates(first=tuple(layers)) for layers in layers_to_match(*depths, method.feature_map)]
@@ -63,20 +63,12 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
             pair = all_layers(*depths, method.feature_map)
         own.append(pair[0])
         theirs.append(pair[1])
+    _check_alike(config, teachers)
     if method.feature_loss == "tinybert":
         _check_run(config)
-        _check_alike(teachers)
-    if method.method == "metakd":
+    if method.feature_loss == "tinybert" and method.method == "metakd":
         own, theirs = ([replace(inner, domain="feature") for inner in each] for each in (own, theirs))
     return Matching(own[0], theirs, config.run.seed)
-
-
-def _check_patient(student: Network, teacher: Network) -> None:
-    widths = [network.module.config.hidden_size for network in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise UserError(
-            f"--feature-loss patient compares states of one width, but the student {student.name} has {widths[0]} "
-            f"and {teacher.name} {widths[1]}; use --feature-loss none, or models of equal width.")  # fmt: skip
 
 
 def _check_tinybert(student: Network, teacher: Network) -> None:
@@ -92,13 +84,13 @@ def _check_tinybert(student: Network, teacher: Network) -> None:
             f"and {teacher.name} {heads[1]}; use --feature-loss patient or none, or models with as many heads.")  # fmt: skip
 
 
-def _check_alike(teachers: Sequence[Network]) -> None:
-    """One projection serves all teachers."""
+def _check_alike(config: Config, teachers: Sequence[Network]) -> None:
+    """One projection serves all teachers; patient features of models of one width need none."""
     widths = {teacher.name: teacher.module.config.hidden_size for teacher in teachers}
     if len(set(widths.values())) > 1:
         given = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise UserError(f"--feature-loss tinybert projects the student to one width, and the teachers have several ({given}); "
-                        "use teachers of one width, or --feature-loss none.")  # fmt: skip
+        raise UserError(f"--feature-loss {config.method.feature_loss} projects the student to one width, and the teachers have "
+                        f"several ({given}); use teachers of one width, or --feature-loss none.")  # fmt: skip
 
 
 def _check_run(config: Config) -> None:

@@ -30,7 +30,7 @@ class Objective:
     and of `tinybert` (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real
     tokens of example i, W the projection that the student learns:
 
-    patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2
+    patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2         (W h_S for h_S where widths differ)
     tinybert    sum_k w_k mean_B sum_layers [ mean_{n_i,H} (W h_S - h_k)^2 + mean_{heads,n_i,n_i} (a_S - a_k)^2 ]
 
     Where models give their examples' domain features d [B, H], tinybert adds mean_H (W' d_S - d_k)^2 (Meta-KD, Pan et al.

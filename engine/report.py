@@ -18,6 +18,7 @@ from engine.config import Config
 from engine.data.splits import Task
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy")
+PREPARED = {"finetune": "fine-tuned", "multitask": "multi-task", "meta": "meta-teacher"}
 DEMONSTRATION = (
     "This is the embedded demonstration: miniature, randomly initialised models and a generated corpus stand in for what "
     "could not be had from the hub. Its figures say nothing about the real models."
@@ -154,27 +155,51 @@ def closing_table(summary: dict[str, Any]) -> dict[str, Any]:
     metric, student = summary["metric"], summary["student"]
 
     def row(method: str, models: str, entry: dict[str, Any], smaller: float | None) -> list[str]:
-        values = [entry["metrics"][split][metric] for split in ("validation", "test")]
-        shown = [f"{100 * v:.2f}" if metric == "accuracy" else f"{v:.4f}" for v in values]
+        shown = [_shown(entry["metrics"][split][metric], metric) for split in ("validation", "test")]
         return [method, models, *shown, f"{entry['parameters']:,}", f"{smaller:.2f} x" if smaller else ""]
 
-    rows = [
-        row("as given" if t["origin"] == "as given" else "fine-tuned", t["name"], t, None) for t in summary["teachers"]
-    ]
+    prepared = PREPARED[summary["settings"]["prepare_method"]]
+    rows = [row("as given" if t["origin"] == "as given" else prepared, t["name"], t, None) for t in summary["teachers"]]
     names = "+".join(t["name"] for t in summary["teachers"])
     arrow = f"{names} -> {student['name']}" if names else student["name"]
     rows.append(row(summary["method"], arrow, student, summary["times_smaller"]))
     columns = ["method", "teachers -> student", "validation", "test", "parameters", "smaller"]
-    title = f"{metric}{' in %' if metric == 'accuracy' else ''}, {summary['settings']['data']}"
-    return {"title": title, "columns": columns, "rows": rows}
+    return {"title": _title(summary), "columns": columns, "rows": rows}
+
+
+def domain_table(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """The same models' figures on the test set of each domain, and their mean; None with fewer than two domains."""
+    metric, entries = summary["metric"], [*summary["teachers"], summary["student"]]
+    names = list(summary["student"].get("by_domain", {}).get("test", {}))
+    if len(names) < 2:
+        return None
+    rows = []
+    for entry in entries:
+        values = [entry["by_domain"]["test"][name][metric] for name in names]
+        rows.append([entry["name"], "", *(_shown(v, metric) for v in [*values, sum(values) / len(values)])])
+    rows[-1][1] = "student"
+    title = f"{_title(summary)}, test set by domain"
+    return {"title": title, "columns": ["model", "", *names, "mean"], "rows": rows}
+
+
+def _title(summary: dict[str, Any]) -> str:
+    metric = summary["metric"]
+    return f"{metric}{' in %' if metric == 'accuracy' else ''}, {summary['settings']['data']}"
+
+
+def _shown(value: float, metric: str) -> str:
+    return f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.4f}"
 
 
 def write_predictions(file: Path, split: Any, logits: Tensor, task: Task) -> None:
-    """One JSON object a row: the text, its label and the student's logits, so that every figure can be checked."""
+    """One JSON object a row: the text, its label, the name of its domain and the student's logits, so that every figure can
+    be checked."""
     file.parent.mkdir(exist_ok=True)
     with open(file, "w", encoding="utf-8") as f:
         for row, values in zip(split, logits.tolist(), strict=True):
             guess = values[0] if task.kind == "regression" else max(range(len(values)), key=values.__getitem__)
+            if task.domains:
+                row["domain"] = task.domains[row["domain"]]
             f.write(json.dumps(row | {"prediction": guess, "logits": values}, ensure_ascii=False) + "\n")
 
 

@@ -80,7 +80,7 @@ class Setting:
         given = GIVEN[:teachers] if weights == "given" else weights
         module = TeacherWeights.of(given, teachers, student.flat.weights)
         self.quizzed = []
-        if method == "kd":
+        if METHODS[method].teachers == "frozen":
             self.state.teachers, self.state.weights = networks, module and module().detach()
         if METHODS[method].teachers == "learning":
             learners = [Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks]
