@@ -78,7 +78,7 @@ def typicality(
     t = states.new_zeros(len(states))
     for k in range(len(prototypes)):
         similar = F.cosine_similarity(states, prototypes[k, labels], dim=-1)
-        t += torch.where(domains == k, own, others) * similar
+        t += torch.where(domains == k, own * similar, others * similar)
     return t
 
 

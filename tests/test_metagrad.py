@@ -21,7 +21,7 @@ from transformers import (
 from engine import metagrad
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.features import InnerStates
+from engine.features import InnerStates, all_layers, attach, projection
 from engine.metagrad import STRATEGIES, Problem, double_backward, exact, first_order, last_layer
 from engine.network import Encoder, Network
 from engine.objectives import Objective
@@ -105,14 +105,22 @@ def batch(seed, classes, size=3):
 
 
 class Scene:
-    """A student in train mode, teachers in eval mode, pilot and quiz batches."""
+    """A student in train mode, teachers in eval mode, pilot and quiz batches. `features` are True (patient) or "tinybert"."""
 
     def __init__(self, student="bert", teachers=("bert",), soft_loss="kl", pilots=1, quizzes=1, classes=3, seed=0,
                  pilot_lr=0.3, dropout=0.1, dtype=torch.float64, optimizer="sgd", weights=None, features=False, **problem):  # fmt: skip
         depth = 2 if features else 1
         self.student = network(student, classes, seed, depth, dropout, dtype)
         self.teachers = [network(t, classes, seed + 1 + k, depth + k % 2, dtype=dtype) for k, t in enumerate(teachers)]  # fmt: skip
-        if features:
+        if features == "tinybert":
+            width = self.student.module.config.hidden_size
+            attach(self.student.module, "hidden", projection(width, width, seed).to(dtype))
+            with torch.no_grad():  # away from the identity
+                self.student.module.extras["hidden"].weight.add_(0.1 * torch.randn(width, width, dtype=dtype))
+            for teacher in self.teachers:
+                layers = [each.module.config.num_hidden_layers for each in (self.student, teacher)]
+                self.student.inner, teacher.inner = all_layers(*layers, "skip")
+        elif features:
             for each in (self.student, *self.teachers):
                 each.inner = InnerStates(first=(1,))
         self.student.module.train()
@@ -120,7 +128,9 @@ class Scene:
             teacher.module.eval()
         self.pilots = [self.typed(batch(seed + 10 + j, classes), dtype) for j in range(pilots)]
         self.quizzes = [self.typed(batch(seed + 20 + j, classes, size=4), dtype) for j in range(quizzes)]
-        self.objective = Objective(soft_loss, 2.0, 0.6, classes == 1, "patient" if features else "none", beta=20.0)
+        loss = {False: "none", True: "patient"}.get(features, features)
+        beta = 3.0 if loss == "tinybert" else 20.0
+        self.objective = Objective(soft_loss, 2.0, 0.6, classes == 1, loss, beta)
         self.pilot_lr, self.seed, self.optimizer = pilot_lr, seed, optimizer
         given = TeacherWeights.of(weights, len(teachers), self.student.flat.weights)
         self.weights = None if given is None else Network(given)
@@ -238,6 +248,27 @@ def test_exact_equals_double_backward(
     scene = Scene(student, teachers, soft_loss, pilots, quizzes, classes, seed, pilot_lr, optimizer=optimizer,
                   weights=given, features=features)  # fmt: skip
     compare(scene, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize(
+    ("student", "teachers", "pilots", "optimizer", "more"),
+    [
+        ("bert", ["bert"], 1, "sgd", {}),
+        ("distilbert", ["distilbert", "bert"], 2, "adamw", {"weights": "learned"}),
+        ("bert", ["bert", "distilbert"], 3, "sgd", {"quizzes": 2, "weights": [1.0, 3.0]}),
+        ("roberta", ["roberta"], 2, "sgd", {"soft_loss": "mse_logits", "classes": 1}),
+        ("distilbert", ["distilbert"], 1, "adamw", {"soft_loss": "mse_prob"}),
+    ],
+)
+def test_exact_equals_double_backward_through_attention_scores(student, teachers, pilots, optimizer, more):
+    """TinyBERT's loss: the projection takes its pilot steps with the student, and is rewound with it."""
+    scene = Scene(student, teachers, pilots=pilots, optimizer=optimizer, features="tinybert", pilot_lr=0.1, **more)
+    assert {"extras.hidden.weight", "extras.hidden.bias"} <= scene.student.flat.parameters.keys()
+    compare(scene, TOLERANCE[torch.float64] * 10**pilots)  # sums over all tokens, one walk back deeper each pilot
+    before = scene.run(exact)[1]
+    with torch.no_grad():
+        scene.student.module.extras["hidden"].weight.mul_(1.1)
+    assert difference(scene.run(exact)[1], before) > 1e-4  # it is in the gradient
 
 
 @pytest.mark.parametrize("pilots", [1, 2])

@@ -117,7 +117,7 @@ def test_losses_and_derivatives_add_up(objective, examples, size):
     "settings",
     [
         {}, {"pilots": 2}, {"optimizer": "adamw", "pilots": 2}, {"weights": "learned"}, {"features": True},
-        {"checkpointing": "both"}, {"soft_loss": "mse_prob", "quizzes": 2},
+        {"checkpointing": "both"}, {"soft_loss": "mse_prob", "quizzes": 2}, {"features": "tinybert"},
     ],
     ids=str,
 )  # fmt: skip
