@@ -148,6 +148,33 @@ ALLOWED = [
     (["--method", "finetune", "--noise-teacher", "0.2"], "--noise-teacher is 0.2", "has no teachers", "--noise-student"),
     (["--method", "kd", "--cache-teacher-logits", "--noise-teacher", "0.2"], "--noise-teacher", "--cache-teacher-logits",
      "leave one of the two out"),
+    (["--method", "metakd"], "--method metakd needs to know the domain", "--domain-column"),
+    (["--method", "kd", "--prepare-method", "multitask"], "--prepare-method multitask", "--domain-column"),
+    (["--prepare-method", "meta"], "--prepare-method meta", "--domain-column"),
+    (["--target-domain", "books"], "--target-domain books", "--domain-column"),
+    (["--target-fraction", "0.5"], "--target-fraction 0.5", "--domain-column"),
+    (["--teacher-domains", "others"], "--teacher-domains others", "--domain-column"),
+    (["--target-fraction", "0"], "--target-fraction is 0", "from 1e-06 to 1.0"),
+    (["--target-fraction", "1.5"], "--target-fraction is 1.5", "from 1e-06 to 1.0"),
+    (["--teacher-domains", "some"], "--teacher-domains is 'some'", "one of all, target, others, each"),
+    (["--prepare-method", "prompt"], "--prepare-method is 'prompt'", "one of finetune, multitask, meta"),
+    (["--domain-loss", "none"], "--domain-loss is 'none'", "one of reversal, shuffled"),
+    (["--domain-weight", "-1"], "--domain-weight is -1", "at least 0.0"),
+    (["--prototype-own", "-0.5"], "--prototype-own is -0.5", "at least 0.0"),
+    (["--prototype-others", "-0.5"], "--prototype-others is -0.5", "at least 0.0"),
+    (["--beta", "-1"], "--beta is -1", "at least 0.0"),
+    (["--feature-epochs", "-1"], "--feature-epochs is -1", "at least 0"),
+    (["--feature-epochs", "2"], "--feature-epochs 2", "choose one with --feature-loss"),
+    (["--feature-loss", "all"], "--feature-loss is 'all'", "one of none, patient, tinybert"),
+    (["--feature-loss", "tinybert", "--student", "tinybert"], "the student tinybert has 2 heads", "bert 4", "patient or none"),
+    (["--feature-loss", "tinybert", "--teachers", "roberta"], "--feature-loss tinybert", "another tokenizer"),
+    (["--feature-loss", "tinybert", "--teachers", "distilbert", "--student", "bert"], "student, which has 4, but a teacher has 2",
+     "--feature-loss none"),
+    (["--feature-loss", "tinybert", "--compile"], "--compile hides the attention scores", "leave one of them out"),
+    (["--feature-loss", "tinybert", "--checkpointing", "both"], "--checkpointing both lets go", "leave one of them out"),
+    (["--method", "lgtm", "--feature-loss", "tinybert", "--checkpointing", "student"], "--checkpointing student lets go"),
+    (["--method", "kd", "--feature-loss", "tinybert", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep",
+     "--feature-epochs"),
     (["--config", "none.yaml"], "--config", "none.yaml", "existing YAML file"),
     (["--config", "."], "--config", "existing YAML file"),
     (["--output", ""], "--output is empty", "name a directory"),
@@ -162,6 +189,44 @@ ALLOWED = [
 def test_settings(refused, case):
     words, *parts = case
     refused([*flags("d.tsv", "out"), *words], *parts)
+
+
+DOMAINS = [
+    (["--target-domain", "music"], "--target-domain is 'music'", "books, dvd", "or all"),
+    (["--target-fraction", "0.5"], "--target-fraction 0.5", "name it with --target-domain"),
+    (["--teacher-domains", "others"], "--teacher-domains others", "name it with --target-domain"),
+    (["--teacher-domains", "others", "--target-domain", "dvd"], "--method metakd learns from several domains", "has only one"),
+    (["--teacher-domains", "each"], "--method metakd learns from several domains", "--teacher-domains all"),
+    (["--prepare-method", "multitask"], "--prepare-method multitask makes none", "--method kd"),
+    (["--prepare-method", "finetune"], "--prepare-method finetune makes none", "--method kd"),
+    (["--domain-column", "alike"], "--method metakd learns from several domains", "--method kd"),
+    (["--label-column", "stars"], "--method metakd", "a regression", "--method kd"),
+    (["--student", "tinybert"], "the student tinybert has 2 heads and bert 4"),
+    (["--teachers", "bert,roberta"], "--feature-loss tinybert", "roberta has another tokenizer"),
+    (["--feature-loss", "none", "--feature-epochs", "1"], "--feature-epochs 1", "choose one with --feature-loss"),
+    (["--feature-epochs", "0", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep", "--feature-epochs"),
+    (["--method", "kd", "--prepare-method", "multitask", "--teacher-domains", "others", "--target-domain", "dvd"],
+     "--prepare-method multitask", "only one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DOMAINS, ids=lambda case: " ".join(case[0]))
+def test_settings_of_domains(refused, place, case):
+    """With a column of two domains, one of a single domain, and one of numbers."""
+    rows = [(("books", "dvd")[i % 2], "one", text, i // 2 % 2, i / 8) for i, (text, _) in enumerate(sentences())]
+    table(place / "domains.tsv", rows, "kind\talike\tsentence\tlabel\tstars")
+    words, *parts = case
+    refused([*flags("domains.tsv", "out", method="metakd", domain_column="kind", label_column="label"), *words], *parts)
+
+
+def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, made):
+    rows = [(("books", "dvd")[i % 2], text, i // 2 % 2) for i, (text, _) in enumerate(sentences())]
+    table(place / "domains.tsv", rows, "kind\tsentence\tlabel")
+    for how in ("meta", "multitask"):
+        words = flags(
+            "domains.tsv", "out", method="kd", domain_column="kind", teachers=made / "student", prepare_method=how
+        )
+        refused(words, f"--prepare-method {how}", "has a trained head", "--retrain-teachers")
 
 
 @pytest.mark.parametrize("words", [["--lr", ".inf"], ["--seed", str(2**64)]], ids=" ".join)
