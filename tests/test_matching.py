@@ -80,4 +80,8 @@ def test_domain_features_for_metakd_alone():
 )
 def test_models_that_cannot_be_compared(feature_loss, teachers, said):
     with pytest.raises(UserError, match=said):
-        match(settings(feature_loss), encoder("student", layers=2), [encoder(f"teacher{k or str()}", **t) for k, t in enumerate(teachers)])
+        match(
+            settings(feature_loss),
+            encoder("student", layers=2),
+            [encoder(f"teacher{k or ''}", **t) for k, t in enumerate(teachers)],
+        )
