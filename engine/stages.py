@@ -13,6 +13,7 @@ from engine.answers import Answers, answers_of
 from engine.data.batches import QuizBatches
 from engine.data.noise import Noise
 from engine.evaluation import predict
+from engine.features import detach
 from engine.layer_map import freeze_unmapped
 from engine.learner import Learner
 from engine.meta_step import MetaStep
@@ -62,7 +63,9 @@ class Stages:
         learned = plan.of_teacher(member.source)
         data = self.setup.data[learned]
         teacher = prepare(self.config, member, data, self.setup.objective, self.trainer, self.setup.cache)
-        if self.config.method.prepare_method == "meta" and learned != plan.everything:
+        if self.config.method.method != "metakd":
+            detach(member.network.module)  # nobody compares domains by it
+        elif learned != plan.everything:
             unseen = plan.everything - learned
             member.network.module.extras["domain"].average_into(sorted(unseen), sorted(learned))
         return teacher
