@@ -1,6 +1,7 @@
 """What tests of whole runs share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ os.environ.setdefault("METADISTIL_NATIVE_CACHE", str(Path("~/.cache/metadistil-e
 # On a CPU Triton's kernels are interpreted; Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A shell starts what it puts into the background with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
