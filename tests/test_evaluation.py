@@ -51,6 +51,8 @@ def test_perfect_and_one_sided():
     labels = torch.tensor([0, 1, 1, 0])
     assert score(votes([0, 1, 1, 0], 2), labels, BINARY) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
     assert score(votes([0, 0, 0, 0], 2), labels, BINARY) == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
+    lopsided = torch.tensor([1] * 721 + [0] * 322)  # CoLA's development set, and a model that accepts everything
+    assert score(votes([1] * 1043, 2), lopsided, BINARY)["matthews"] == 0.0
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
