@@ -7,9 +7,10 @@ With h [B, H] an example's mean state over its real tokens and k its domain:
 
 `reversal`: f' = f with its gradient's sign turned (Ganin et al. 2016), so that the classifier learns to tell the domains
 apart and encoder and embeddings learn to keep it from that. Only for examples that it knows better than by guessing, whose
-cross-entropy is below log(domains that there are examples of): reversed without that bound, the gradient that misleads the classifier outgrows the
-task's, and a teacher of four domains stayed at chance on its task (docs/log.md). `shuffled`, as the published code has it: f' = f, and the
-classifier is taught the domains of other examples of the batch (engine.methods.meta_teacher).
+cross-entropy is below log(domains that there are examples of): reversed without that bound, the gradient that misleads the
+classifier outgrows the task's, and a teacher of four domains stayed at chance on its task (docs/log.md). `shuffled`, as the
+published code has it: f' = f, and the classifier is taught the domains of other examples of the batch
+(engine.methods.meta_teacher).
 """
 
 from __future__ import annotations

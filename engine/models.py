@@ -129,6 +129,7 @@ def content_hash(module: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(module.config.to_diff_dict(), sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        # sync: before a training
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -228,7 +228,7 @@ class FirstAdamW(AdamW):
 
         phi' = phi - lr (g / (|g| + eps) + w phi)
 
-    since moments of zero, corrected, are g and g^2. Not differentiated: `pull_back` is none of its.
+    since moments of zero, corrected, are g and g^2. Not differentiated: `pull_back` raises TypeError.
     """
 
     def __init__(self, lr: float, flat: FlatParameters, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
@@ -248,4 +248,4 @@ class FirstAdamW(AdamW):
         time_machine.advance(self._vector(move), -self.lr, step)
 
     def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
-        raise NotImplementedError("no meta-gradient goes through AdamW's first step here")
+        raise TypeError("FirstAdamW is a step that is not differentiated; a meta-gradient needs SGD or AdamW.")

@@ -11,7 +11,7 @@ from torch import nn
 from engine.flat import FlatParameters, Rows, Vector
 from engine.native import Backend
 from engine.optim import FlatAdamW
-from engine.pilot import SGD, AdamW
+from engine.pilot import SGD, AdamW, FirstAdamW
 from engine.time_machine import TimeMachine
 
 # Over the largest entry, in float64. AdamW's slopes in its second moment are differences of large terms.
@@ -347,3 +347,12 @@ def test_other_rules_are_refused(make, says):
     pilot = AdamW(LR, flat, make(list(flat.parameters.values())))
     with pytest.raises(ValueError, match=f"{says}.*--pilot-optimizer sgd"):
         pilot.begin()
+
+
+def test_the_first_step_of_a_new_adamw_is_not_differentiated():
+    """It would otherwise pull back through moments that it does not have."""
+    module = nn.Linear(3, 2)
+    flat = FlatParameters(module)
+    first = FirstAdamW(0.1, flat, torch.optim.AdamW(module.parameters()), 1.0)
+    with pytest.raises(TypeError, match="needs SGD or AdamW"):
+        first.pull_back(0, None)

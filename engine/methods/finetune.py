@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch
 from engine.methods.state import State
+from engine.network import Outputs
+from engine.objectives import Objective
 
 
 def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
+    return train(state, batches, lambda objective, outputs, batch: objective.hard(outputs.logits, batch.labels))
+
+
+def train(
+    state: State, batches: Sequence[Batch], loss_of: Callable[[Objective, Outputs, Batch], Tensor]
+) -> dict[str, Tensor]:
+    """A step on each batch by a loss of the model's own outputs."""
     student, losses = state.student, []
     student.network.module.train()
     for whole in batches:
         for batch, objective in state.parts(whole):
             outputs, lookups = student.forward(batch)
-            loss = objective.hard(outputs.logits, batch.labels)
+            loss = loss_of(objective, outputs, batch)
             student.backward([loss], None, lookups)
             losses.append(loss.detach())
         student.update()

@@ -14,27 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.methods.finetune import train
 from engine.methods.state import State
+from engine.network import Outputs
+from engine.objectives import Objective
 
 
 def step(weight: float, shuffled: bool) -> Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]:
     """A step function with `weight` lambda; batches have columns "domain" [B] and "typicality" [B]."""
 
-    def meta_teacher(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
-        teacher, losses = state.student, []
-        teacher.network.module.train()
-        for whole in batches:
-            for batch, objective in state.parts(whole):
-                outputs, lookups = teacher.forward(batch)
-                t, domains = batch.columns["typicality"], batch.columns["domain"]
-                if shuffled:
-                    domains = domains[torch.rand(len(domains), device=domains.device).argsort()]
-                task = F.cross_entropy(outputs.logits, batch.labels, reduction="none")
-                domain = F.cross_entropy(outputs.domain, domains, reduction="none")
-                loss = objective.share * (t * (task + weight * domain)).mean()
-                teacher.backward([loss], None, lookups)
-                losses.append(loss.detach())
-            teacher.update()
-        return {"loss": torch.stack(losses).sum() / len(batches)}
+    def loss_of(objective: Objective, outputs: Outputs, batch: Batch) -> Tensor:
+        t, domains = batch.columns["typicality"], batch.columns["domain"]
+        if shuffled:
+            domains = domains[torch.rand(len(domains), device=domains.device).argsort()]
+        task = F.cross_entropy(outputs.logits, batch.labels, reduction="none")
+        domain = F.cross_entropy(outputs.domain, domains, reduction="none")
+        return objective.share * (t * (task + weight * domain)).mean()
 
-    return meta_teacher
+    return lambda state, batches, quizzes=(): train(state, batches, loss_of)
