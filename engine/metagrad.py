@@ -45,6 +45,7 @@ from engine.objectives import Objective
 from engine.pilot import Pilot
 from engine.precision import ieee
 from engine.random_state import RandomState
+from engine.sections import section
 from engine.tape import Tape, UnrecordedRandomness
 from engine.time_machine import TimeMachine
 
@@ -116,7 +117,7 @@ def _teach(problem: Problem, batch: Batch) -> _Taught:
     """With graph where gradients are enabled."""
     outputs, lookups = [], []
     for teacher in problem.teachers:
-        with teacher.flat.lookups() as found, _recomputed(problem, teacher, "teachers"):
+        with section("teacher forward"), teacher.flat.lookups() as found, _recomputed(problem, teacher, "teachers"):
             outputs.append(teacher(batch))
         lookups.append(found)
     return _Taught(outputs, lookups, None if problem.weights is None else problem.weights.module())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high. A unit is a module of engine/ or a whole package in it; it imports only from its own layer and lower ones.
 LAYERS = [
-    {"errors", "random_state"},
+    {"errors", "random_state", "sections"},
     {
         "allocator",
         "batch",
@@ -25,6 +25,7 @@ LAYERS = [
         "output",
         "checkpoint",
         "monitor",
+        "telemetry",
         "embedded",
     },
     {"native", "native_build", "native_reference", "flat", "encoder_layers", "precision", "compiling"}
