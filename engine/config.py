@@ -244,6 +244,15 @@ class RunConfig(_Section):
 
 
 @dataclass
+class TelemetryConfig(_Section):
+    """telemetry"""
+
+    telemetry: Literal["on", "off"] = option(
+        "on", "measure time, memory and energy by section of a step, and sample the device; below 1 % of a step's time"
+    )
+
+
+@dataclass
 class Config:
     """All sections of one run."""
 
@@ -252,6 +261,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> Config:

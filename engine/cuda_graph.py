@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from engine.errors import UserError
+from engine.sections import captured
 
 Mode = Literal["auto", "on", "off"]
 Step = Callable[..., dict[str, Tensor]]
@@ -85,6 +86,7 @@ class Graph:
         self._static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._static]
         static = pytree.tree_unflatten(self._static, self._spec)
         self._replay, (self._keys, self._values) = capture.capture(lambda: _together(step(*static)))
+        self._replayed = captured()
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """The step on other inputs of one structure, shape, dtype and device; ValueError names the one that is not the same."""
@@ -103,6 +105,7 @@ class Graph:
         pairs = [(s, leaf) for s, leaf in zip(self._static, leaves, strict=True) if isinstance(s, Tensor)]
         torch._foreach_copy_([s for s, _ in pairs], [leaf for _, leaf in pairs], non_blocking=True)
         self._replay()
+        self._replayed()
         return dict(zip(self._keys, self._values.clone().unbind(), strict=True))
 
 

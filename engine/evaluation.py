@@ -19,10 +19,12 @@ from engine.data.splits import Task
 from engine.features import InnerStates
 from engine.network import Network
 from engine.precision import ieee
+from engine.sections import section
 
 EVALUATION_BATCH = 64
 
 
+@section("evaluation")
 @torch.no_grad()
 def predict(network: Network, split: EncodedSplit, device: torch.device) -> Tensor:
     """Logits [n, C] on the CPU in the split's order, in float32 arithmetic whatever the training precision is.

@@ -20,6 +20,7 @@ from engine.output import OutputDirectory
 from engine.setup import Setup
 from engine.stages import Stages
 from engine.teachers import Member, Teacher
+from engine.telemetry.telemetry import Telemetry
 from engine.trainer import Progress, Trainer
 
 FALLEN = 0.05  # a loss of the primary metric worth a warning
@@ -31,11 +32,14 @@ class Job:
     def __init__(self, config: Config, console: Console):
         self.config, self.console, self.setup = config, console, Setup(config, console)
         self.task, self.device = self.setup.task, self.setup.device
+        self.telemetry = Telemetry(
+            self.device, config.telemetry.telemetry == "on", flops=not config.run.compile
+        )  # a counted step would not be compiled
 
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """All stages. Raises Interrupted when a signal stops it."""
         setup = self.setup
-        with closing(Monitor(output.path)) as monitor:
+        with closing(Monitor(output.path)) as monitor, closing(self.telemetry):
             self.trainer = Trainer(
                 self.config.run,
                 self.task,
@@ -44,6 +48,7 @@ class Job:
                 output.path,
                 self.console,
                 monitor,
+                self.telemetry,
                 interrupts,
             )
             self.stages = Stages(setup, self.trainer)
@@ -128,8 +133,12 @@ class Job:
             teachers, student,
             {name: {"seconds": round(p.seconds, 3), "steps": p.step, "skipped": p.skipped,
                     "examples_per_second": round(p.examples_per_second(), 2)} for name, p in phases.items()},
+            telemetry={
+                "cause": self.telemetry.cause, "device": self.telemetry.described(),
+                "phases": {name: {"steps": p.step, "seconds": round(p.seconds, 3), **p.costs.summary()} for name, p in phases.items()},
+            },
             seconds=round(seconds, 3), padding_waste=round(train.padding_waste(batches), 4),
-            peak_memory=report.peak_memory(self.device), device=report.hardware(self.device),
+            peak_memory=report.peak_memory(self.device) | self.telemetry.peak(), device=report.hardware(self.device),
             sizes=sizes | {name: len(getattr(self.setup.splits, name)) for name in ("quiz", "validation", "test")},
             notes=self.setup.splits.notes,
         )  # fmt: skip

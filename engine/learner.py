@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine import optim
 from engine.flat import Lookups
 from engine.network import Network, Outputs
+from engine.sections import section
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Learner:
         """Add J^T cotangents (of a scalar loss without) to the gradients."""
         self.network.flat.backward(outputs, cotangents, self.network.leaves(), lookups)
 
+    @section("optimizer")
     def update(self) -> None:
         """Clip the gradients to a global norm, take an optimizer step, clear the gradients."""
         flat, clip, found_inf = self.network.flat, None, None

@@ -24,6 +24,7 @@ from engine.network import Network
 from engine.objectives import Objective
 from engine.pilot import SGD, AdamW, FirstAdamW, Pilot
 from engine.reptile import Reptile
+from engine.sections import section
 from engine.time_machine import Store, TimeMachine
 from engine.weights import TeacherWeights
 
@@ -198,11 +199,12 @@ class MetaStep:
             teacher.module.eval()
         return self.strategy(self.problem, batches, quizzes)
 
+    @section("real step")
     def _real(self, batch: Batch, meta: Meta, number: int) -> Tensor:
         """The student's step on `batch` from the updated teachers, with the pilot's dropout masks unless independent."""
         student, problem, losses, weights = self.learner, self.problem, [], self.weights
         for part, masks in zip(problem.parts(batch), meta.masks[number], strict=True):
-            with torch.no_grad():
+            with section("teacher forward"), torch.no_grad():
                 taught = [teacher(part.batch) for teacher in problem.teachers]
             if meta.kept is not None:
                 outputs, lookups = _resumed(problem.student, meta.kept)

@@ -156,7 +156,8 @@ def _walk_back(
                 pieces.append(piece)
                 del piece, g
             walked.append(pieces)
-            pilot.advance(j, gradient, time_machine)
+            with section("pilot"):
+                pilot.advance(j, gradient, time_machine)
             del gradient
         quiz_loss, v = _quiz(problem, quizzes, names)
         own = []
@@ -165,9 +166,10 @@ def _walk_back(
             direction, v = pilot.pull_back(j, v)
             for piece in walked[j]:
                 head = None if j == 0 else _head(problem, piece)
-                outputs, tangents, hd = directional(
-                    problem, piece.part.batch, piece.masks, direction, names, head, tape
-                )
+                with section("JVP"):
+                    outputs, tangents, hd = directional(
+                        problem, piece.part.batch, piece.masks, direction, names, head, tape
+                    )
                 if hd is not None:
                     v = v.plus(hd)
                 own += _to_each(problem, piece, outputs, tangents, len(batches))
@@ -190,6 +192,7 @@ class Piece:
     kept: Kept | None = None
 
 
+@section("pilot")
 def pilot_pass(
     problem: Problem, part: Part, single: bool, tape: Tape | None = None, frozen: bool = False
 ) -> tuple[Piece, Vector]:
@@ -211,6 +214,7 @@ def pilot_pass(
     return Piece(part, masks, outputs.detached(), answers, loss, graph, kept), gradient
 
 
+@section("teacher update")
 def _to_each(problem: Problem, piece: Piece, outputs: Outputs, tangents: Outputs, pilots: int) -> list[Tensor]:
     """The cotangents c = d/do < dl/do_S, J d > into every teacher, and into teacher weights that learn.
 
@@ -262,17 +266,18 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
             for part in problem.parts(batch):
                 taught.append(answers := _teach(problem, part.batch))
                 masks[j].append(RandomState(devices(student)))
-                with _recomputed(problem, student, "student"):
+                with section("pilot"), _recomputed(problem, student, "student"):
                     outputs = student(part.batch, weights, higher=True)
                 loss = loss + part.objective.distil(outputs, answers.outputs, part.batch.labels, answers.weights)
                 if problem.own is not None:
                     theirs, pupil = _own(problem, part, len(pilots)), [Outputs(outputs.logits.detach())]
                     own += [theirs.distil(Outputs(o.logits), pupil, part.batch.labels) for o in answers.outputs]
-            gradients = _gradients(loss, list(weights.values()), create_graph=True)
-            weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
+            with section("pilot"):
+                gradients = _gradients(loss, list(weights.values()), create_graph=True)
+                weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
             losses.append(loss.detach())
         quiet = student.giving(InnerStates())
-        with student.in_mode(train=False), quiet, _recomputed(problem, student, "student"):
+        with section("quiz"), student.in_mode(train=False), quiet, _recomputed(problem, student, "student"):
             several = [part for batch in quizzes for part in problem.parts(batch)]
             answered = (p.objective.hard(student(p.batch, weights).logits, p.batch.labels) for p in several)
             quiz_loss = sum(answered) / len(quizzes)
@@ -281,6 +286,7 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
     return Meta(torch.stack(losses).mean(), quiz_loss.detach(), masks, teacher_loss=teacher_loss)
 
 
+@section("teacher update")
 def _to_teachers(problem: Problem, loss: Tensor, taught: list[_Taught]) -> None:
     """dq/dtheta_k and dq/dw (of q and the teachers' own losses) in one backward."""
     learners = [(t, [each.lookups[k] for each in taught]) for k, t in enumerate(problem.teachers)]
@@ -303,6 +309,7 @@ def _to_teachers(problem: Problem, loss: Tensor, taught: list[_Taught]) -> None:
         network.flat.add(by_name, together, gradients[len(names) :])
 
 
+@section("quiz")
 def _quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) -> tuple[Tensor, Vector]:
     """Mean quiz loss with dropout off, and its gradient v; one batch's activations at a time."""
     student, flat, total, v = problem.student, problem.student.flat, 0.0, None

@@ -17,6 +17,7 @@ from engine.batch import Batch
 from engine.flat import Lookups
 from engine.metagrad import Meta, Problem, pilot_pass
 from engine.network import Network
+from engine.sections import section
 
 
 class Reptile:
@@ -50,13 +51,15 @@ class Reptile:
                 piece, g = pilot_pass(problem, part, single=len(parts) == 1, frozen=True)
                 gradient = g if gradient is None else gradient.plus(g)
                 pieces.append(piece)
-            problem.pilot.advance(0, gradient, problem.time_machine)
+            with section("pilot"):
+                problem.pilot.advance(0, gradient, problem.time_machine)
             for teacher, sources in zip(problem.teachers, self.sources, strict=True):
                 _pull(problem.student, teacher, sources)
         loss = torch.stack([piece.loss for piece in pieces]).sum()
         return Meta(loss, None, [[piece.masks for piece in pieces]], pieces[0].kept)
 
 
+@section("teacher update")
 @torch.no_grad()
 def _pull(student: Network, teacher: Network, sources: Mapping[str, Sequence[str]]) -> None:
     """Add theta - phi to the teacher's gradients. Here phi is the student's weights as they now stand."""

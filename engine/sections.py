@@ -9,7 +9,8 @@ the thread that trains names sections.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator, contextmanager
 from typing import Protocol
 
 # In the order of a round, which is that of tables. "other" is what a step does outside of all of them.
@@ -25,14 +26,15 @@ class Listener(Protocol):
     def leave(self) -> None:
         """Out of the section that was entered last, back into the one around it."""
 
+    def captured(self) -> Callable[[], None]:
+        """The sections since a CUDA graph's capture began are part of the graph: what to call after each replay."""
+
 
 _listeners: tuple[Listener, ...] = ()
 
 
-class section:  # noqa: N801 - it is used like a statement
-    """Everything in the body is section `name`, but what a section inside of it names."""
-
-    __slots__ = ("name",)
+class section(ContextDecorator):
+    """Everything in the body, or in the function that it decorates, is section `name`, but what a section inside of it names."""
 
     def __init__(self, name: str):
         self.name = name
@@ -44,6 +46,17 @@ class section:  # noqa: N801 - it is used like a statement
     def __exit__(self, *_) -> None:
         for listener in _listeners:
             listener.leave()
+
+
+def captured() -> Callable[[], None]:
+    """To be called when sections were recorded in a CUDA graph; the result after each replay, in which no code runs."""
+    heard = [listener.captured() for listener in _listeners]
+
+    def replayed() -> None:
+        for each in heard:
+            each()
+
+    return replayed
 
 
 @contextmanager

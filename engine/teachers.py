@@ -161,4 +161,4 @@ def _reuse(file: Path, network: Encoder) -> Progress | None:
         file.unlink()  # a damaged cache entry costs its preparation again, nothing else
         return None
     checkpoint.restore_module(network.module, tensors)
-    return Progress(**state["progress"])
+    return Progress.of(state["progress"])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine import native
 from engine.flat import FlatParameters, Rows, Vector
+from engine.sections import section
 
 Store = Literal["device", "pinned"]
 
@@ -87,6 +88,7 @@ class TimeMachine:
                 w, g, s, b = (None if t is None else t.reshape(-1) for t in whole)
                 native.pilot_update(w, g, s, alpha, b)
 
+    @section("rewind")
     @torch.no_grad()
     def rewind(self, name: Hashable = "start") -> None:
         """Back to `name`, which stays; snapshots taken after it are dropped.

@@ -26,6 +26,10 @@ from engine.evaluation import predict, primary, score
 from engine.interrupts import Interrupted, Interrupts
 from engine.methods import Method, State
 from engine.monitor import Monitor
+from engine.network import Network
+from engine.sections import section
+from engine.telemetry.drift import drift, sketch
+from engine.telemetry.telemetry import Costs, Telemetry
 
 PATIENCE = 10  # rounds whose loss is not finite, one after the other, before a run gives up
 
@@ -75,6 +79,12 @@ class Progress:
     skipped: int = 0  # updates that were left out, their gradient not being finite
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # validation metrics at best_step
+    costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """From what `asdict` made of one."""
+        return cls(**saved | {"costs": Costs(**saved.get("costs", {}))})
 
     def examples_per_second(self) -> float:
         return self.examples / self.seconds if self.seconds else 0.0
@@ -95,6 +105,8 @@ class _Run:
     rounds: int = 0  # of this process
     bad: Tensor | None = None  # [] on the device: how many rounds it is since all values were finite
     means: dict[str, float] = field(default_factory=dict)  # what was read last
+    seconds: float = 0.0  # of training, when it was read last
+    starts: list[Tensor] = field(default_factory=list)  # sketches of the teachers that learn, as they were
 
     def crossed(self, every: int, taken: int) -> bool:
         """Whether the last `taken` steps reached a multiple of `every`."""
@@ -105,9 +117,9 @@ class Trainer:
     """Fits phases one after another, each from its checkpoint where the interrupted run left one."""
 
     def __init__(self, config: RunConfig, task: Task, device: torch.device, identity: str, output: Path,
-                 console: Console, monitor: Monitor, interrupts: Interrupts):  # fmt: skip
+                 console: Console, monitor: Monitor, telemetry: Telemetry, interrupts: Interrupts):  # fmt: skip
         self.config, self.task, self.device, self.identity = config, task, device, identity
-        self.console, self.monitor, self.interrupts = console, monitor, interrupts
+        self.console, self.monitor, self.telemetry, self.interrupts = console, monitor, telemetry, interrupts
         self.file = output / "checkpoint.safetensors"
         self.finished: dict[str, Progress] = {}
         self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
@@ -116,7 +128,7 @@ class Trainer:
             if self._pending[1]["identity"] != identity:
                 raise UserError("--resume finds other models or data than the run began with; start a new run in another "
                                 "--output.")  # fmt: skip
-            self.finished = {name: Progress(**p) for name, p in self._pending[1]["finished"].items()}
+            self.finished = {name: Progress.of(p) for name, p in self._pending[1]["finished"].items()}
 
     def stands_in(self, phase_name: str) -> bool:
         """Whether the checkpoint that this run continues was saved in `phase_name`."""
@@ -140,19 +152,27 @@ class Trainer:
         if self.stands_in(phase.name):
             self._restore(run)
         self.monitor.rewind(phase.name, run.progress.step)
-        progress, plan = run.progress, phase.plan
+        progress, plan, telemetry = run.progress, phase.plan, self.telemetry
+        run.seconds = progress.seconds
+        run.starts = run.starts or [sketch(teacher.flat.weights) for teacher in _taught(phase)]
         step = StepGraphs(
             lambda batches, quizzes: phase.method.step(phase.state, batches, quizzes), self.device, self.config.cuda_graphs,
             say=self.console.say, forget=phase.state.forget,
         )  # fmt: skip
         self.interrupts.deferring = True
         try:
-            with self.console.progress(phase.name, plan.steps, progress.step) as show:
+            with self.console.progress(phase.name, plan.steps, progress.step) as show, telemetry.phase(progress.costs):
                 text, started = "", time.monotonic()
                 for batches in self._rounds(run):
-                    values = step(batches, phase.state.draw())
+                    with section("data wait"):
+                        quizzes = phase.state.draw()
+                    with telemetry.counting():
+                        values = step(batches, quizzes)
                     phase.state.advance(len(batches))
                     self._count(run, batches, values)
+                    telemetry.round(
+                        *(_shapes(phase.state.student.network.encoding, each) for each in (batches, quizzes))
+                    )
                     finished, taken = progress.step == plan.steps, len(batches)
                     ended = finished or run.crossed(self.config.eval_steps or plan.batches, taken)
                     validate = ended and phase.validation is not None
@@ -185,7 +205,11 @@ class Trainer:
         plan, progress = run.phase.plan, run.progress
         while progress.step < plan.steps:
             epoch = run.batches.epoch(*divmod(progress.step, plan.batches))
-            while batches := list(islice(epoch, min(plan.round_size, plan.steps - progress.step))):
+            while True:
+                with section("data wait"):
+                    batches = list(islice(epoch, min(plan.round_size, plan.steps - progress.step)))
+                if not batches:
+                    break
                 yield batches
 
     def _count(self, run: _Run, batches: list[Batch], values: dict[str, Tensor]) -> None:
@@ -202,6 +226,7 @@ class Trainer:
         run.progress.step += len(batches)
         run.progress.examples += sum(len(batch.labels) for batch in batches)
 
+    @section("logging")
     def _read(self, run: _Run) -> None:
         """The means since the last reading: the one synchronisation of a logging step. What was not finite is not in them.
 
@@ -226,24 +251,30 @@ class Trainer:
                 f"{phase.name}: {skipped} update{'s' * (skipped != 1)} before step {progress.step} left out, because the gradient was not "
                 f"finite ({progress.skipped} so far).")  # fmt: skip
 
+    @section("logging")
     def _log(self, run: _Run) -> str:
         """Write what was read."""
         progress, phase, means = run.progress, run.phase, run.means
-        speed = progress.examples_per_second()
+        costs = self.telemetry.values(progress.seconds - run.seconds)
+        run.seconds = progress.seconds
         student, *others = phase.state.learners()
         rates = {"lr": student.rate()} | {f"lr/{learner.network.name}": learner.rate() for learner in others}
         self.monitor.log(
             phase.name, progress.step,
-            {"epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, "examples_per_second": speed},
+            {"time": round(time.time(), 3), "epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, **costs},
         )  # fmt: skip
         named = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
-        return f"{named}, {speed:.0f} examples/s"
+        return f"{named}, {costs.get('examples_per_second', 0.0):.0f} examples/s"
 
+    @section("evaluation")
     def _validate(self, run: _Run) -> None:
         phase, progress = run.phase, run.progress
         student, metric = phase.state.student.network, primary(self.task)
         metrics = score(predict(student, phase.validation, self.device), phase.validation.labels, self.task)
-        self.monitor.log(phase.name, progress.step, {f"validation/{name}": value for name, value in metrics.items()})
+        record = {f"validation/{name}": value for name, value in metrics.items()}
+        for teacher, start in zip(_taught(run.phase), run.starts, strict=True):
+            record[f"drift/{teacher.name}"] = drift(start, sketch(teacher.flat.weights)).item()  # sync: as predict's
+        self.monitor.log(phase.name, progress.step, record)
         better = not progress.best or metrics[metric] > progress.best[metric]
         if better:
             progress.best, progress.best_step = metrics, progress.step
@@ -252,13 +283,16 @@ class Trainer:
         note = "" if better else f" (best {progress.best[metric]:.4f} at step {progress.best_step})"
         self.console.say(f"{phase.name}: step {progress.step}, validation {metric} {metrics[metric]:.4f}{note}")
 
+    @section("checkpoint")
     def _save(self, run: _Run) -> None:
         if self._pending is not None:
             return  # a lost teacher is being prepared again: the checkpoint of a later phase must outlive that
+        self.telemetry.settle()
         state = run.phase.state
         tensors = checkpoint.prefixed("best", run.best) | {"random/cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {f"start/{k}": start for k, start in enumerate(run.starts)}
         for i, learner in enumerate(state.learners()):
             tensors |= checkpoint.prefixed(f"{i}/weights", checkpoint.module_tensors(learner.network.module))
             tensors |= checkpoint.prefixed(f"{i}/optimizer", checkpoint.optimizer_tensors(learner.optimizer))
@@ -279,10 +313,22 @@ class Trainer:
             checkpoint.restore_optimizer(learner.optimizer, checkpoint.under(f"{i}/optimizer", tensors))
             learner.resume_schedule(saved["schedules"][i])
         run.best = checkpoint.under("best", tensors)
-        run.progress = Progress(**saved["progress"])
+        run.progress = Progress.of(saved["progress"])
+        starts = checkpoint.under("start", tensors)
+        run.starts = [starts[str(k)].to(self.device) for k in range(len(starts))]
         state.round = saved["round"]
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
         self._pending = None
         self.console.say(f"Resuming '{run.phase.name}' after step {run.progress.step} of {run.phase.plan.steps}.")
+
+
+def _taught(phase: Phase) -> list[Network]:
+    """The teachers that learn in a phase."""
+    return [] if phase.state.meta_step is None else list(phase.state.meta_step.problem.teachers)
+
+
+def _shapes(encoding: str, batches: list[Batch]) -> list[tuple[int, int]]:
+    """Examples and width of each, as a model of this encoding reads them."""
+    return [tuple(batch.inputs[encoding]["input_ids"].shape) for batch in batches]

@@ -11,12 +11,14 @@ from engine.batch import Batch
 from engine.methods.state import State
 from engine.network import Outputs
 from engine.objectives import Objective
+from engine.sections import section
 
 
 def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
     return train(state, batches, lambda objective, outputs, batch: objective.hard(outputs.logits, batch.labels))
 
 
+@section("real step")
 def train(
     state: State, batches: Sequence[Batch], loss_of: Callable[[Objective, Outputs, Batch], Tensor]
 ) -> dict[str, Tensor]:

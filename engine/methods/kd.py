@@ -13,8 +13,10 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.methods.state import State
 from engine.network import Network, Outputs
+from engine.sections import section
 
 
+@section("real step")
 def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) -> dict[str, Tensor]:
     student, losses = state.student, []
     student.network.module.train()
@@ -30,6 +32,7 @@ def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) 
     return {"loss": torch.stack(losses).sum() / len(batches)}
 
 
+@section("teacher forward")
 @torch.no_grad()
 def _evaluate(teacher: Network, batch: Batch) -> Outputs:
     with teacher.in_mode(train=False):

@@ -1,0 +1,205 @@
+"""What a phase's steps cost, as the log and the summary have it."""
+
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from engine.sections import section
+from engine.telemetry import telemetry as subject
+from engine.telemetry.flops import FlopCounter, FlopRate
+from engine.telemetry.meter import Meter
+from engine.telemetry.sampler import Window
+from engine.telemetry.telemetry import Costs, Telemetry
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class FakeSampler:
+    """Gives what it is told to, one window after the other."""
+
+    cause, device = "no NVML: the device is cpu", {"name": "a device"}
+
+    def __init__(self):
+        self.windows, self.started, self.closed = [Window()], False, False
+
+    def start(self):
+        self.started = True
+
+    def window(self):
+        return self.windows.pop(0) if self.windows else Window()
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def telemetry(clock, monkeypatch):
+    monkeypatch.setattr(subject, "meter_of", lambda device: Meter(clock))
+    monkeypatch.setattr(subject, "Sampler", lambda device, name: FakeSampler())
+    return Telemetry(CPU)
+
+
+def a_round(telemetry, clock, seconds=1.0):
+    """10 examples, 8 tokens wide, and a quiz of 4."""
+    with section("data wait"):
+        clock.now += 0.25 * seconds
+    with section("pilot"):
+        clock.now += 0.5 * seconds
+    clock.now += 0.25 * seconds
+    telemetry.round([(10, 8)], [(4, 8)])
+
+
+def test_a_record_of_steps(telemetry, clock):
+    costs = Costs()
+    with telemetry.phase(costs):
+        for _ in range(4):
+            a_round(telemetry, clock)
+        with section("evaluation"):
+            clock.now += 7.0
+        found = telemetry.values(4.0)
+        assert found == {
+            "examples_per_second": 10.0, "tokens_per_second": 80.0, "step_seconds": 1.0,
+            "seconds/data wait": 0.25, "seconds/pilot": 0.5, "seconds/other": 0.25,
+        }  # fmt: skip
+        a_round(telemetry, clock, seconds=2.0)
+        found = telemetry.values(2.0)
+        assert found["examples_per_second"] == 5.0 and found["seconds/pilot"] == 1.0
+        assert sum(v for k, v in found.items() if k.startswith("seconds/")) == found["step_seconds"]
+    assert costs.tokens == 5 * 80
+    assert costs.seconds == {"data wait": 1.5, "pilot": 3.0, "other": 1.5, "evaluation": 7.0}
+    assert costs.summary()["sections"]["pilot"] == {"seconds": 3.0, "memory": None, "joules": None}
+
+
+def test_a_checkpoint_finds_everything_booked_and_the_record_loses_nothing(telemetry, clock):
+    costs = Costs()
+    with telemetry.phase(costs):
+        telemetry.sampler.windows = [Window({"host/cpu": 90.0}, {"pilot": 70}), Window({}, {"pilot": 60, "quiz": 5})]
+        a_round(telemetry, clock)
+        telemetry.settle()
+        assert costs.tokens == 80 and costs.seconds["pilot"] == 0.5 and costs.memory == {"pilot": 70}
+        a_round(telemetry, clock)
+        found = telemetry.values(2.0)
+        assert found["seconds/pilot"] == 0.5 and found["step_seconds"] == 1.0
+        assert found["host/cpu"] == 90.0 and found["memory/pilot"] == 70 and found["memory/quiz"] == 5
+    resumed = Costs(**asdict(costs))
+    with telemetry.phase(resumed):
+        clock.now += 100.0  # before the first round; it is time of this phase all the same
+        a_round(telemetry, clock)
+    assert resumed.seconds["pilot"] == 1.5 and resumed.tokens == 240 and resumed.memory["pilot"] == 70
+
+
+def test_what_came_before_a_phase_is_not_its_own(telemetry, clock):
+    clock.now += 50.0
+    with telemetry.phase(Costs()):
+        a_round(telemetry, clock)
+        assert sum(v for k, v in telemetry.values(1.0).items() if k.startswith("seconds/")) == 1.0
+    other = Costs()
+    with section("pilot"):
+        clock.now += 5.0
+    with telemetry.phase(other):
+        pass
+    assert sum(other.seconds.values()) == 0.0
+
+
+def test_energy_is_divided_by_time_and_waits_for_the_counter(telemetry, clock):
+    costs = Costs()
+    with telemetry.phase(costs):
+        a_round(telemetry, clock)
+        assert "joules_per_step" not in telemetry.values(1.0)
+        assert costs.joules is None
+        a_round(telemetry, clock)
+        with section("evaluation"):
+            clock.now += 2.0
+        telemetry.sampler.windows = [Window(joules=400.0, seconds=4.0)]
+        found = telemetry.values(1.0)
+    # 4 s of which 2 were training: half of the joules, over both steps
+    assert found["joules_per_step"] == 100.0 and found["joules_per_example"] == 10.0
+    assert found["joules/pilot"] == 50.0 and "joules/evaluation" not in found
+    assert costs.joules == 200.0 and sum(costs.energy.values()) == 400.0
+    assert costs.summary()["sections"]["evaluation"]["joules"] == 200.0
+
+
+def test_switched_off_it_counts_tokens_and_makes_no_thread(monkeypatch):
+    monkeypatch.setattr(subject, "Sampler", None)
+    off, costs = Telemetry(CPU, on=False), Costs()
+    with off.phase(costs), off.counting() as counter:
+        assert counter is None
+        off.round([(10, 8)], [])
+        assert off.values(2.0) == {"examples_per_second": 5.0, "tokens_per_second": 40.0}
+        off.settle()
+    assert costs == Costs(tokens=80)
+    assert off.cause == "no NVML: --telemetry is off" and off.described() is None and off.peak() == {}
+    off.close()
+
+
+def test_close_ends_the_sampler(telemetry):
+    telemetry.close()
+    assert telemetry.sampler.closed
+
+
+def attention(weight, x):
+    """[B, L, D]: a product with weights, and two of each example by itself."""
+    h = x.flatten(0, 1) @ weight
+    h = h.view_as(x)
+    return (h @ h.transpose(1, 2)) @ h
+
+
+def test_operations_of_other_shapes_follow_from_one_step():
+    weight = torch.randn(16, 16, requires_grad=True)
+
+    def counted(*shapes):
+        with FlopCounter() as counter:
+            for b, width in shapes:
+                attention(weight, torch.randn(b, width, 16)).sum().backward()
+        return counter
+
+    one = counted((4, 8))
+    assert one.products == 2 * 2 * 4 * 8 * 16 * 16  # forward, and the weight's gradient
+    rate = FlopRate(one, [(4, 8)])
+    for shapes in ([(4, 8)], [(2, 24)], [(7, 5), (3, 40)]):
+        assert rate.of(shapes) == pytest.approx(counted(*shapes).total)
+
+
+def test_the_first_round_is_counted_and_others_follow(telemetry, clock):
+    weight, costs = torch.randn(16, 16), Costs()
+    with telemetry.phase(costs):
+        for b, width in [(4, 8), (4, 16)]:
+            with telemetry.counting() as counter:
+                attention(weight, torch.randn(b, width, 16))
+            assert (counter is not None) == (width == 8)
+            clock.now += 1.0
+            telemetry.round([(b, width)], [])
+        expected = 2 * 4 * 8 * 16 * 16 * 3 + 2 * 2 * 4 * 16 * (8 * 8 + 16 * 16)
+        assert telemetry.values(2.0)["flops_per_second"] == pytest.approx(expected / 2.0)
+    assert costs.flops == pytest.approx(expected)
+
+
+def test_a_real_clock_and_sampler():
+    telemetry, costs = Telemetry(CPU), Costs()
+    try:
+        with telemetry.phase(costs):
+            started = time.perf_counter()
+            with section("pilot"):
+                time.sleep(0.2)
+            telemetry.round([(1, 1)], [])
+            seconds = time.perf_counter() - started
+            found = telemetry.values(seconds)
+        assert sum(v for k, v in found.items() if k.startswith("seconds/")) == pytest.approx(seconds, rel=0.03)
+        assert found["memory/pilot"] > 2**20 and found["host/resident"] >= found["memory/pilot"]
+        assert telemetry.cause == "no NVML: the device is cpu"
+    finally:
+        telemetry.close()
