@@ -75,7 +75,7 @@ class Progress:
 
     step: int = 0
     examples: int = 0
-    seconds: float = 0.0  # of training, validation left out
+    seconds: float = 0.0  # of training, validations and checkpoints left out
     skipped: int = 0  # updates that were left out, their gradient not being finite
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # validation metrics at best_step
@@ -179,10 +179,12 @@ class Trainer:
                     log = ended or run.crossed(self.config.log_steps, taken)
                     if log:
                         self._read(run)
-                    progress.seconds += time.monotonic() - started
+                    now = time.monotonic()
+                    progress.seconds, started = progress.seconds + now - started, now
                     if log:
                         text = self._log(run)
                     show(progress.step, text)
+                    apart = time.monotonic()  # from here on it is not training
                     if validate:
                         self._validate(run)
                     stop = self.interrupts.requested
@@ -190,7 +192,7 @@ class Trainer:
                         self._save(run)
                     if stop:
                         break
-                    started = time.monotonic()
+                    started += time.monotonic() - apart
         finally:
             self.interrupts.deferring = False
         if self.interrupts.requested:  # also one that came after the last look
