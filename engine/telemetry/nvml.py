@@ -205,7 +205,7 @@ class Nvml:
             except self._library.NVMLError as error:
                 return error
             if whole:
-                self.whole |= answer.keys()
+                self.whole.update(answer)
             return answer
         return None
 
