@@ -18,7 +18,7 @@ LEAN = {f"tests/test_{name}.py" for name in ("cuda_graph_gpu", "flat_gpu", "kern
 # What a lent machine need not have.
 ABSENT = {
     "datasets", "dill", "multiprocess", "jsonargparse", "torchdata", "torchmetrics", "liger_kernel", "tensorboard", "rich",
-    "peft", "hypothesis", "pytest_benchmark", "pyarrow", "pandas", "sklearn", "scipy",
+    "peft", "hypothesis", "pytest_benchmark", "pyarrow", "pandas", "sklearn", "scipy", "psutil", "pynvml",
 }  # fmt: skip
 SITE = f"""
 import sys

@@ -1,0 +1,411 @@
+"""One GPU's figures by NVML: which device, each figure, each one missing, and devices that go away."""
+
+import ast
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+
+import pynvml
+import pytest
+from fake_nvml import CODES, Clock, FakeGpu, FakeInstance, FakeNvml
+
+from engine.telemetry import nvml
+from engine.telemetry.nvml import Nvml, Unavailable, throttle_names
+from engine.telemetry.visible import Unresolved, find
+
+TELEMETRY = Path(nvml.__file__).parent
+UUID = "11111111-aaaa-0000-0000-000000000000"
+FIGURES = {
+    "energy": 300_000.0,
+    "power": 300.0,
+    "memory_used": 10 << 30,
+    "memory_reserved": 1 << 29,
+    "memory_total": 80 << 30,
+    "memory_process": 3 << 30,
+    "utilization": 90,
+    "memory_utilization": 40,
+    "sm_clock": 1980,
+    "memory_clock": 2619,
+    "temperature": 50,
+    "throttle_reasons": 0,
+    "power_limit": 700.0,
+    "pcie_tx": 12_000,
+    "pcie_rx": 34_000,
+    "pcie_generation": 5,
+    "pcie_width": 16,
+}
+# Function that says "not supported" -> figures that go with it.
+OF_FUNCTION = {
+    "nvmlDeviceGetTotalEnergyConsumption": {"energy"},
+    "nvmlDeviceGetPowerUsage": {"power"},
+    "nvmlDeviceGetUtilizationRates": {"utilization", "memory_utilization"},
+    "nvmlDeviceGetClockInfo": {"sm_clock", "memory_clock"},
+    "nvmlDeviceGetEnforcedPowerLimit": {"power_limit"},
+    "nvmlDeviceGetPcieThroughput": {"pcie_tx", "pcie_rx"},
+    "nvmlDeviceGetCurrPcieLinkGeneration": {"pcie_generation"},
+    "nvmlDeviceGetCurrPcieLinkWidth": {"pcie_width"},
+}
+# Newer function -> the older one that is asked then, and the figures.
+OLDER = {
+    "nvmlDeviceGetMemoryInfo_v2": ("nvmlDeviceGetMemoryInfo", {"memory_used", "memory_reserved", "memory_total"}),
+    "nvmlDeviceGetComputeRunningProcesses_v3": ("nvmlDeviceGetComputeRunningProcesses_v2", {"memory_process"}),
+    "nvmlDeviceGetTemperatureV": ("nvmlDeviceGetTemperature", {"temperature"}),
+    "nvmlDeviceGetCurrentClocksEventReasons": ("nvmlDeviceGetCurrentClocksThrottleReasons", {"throttle_reasons"}),
+}
+
+
+def opened(library, uuid=UUID, environment=None, index=0):
+    return Nvml(index, uuid, library, environment or {})
+
+
+# Figures
+
+
+def test_every_figure():
+    library = FakeNvml()
+    device = opened(library)
+    assert device.read() == pytest.approx(FIGURES)
+    assert device.about == {"name": "NVIDIA H100", "uuid": f"GPU-{UUID}", "mig": False, "driver": "580.10"}
+    assert not device.whole
+    device.close()
+    device.close()
+    assert library.opened == 0 and library.calls["nvmlShutdown"] == 1
+
+
+def test_costly_figures_are_asked_for_seldom():
+    library = FakeNvml()
+    device = opened(library)
+    for sample in range(40):
+        device.read(sample)
+    assert library.calls["nvmlDeviceGetPowerUsage"] == 40
+    assert library.calls["nvmlDeviceGetTemperatureV"] == 10
+    assert library.calls["nvmlDeviceGetPcieThroughput"] == 2 * 2  # there and back
+
+
+@pytest.mark.parametrize("error", ["NotSupported", "FunctionNotFound", "NoPermission", "InvalidArgument"])
+@pytest.mark.parametrize("function", OF_FUNCTION)
+def test_what_is_not_supported_is_left_out_and_not_asked_for_again(function, error):
+    library = FakeNvml()
+    library.fail(function, error)
+    device = opened(library)
+    expected = FIGURES.keys() - OF_FUNCTION[function]
+    assert device.read().keys() == expected
+    asked = library.calls[function]
+    assert device.read().keys() == expected and library.calls[function] == asked
+
+
+@pytest.mark.parametrize("function", OF_FUNCTION)
+def test_function_that_an_old_library_lacks(function):
+    library = FakeNvml()
+    library.absent.add(function)
+    assert opened(library).read().keys() == FIGURES.keys() - OF_FUNCTION[function]
+
+
+@pytest.mark.parametrize("function", OLDER)
+def test_older_functions_stand_in(function):
+    library = FakeNvml()
+    library.fail(function, "FunctionNotFound")
+    device = opened(library)
+    figures = device.read()
+    older, keys = OLDER[function]
+    assert library.calls[older] == 1
+    if older == "nvmlDeviceGetMemoryInfo":
+        assert "memory_reserved" not in figures and figures["memory_used"] == (10 << 30) + (1 << 29)
+    else:
+        assert figures == pytest.approx(FIGURES)
+    device.read()
+    assert library.calls[function] == 1
+
+    library.fail(older, "NotSupported")
+    last = opened(library)
+    assert last.read().keys() == FIGURES.keys() - keys
+
+
+def test_old_library_without_newer_constants_and_functions():
+    library = FakeNvml()
+    library.absent |= {"nvmlMemory_v2", "nvmlDeviceGetTemperatureV", "NVMLError_Deprecated", "NVMLError_GpuNotFound"}
+    library.absent |= {"NVMLLibraryMismatchError", "nvmlDeviceGetCurrentClocksEventReasons"}
+    library.absent |= {f"nvmlDeviceGetComputeRunningProcesses_v{n}" for n in (2, 3)}
+    assert opened(library).read().keys() == FIGURES.keys() - {"memory_reserved"}
+
+
+def test_running_processes_of_a_newer_module_than_the_library():
+    library = FakeNvml()
+    for version in (2, 3):
+        library.fail(f"nvmlDeviceGetComputeRunningProcesses_v{version}", "FunctionNotFound")
+    assert opened(library).read().keys() == FIGURES.keys() - {"memory_process"}
+
+
+@pytest.mark.parametrize("processes", [[], [(1, 1 << 30)], [(os.getpid(), None)]], ids=["none", "others", "unknown"])
+def test_own_process_hidden(processes):
+    library = FakeNvml(FakeGpu(processes=processes))
+    device = opened(library)
+    assert device.read().keys() == FIGURES.keys() - {"memory_process"}
+    library.gpus[0].processes = [(os.getpid(), 5), (os.getpid(), 6)]  # it may well come later
+    assert device.read()["memory_process"] == 11
+
+
+def test_passing_error_leaves_a_figure_out_once():
+    library = FakeNvml()
+    device = opened(library)
+    library.fail("nvmlDeviceGetPowerUsage", "Timeout")
+    assert "power" not in device.read()
+    library.errors.clear()
+    assert "power" in device.read()
+
+
+@pytest.mark.parametrize("error", ["GpuIsLost", "Uninitialized", "DriverNotLoaded", "ResetRequired"])
+def test_lost_device(error):
+    library = FakeNvml()
+    device = opened(library)
+    device.read()
+    library.fail("nvmlDeviceGetUtilizationRates", error)
+    with pytest.raises(Unavailable, match="GPU is lost" if error == "GpuIsLost" else "."):
+        device.read()
+
+
+def test_device_that_stays_silent_is_lost():
+    library = FakeNvml()
+    device = opened(library)
+    library.fail("everything", "Unknown")
+    assert device.read() == {} and device.read() == {}
+    del library.errors["everything"]
+    device.read()
+    library.fail("everything", "Unknown")
+    assert device.read() == {} and device.read() == {}
+    with pytest.raises(Unavailable, match="Unknown Error"):
+        device.read()
+
+
+def test_device_without_any_figure():
+    library = FakeNvml()
+    device = opened(library)
+    library.fail("everything", "NotSupported")
+    with pytest.raises(Unavailable, match="supports none"):
+        device.read()
+
+
+def test_energy_counter_alone():
+    library = FakeNvml(clock=Clock(20.0))
+    device = opened(library)
+    assert device.energy() == 6000.0
+    library.fail("nvmlDeviceGetTotalEnergyConsumption", "Timeout")
+    assert device.energy() is None and device.has("energy")
+    library.fail("nvmlDeviceGetTotalEnergyConsumption", "NotSupported")
+    assert device.energy() is None and not device.has("energy") and device.has("power")
+    assert device.energy() is None
+
+
+# Opening
+
+
+def test_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Unavailable, match="^nvidia-ml-py is not installed$"):
+        Nvml(0, None)
+
+
+@pytest.mark.parametrize("error", ["LibraryNotFound", "DriverNotLoaded"])
+def test_no_driver(error):
+    library = FakeNvml()
+    library.fail("nvmlInit", error)
+    with pytest.raises(Unavailable, match="Not Found|Not Loaded"):
+        opened(library)
+    assert library.calls["nvmlShutdown"] == 0
+
+
+def test_nvml_is_handed_back_where_the_device_is_not_found():
+    library = FakeNvml()
+    with pytest.raises(Unavailable, match="no device 1"):
+        opened(library, uuid=None, index=1)
+    assert library.opened == 0 and library.calls["nvmlInit"] == 1
+
+
+def test_driver_version_and_name_are_optional():
+    library = FakeNvml()
+    library.fail("nvmlSystemGetDriverVersion", "Unknown")
+    assert opened(library).about == {"name": "NVIDIA H100", "uuid": f"GPU-{UUID}", "mig": False, "driver": None}
+
+
+# MIG
+
+
+def sliced(count=2, **settings):
+    instances = [FakeInstance(f"MIG-{n}0000000-0000-0000-0000-000000000000", 7 + n, n) for n in range(count)]
+    return FakeGpu(instances=[None, *instances], **settings)
+
+
+def test_instance_has_its_own_memory_and_the_power_of_the_whole():
+    library = FakeNvml(sliced(1))
+    library.gpus[0].instances[1].processes = [(os.getpid(), 77)]
+    device = opened(library)
+    figures = device.read()
+    assert device.about["mig"] and device.about["uuid"].startswith("MIG-0") and "MIG" in device.about["name"]
+    assert (figures["memory_used"], figures["memory_total"], figures["memory_process"]) == (1 << 30, 5 << 30, 77)
+    assert figures["power"] == 300 and figures["energy"] == 300_000
+    assert device.whole >= {"power", "energy", "power_limit", "temperature", "sm_clock", "throttle_reasons"}
+    assert not device.whole & {"memory_used", "memory_process", "utilization", "pcie_tx"}
+    asked = library.calls["nvmlDeviceGetPowerUsage"]
+    device.read()
+    assert library.calls["nvmlDeviceGetPowerUsage"] == asked + 1  # the instance is not asked again
+
+
+def test_memory_of_the_whole_gpu_is_never_given_for_an_instance():
+    library = FakeNvml(sliced(1))
+    for function in ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
+        library.fail(function, "NotSupported", library.gpus[0].instances[1])
+    assert not {key for key in opened(library).read() if key.startswith("memory_") and key != "memory_clock"} - {
+        "memory_utilization"
+    }
+
+
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": f"GPU-{UUID}"}])
+def test_several_instances_and_none_named(environment):
+    for uuid in (UUID, None):
+        with pytest.raises(Unresolved, match="2 MIG instances; name one in CUDA_VISIBLE_DEVICES"):
+            find(_initialised(sliced()), 0, uuid, environment)
+
+
+@pytest.mark.parametrize("entry", [
+    "MIG-10000000-0000-0000-0000-000000000000", "MIG-1", f"MIG-GPU-{UUID}/8/1", " MIG-1000 ",
+])  # fmt: skip
+@pytest.mark.parametrize("uuid", [UUID, None, "10000000-0000-0000-0000-000000000000"])
+def test_named_instance(entry, uuid):
+    """Whether torch has the UUID of the GPU, of the instance, or none."""
+    library = _initialised(sliced())
+    assert find(library, 0, uuid, {"CUDA_VISIBLE_DEVICES": entry}).handle is library.gpus[0].instances[2]
+
+
+@pytest.mark.parametrize("entry", ["MIG-9", "MIG-", f"MIG-GPU-{UUID}/8/0", f"MIG-GPU-{UUID}", "MIG-GPU-2/8/1"])
+def test_instance_that_is_not_there(entry):
+    with pytest.raises(Unresolved, match="no device 0"):
+        find(_initialised(sliced()), 0, None, {"CUDA_VISIBLE_DEVICES": entry})
+
+
+def test_gpus_and_drivers_before_mig():
+    library = _initialised(FakeGpu())
+    library.absent.add("nvmlDeviceGetMigMode")
+    assert find(library, 0, UUID, {}).handle is library.gpus[0]
+    library = _initialised(FakeGpu())
+    library.fail("nvmlDeviceGetMigMode", "NotSupported")
+    assert find(library, 0, None, {}).handle is library.gpus[0]
+
+
+# CUDA_VISIBLE_DEVICES
+
+
+def _initialised(*gpus):
+    library = FakeNvml(*gpus)
+    library.nvmlInit()
+    return library
+
+
+def four():
+    """In the order of their PCI addresses 1, 0, 2, 3."""
+    starts = ["aaaa1111", "aaaa2222", "bbbb3333", "cccc4444"]
+    buses = [20, 10, 30, 40]
+    gpus = [FakeGpu(f"GPU-{s}-0000-0000-0000-000000000000", bus=b) for s, b in zip(starts, buses, strict=True)]
+    return _initialised(*gpus)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [
+    (None, [1, 0, 2, 3]),
+    ("", []),
+    ("0", [1]),
+    ("2,1", [2, 0]),
+    (" 3 , 0", [3, 1]),
+    ("0,2,-1,1", [1, 2]),
+    ("0,9,1", [1]),
+    ("0,x,1", [1]),
+    ("1gpu,2", [0, 2]),
+    ("0,1,0", []),
+    ("NoDevFiles", []),
+    ("0,GPU-bbbb", [1]),
+    ("GPU-bbbb3333-0000-0000-0000-000000000000", [2]),
+    ("GPU-c,GPU-aaaa2", [3, 1]),
+    ("GPU-BBBB", [2]),
+    ("GPU-b,GPU-aaaa,GPU-c", [2]),  # two begin like that: not a name of one
+    ("GPU-b,GPU-zz,GPU-c", [2]),
+    ("GPU-b,0", [2]),
+    ("GPU-b,GPU-bbbb", []),
+    ("GPU-", []),
+])  # fmt: skip
+def test_visible_devices(setting, expected):
+    library = four()
+    environment = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    for index, gpu in enumerate(expected):
+        assert find(library, index, None, environment).handle is library.gpus[gpu]
+    with pytest.raises(Unresolved, match=f"no device {len(expected)}"):
+        find(library, len(expected), None, environment)
+
+
+def test_torchs_uuid_comes_before_the_environment():
+    library = four()
+    assert find(library, 0, "cccc4444-0000-0000-0000-000000000000", {"CUDA_VISIBLE_DEVICES": "0"}).handle.bus == 40
+    assert find(library, 0, "00000000-0000-0000-0000-000000000000", {"CUDA_VISIBLE_DEVICES": "0"}).handle.bus == 10
+
+
+def test_order_of_different_gpus_is_known_by_address_only():
+    library = _initialised(FakeGpu("GPU-a1", "fast", bus=2), FakeGpu("GPU-b1", "slow", bus=1))
+    for environment in ({}, {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}):
+        with pytest.raises(Unresolved, match="set CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+            find(library, 0, None, environment)
+    assert find(library, 0, None, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).uuid == "GPU-b1"
+    assert find(library, 0, None, {"CUDA_VISIBLE_DEVICES": "GPU-a"}).uuid == "GPU-a1"
+
+
+def test_gpu_of_somebody_else_is_passed_over():
+    library = four()
+    library.fail("nvmlDeviceGetHandleByIndex", "NoPermission", library.gpus[1])
+    assert find(library, 0, None, {}).handle is library.gpus[0]
+
+
+# Names of reasons, and the real module
+
+
+def test_throttle_names():
+    assert throttle_names(0) == []
+    assert throttle_names(0b100100) == ["power cap", "thermal slowdown by software"]
+    assert throttle_names(float(1 << 12 | 1)) == ["idle", "bit 12"]
+    for bit, name in enumerate(nvml.THROTTLE_REASONS):
+        assert getattr(pynvml, f"nvmlClocksThrottleReason{name}") == 1 << bit
+        assert getattr(pynvml, f"nvmlClocksEventReason{name}", 1 << bit) == 1 << bit
+
+
+def used_names() -> set[str]:
+    """What the code takes from the library, called or named in a string."""
+    found = set()
+    for file in ("nvml.py", "visible.py"):
+        for node in ast.walk(ast.parse((TELEMETRY / file).read_text())):
+            if isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    found = {name for name in found if re.fullmatch(r"nvml[A-Z]\w+|NVML_?[A-Z]\w*[A-Za-z\d]", name)}
+    versions = {f"nvmlDeviceGetComputeRunningProcesses{version}" for version in ("_v2", "_v3")}  # made in an f-string
+    return found | versions | {f"NVMLError_{name}" for name in (*nvml.LOST, *nvml.NEVER)}
+
+
+def test_all_names_exist_in_the_real_module():
+    names = used_names()
+    assert {"nvmlDeviceGetPcieThroughput", "NVML_CLOCK_SM", "nvmlMemory_v2", "nvmlDeviceGetMigMode"} <= names
+    assert not [name for name in names if not hasattr(pynvml, name)]
+
+
+def test_fake_agrees_with_the_real_module():
+    assert issubclass(pynvml.NVMLError_GpuIsLost, pynvml.NVMLError)
+    assert not issubclass(pynvml.NVMLLibraryMismatchError, pynvml.NVMLError)
+    for name, code in CODES.items():
+        assert getattr(pynvml, f"NVMLError_{name}")(code).value == code
+    for name, text in ((12, "NVML Shared Library Not Found"), (9, "Driver Not Loaded"), (15, "GPU is lost")):
+        assert str(pynvml.NVMLError(name)) == text
+    fake = FakeNvml()
+    for name in used_names():
+        ours, theirs = getattr(fake, name, None), getattr(pynvml, name)
+        if inspect.isfunction(theirs):
+            theirs = inspect.signature(theirs).parameters
+            assert list(inspect.signature(ours).parameters) == list(theirs), name
+        elif isinstance(theirs, int):
+            assert ours == theirs, name
