@@ -90,13 +90,17 @@ def test_cost(device, record, request, case, size, pairs):
         for on in (True, False) if number % 2 else (False, True):
             telemetry = Telemetry(where, on, flops=False)
             try:
+                if on:
+                    telemetry.sampler.start()  # once a run
+                    time.sleep(0.01)
+                before = telemetry.sampler.cpu_seconds if on else 0.0
                 started = time.perf_counter()
                 seconds[on] = turn(call, telemetry, case, device)
                 if on:
                     wall = time.perf_counter() - started
                     records.append(timed(lambda t=telemetry: t.values(1.0)))
                     telemetry.close()
-                    busy.append(telemetry.sampler.cpu_seconds / wall)
+                    busy.append((telemetry.sampler.cpu_seconds - before) / wall)
             finally:
                 telemetry.close()
         ratios.append(seconds[True] / seconds[False] - 1)
