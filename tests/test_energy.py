@@ -31,6 +31,7 @@ def watched(energy, value=lambda time: 300 * math.floor(time * 10 + 1e-9) / 10, 
         time = start + every * looks
         energy.add(time, counter=value(time), power=power)
         looks += 1
+        assert time < 10
     return start + every * looks
 
 
@@ -96,6 +97,7 @@ def test_watch_ends_where_nothing_moves_or_answers(value):
     while not watch.over:
         watch.add(0.005 * looks, value)
         looks += 1
+        assert looks < 1000
     assert watch.period is None and looks == pytest.approx(WATCH_SECONDS / 0.005, abs=2)
 
 
@@ -236,6 +238,14 @@ def test_disagreement_is_seen():
     counter = [(t, 300 * t) for t in times]
     assert agreement(counter, [(t, 250) for t in times]) == pytest.approx(1.2)
     assert agreement(counter, [(t + 3.1, 300) for t in times]) == pytest.approx(1)  # where both are known
+    assert agreement(counter, [(t - 3.1, 300) for t in times]) == pytest.approx(1)
+
+
+def test_ends_between_samples_are_interpolated():
+    """From 1 s to 5 s, watts rise from 100 to 500: 1,200 J; the counter has 300 J a second."""
+    counter, power = [(1, 300.0), (5, 1500.0)], [(0, 0.0), (2, 200.0), (10, 1000.0)]
+    assert agreement(counter, power) == pytest.approx(1)
+    assert agreement([(0, 0.0), (4, 1200.0), (8, 2400.0)], [(1, 100.0), (5, 500.0)]) == pytest.approx(1)
 
 
 def test_no_agreement_without_common_time():

@@ -278,6 +278,12 @@ def test_named_instance(entry, uuid):
     assert find(library, 0, uuid, {"CUDA_VISIBLE_DEVICES": entry}).handle is library.gpus[0].instances[2]
 
 
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}])
+def test_instance_that_torch_names(environment):
+    library = _initialised(sliced())
+    assert find(library, 0, "10000000-0000-0000-0000-000000000000", environment).handle is library.gpus[0].instances[2]
+
+
 @pytest.mark.parametrize("entry", ["MIG-9", "MIG-", f"MIG-GPU-{UUID}/8/0", f"MIG-GPU-{UUID}", "MIG-GPU-2/8/1"])
 def test_instance_that_is_not_there(entry):
     with pytest.raises(Unresolved, match="no device 0"):
@@ -354,6 +360,12 @@ def test_order_of_different_gpus_is_known_by_address_only():
             find(library, 0, None, environment)
     assert find(library, 0, None, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).uuid == "GPU-b1"
     assert find(library, 0, None, {"CUDA_VISIBLE_DEVICES": "GPU-a"}).uuid == "GPU-a1"
+
+
+def test_gpu_without_an_address():
+    library = four()
+    library.fail("nvmlDeviceGetPciInfo", "NotSupported")
+    assert find(library, 0, None, {}).handle is library.gpus[0]
 
 
 def test_gpu_of_somebody_else_is_passed_over():

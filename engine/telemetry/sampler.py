@@ -130,6 +130,11 @@ class Sampler:
         """What joules are made of, "counter" or "power"; None where none are known, or not yet."""
         return self._energy.source
 
+    @property
+    def whole(self) -> set[str]:
+        """MIG: the keys whose figures are those of the whole GPU, as far as they have been asked for."""
+        return {f"device/{key}" for key in tuple(self._whole)}
+
     def start(self) -> None:
         if self._thread is None and not self._closed:
             self._host_due = self._device_due = self._clock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +103,14 @@ def gpus(library) -> Iterator[Gpu]:
 
 
 def _gpu(library, handle) -> Gpu:
-    place = library.nvmlDeviceGetPciInfo(handle)
+    place = (0, 0, 0)
+    with suppress(library.NVMLError):  # a GPU that is not on a bus; NVML's order is kept then
+        address = library.nvmlDeviceGetPciInfo(handle)
+        place = (address.domain, address.bus, address.device)
     return Gpu(
         library.nvmlDeviceGetUUID(handle),
         library.nvmlDeviceGetName(handle),
-        (place.domain, place.bus, place.device),
+        place,
         handle,
         tuple(_instances(library, handle)),
     )
