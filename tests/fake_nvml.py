@@ -267,3 +267,9 @@ class FakeNvml:
     def nvmlDeviceGetCurrPcieLinkWidth(self, handle):
         self._call("nvmlDeviceGetCurrPcieLinkWidth", handle)
         return 16
+
+
+def sliced(count=2, **settings) -> FakeGpu:
+    """A GPU in MIG mode; its first slot is empty."""
+    instances = [FakeInstance(f"MIG-{n}0000000-0000-0000-0000-000000000000", 7 + n, n) for n in range(count)]
+    return FakeGpu(instances=[None, *instances], **settings)
