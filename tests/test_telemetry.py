@@ -133,6 +133,14 @@ def test_energy_is_divided_by_time_and_waits_for_the_counter(telemetry, clock):
     assert costs.summary()["sections"]["evaluation"]["joules"] == 200.0
 
 
+def test_energy_of_the_phase_before_is_not_this_ones(telemetry, clock):
+    costs = Costs()
+    with telemetry.phase(costs):
+        a_round(telemetry, clock)
+        telemetry.sampler.windows = [Window(joules=400.0, seconds=4.0)]  # three of them before the phase
+        assert telemetry.values(1.0)["joules_per_step"] == 100.0
+
+
 def test_switched_off_it_counts_tokens_and_makes_no_thread(monkeypatch):
     monkeypatch.setattr(subject, "Sampler", None)
     off, costs = Telemetry(CPU, on=False), Costs()

@@ -127,7 +127,7 @@ class Telemetry:
             _add(totals, taken)
         window.sampled |= sampled.values
         if sampled.joules is not None:
-            self._pay(window, sampled.joules)
+            self._pay(window, sampled.joules, sampled.seconds)
 
     def values(self, seconds: float) -> dict[str, float]:
         """For the log: what the steps since it was last asked took, given the `seconds` of training in them."""
@@ -147,9 +147,10 @@ class Telemetry:
         window.clear()
         return found
 
-    def _pay(self, window: _Window, joules: float) -> None:
+    def _pay(self, window: _Window, joules: float, seconds: float) -> None:
         """Divide energy by the time of the sections, as if power were constant: counters tell no section's own."""
         costs, total = window.costs, sum(window.unpaid.values())
+        joules *= min(1.0, total / seconds)  # some may be of the phase before, whose end came between two readings
         shares = {name: joules * s / total for name, s in window.unpaid.items()} if total else {}
         training = {name: j for name, j in shares.items() if name not in APART}
         spent, steps, examples = sum(training.values()), window.unpaid_steps, window.unpaid_examples
