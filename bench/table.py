@@ -17,6 +17,7 @@ from typing import Any
 from bench.kernel_table import render_kernels
 from bench.records import joined, read, write
 from bench.step_table import render_steps
+from bench.telemetry_table import render_telemetry
 from bench.time_machine_table import render_time_machine
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +258,7 @@ def update(text: str) -> str:
 
 RENDER = {
     "runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels, "steps": render_steps,
-    "time-machine": render_time_machine,
+    "time-machine": render_time_machine, "telemetry": render_telemetry,
 }  # fmt: skip
 MEASURED = {"kernels", "steps", "time-machine"}  # whose rows name their device, and come from several machines
 
