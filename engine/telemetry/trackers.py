@@ -83,6 +83,7 @@ class Background:
 
     def start(self, run: Run) -> None:
         """Raises UserError where the tracker cannot begin: whoever asked for it should know before the training."""
+        run.say(f"Reporting to {self.name}.")  # before: a client tries for minutes to reach a server that is away
         try:
             self.tracker.start(run)
         except UserError:
