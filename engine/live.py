@@ -117,7 +117,7 @@ class Display:
         whole = options.update(width=width, no_wrap=True, overflow="ellipsis", height=None)
         for row in rows:
             (segments, *_) = console.render_lines(row, whole, pad=False)
-            yield from Segment.adjust_line_length(segments, width, pad=False)
+            yield from segments
             yield Segment.line()
 
     def _progress(self, width: int) -> Table:
