@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -40,8 +41,8 @@ class Job:
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """All stages. Raises Interrupted when a signal stops it."""
         setup = self.setup
-        with closing(self.telemetry), Monitor(output.path, self.trackers, settings=self.config.to_flat(),
-                                              say=self.console.say, warn=self.console.warn) as monitor:  # fmt: skip
+        told = {"settings": self.config.to_flat(), "say": self.console.say, "warn": self.console.warn}
+        with Monitor(output.path, self.trackers, **told) as monitor, closing(self.telemetry):
             self.trainer = Trainer(
                 self.config.run,
                 self.task,

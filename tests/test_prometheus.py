@@ -220,7 +220,10 @@ def test_it_listens_on_this_machine_only(served):
     assert served._server.socket.getsockname()[0] == "127.0.0.1" and served._server.socket.family == socket.AF_INET
 
 
-def test_localhost_is_ipv4(tmp_path):
+def test_localhost_is_ipv4(tmp_path, monkeypatch):
+    """Also where its IPv6 address comes first."""
+    found = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     sink = Prometheus(0, "localhost")
     sink.start(Run(tmp_path, say=lambda _: None, warn=pytest.fail))
     try:

@@ -22,7 +22,7 @@ SINGLE = {
     "time": ("logged_timestamp_seconds", "When the newest figures were logged, in seconds since 1970."),
     "epoch": ("epoch", "Passes over the training set that the phase has made."),
     "lr": ("learning_rate", "Learning rate of the model that the phase trains."),
-    "examples_per_second": ("examples_per_second", "Training examples a second, since the phase began."),
+    "examples_per_second": ("examples_per_second", "Training examples a second."),
     "tokens_per_second": ("tokens_per_second", "Padded tokens a second that the student reads."),
     "flops_per_second": ("flops_per_second", "Floating-point operations a second, estimated from the models' sizes."),
     "step_seconds": ("step_seconds", "Mean seconds a step took."),
