@@ -101,7 +101,7 @@ def _compute(
                 written = [_allocate(f, len(split), values) for f, values in zip(partial, given, strict=True)]
             for array, values in zip(written, given, strict=True):
                 array[rows] = values
-            show(step, "")
+            show(step, {})
         for array in written:
             array.flush()
         return [_checksum(file) for file in partial]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
+
+from engine import live
 
 PLAIN_SECONDS = 15  # without a terminal, at most one progress line in this many seconds
 
@@ -20,11 +22,13 @@ class Console:
 
     def __init__(self, **options):
         self.rich = RichConsole(highlight=False, soft_wrap=True, **options)
+        self.warnings: list[str] = []  # all of them, for the report of the run
 
     def say(self, message: str) -> None:
         self.rich.print(escape(message))
 
     def warn(self, message: str) -> None:
+        self.warnings.append(message)
         self.rich.print(f"[yellow]warning:[/] {escape(message)}")
 
     def banner(self, title: str, message: str) -> None:
@@ -44,37 +48,26 @@ class Console:
 
     @contextmanager
     def progress(self, phase: str, total: int, done: int = 0):
-        """Yields `advance(step, text)`; `text` is what is shown with the bar."""
-        if self.rich.is_terminal:
-            with _TwoLines(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("left"), console=self.rich,
-            ) as bar:  # fmt: skip
-                task = bar.add_task(escape(phase), total=total, completed=done, text="")
-                yield lambda step, text: bar.update(task, completed=step, text=text)
+        """Yields `show(step, values)`, cheap enough for every step; `values` is the newest record, {} before the first."""
+        if self.rich.is_terminal and not self.rich.is_dumb_terminal:
+            display = live.Display(phase, total, done)
+            with Live(display, console=self.rich, refresh_per_second=live.REDRAWN):
+                yield display
         else:
             yield _PlainProgress(self, phase, total, done)
-
-
-class _TwoLines(Progress):
-    """The text below the bar: beside it, in 80 columns, it would squeeze out the step and the time that is left."""
-
-    def get_renderables(self):
-        yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            yield Text(f"  {task.fields['text']}", no_wrap=True, overflow="ellipsis")
 
 
 class _PlainProgress:
     def __init__(self, console: Console, phase: str, total: int, done: int):
         self.console, self.phase, self.total, self.first = console, phase, total, done
         self.start = self.last = time.monotonic()
+        self.of_host = live.host_memory()
 
-    def __call__(self, step: int, text: str) -> None:
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
         if now - self.last >= PLAIN_SECONDS or step >= self.total:
             self.last = now
             rate = (step - self.first) / max(1e-9, now - self.start)
             left = (self.total - step) / max(1e-9, rate)
-            parts = [f"{self.phase}: step {step}/{self.total}", text, f"{left:.0f} s left"]
+            parts = [f"{self.phase}: step {step}/{self.total}", live.line(values, self.of_host), f"{left:.0f} s left"]
             self.console.say(", ".join(part for part in parts if part))

@@ -15,11 +15,12 @@ from engine.evaluation import by_domain, predict, primary, score
 from engine.features import detach
 from engine.interrupts import Interrupts
 from engine.methods import METHODS
-from engine.monitor import Monitor
 from engine.output import OutputDirectory
 from engine.setup import Setup
 from engine.stages import Stages
 from engine.teachers import Member, Teacher
+from engine.telemetry import trackers
+from engine.telemetry.monitor import Monitor
 from engine.telemetry.telemetry import Telemetry
 from engine.trainer import Progress, Trainer
 
@@ -30,6 +31,7 @@ class Job:
     """Builds everything on construction, so that bad input is known before the output directory exists."""
 
     def __init__(self, config: Config, console: Console):
+        self.trackers = trackers.chosen(config.telemetry)  # first: it takes no time to say that one cannot be had
         self.config, self.console, self.setup = config, console, Setup(config, console)
         self.task, self.device = self.setup.task, self.setup.device
         self.telemetry = Telemetry(
@@ -39,7 +41,8 @@ class Job:
     def run(self, output: OutputDirectory, interrupts: Interrupts) -> None:
         """All stages. Raises Interrupted when a signal stops it."""
         setup = self.setup
-        with closing(Monitor(output.path)) as monitor, closing(self.telemetry):
+        told = {"settings": self.config.to_flat(), "say": self.console.say, "warn": self.console.warn}
+        with Monitor(output.path, self.trackers, **told) as monitor, closing(self.telemetry):
             self.trainer = Trainer(
                 self.config.run,
                 self.task,

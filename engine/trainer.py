@@ -25,10 +25,10 @@ from engine.errors import UserError
 from engine.evaluation import predict, primary, score
 from engine.interrupts import Interrupted, Interrupts
 from engine.methods import Method, State
-from engine.monitor import Monitor
 from engine.network import Network
 from engine.sections import section
 from engine.telemetry.drift import drift, sketch
+from engine.telemetry.monitor import Monitor
 from engine.telemetry.telemetry import Costs, Telemetry
 
 PATIENCE = 10  # rounds whose loss is not finite, one after the other, before a run gives up
@@ -162,7 +162,7 @@ class Trainer:
         self.interrupts.deferring = True
         try:
             with self.console.progress(phase.name, plan.steps, progress.step) as show, telemetry.phase(progress.costs):
-                text, started = "", time.monotonic()
+                shown, started = {}, time.monotonic()
                 for batches in self._rounds(run):
                     with section("data wait"):
                         quizzes = phase.state.draw()
@@ -182,8 +182,8 @@ class Trainer:
                     now = time.monotonic()
                     progress.seconds, started = progress.seconds + now - started, now
                     if log:
-                        text = self._log(run)
-                    show(progress.step, text)
+                        shown = self._log(run)
+                    show(progress.step, shown)
                     apart = time.monotonic()  # from here on it is not training
                     if validate:
                         self._validate(run)
@@ -254,19 +254,17 @@ class Trainer:
                 f"finite ({progress.skipped} so far).")  # fmt: skip
 
     @section("logging")
-    def _log(self, run: _Run) -> str:
-        """Write what was read."""
+    def _log(self, run: _Run) -> dict[str, float]:
+        """Write what was read; returns it."""
         progress, phase, means = run.progress, run.phase, run.means
         costs = self.telemetry.values(progress.seconds - run.seconds)
         run.seconds = progress.seconds
         student, *others = phase.state.learners()
         rates = {"lr": student.rate()} | {f"lr/{learner.network.name}": learner.rate() for learner in others}
-        self.monitor.log(
-            phase.name, progress.step,
-            {"time": round(time.time(), 3), "epoch": round(progress.step / phase.plan.batches, 4), **means, **rates, **costs},
-        )  # fmt: skip
-        named = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
-        return f"{named}, {costs.get('examples_per_second', 0.0):.0f} examples/s"
+        epoch = round(progress.step / phase.plan.batches, 4)
+        values = {"time": round(time.time(), 3), "epoch": epoch, **means, **rates, **costs}
+        self.monitor.log(phase.name, progress.step, values)
+        return values
 
     @section("evaluation")
     def _validate(self, run: _Run) -> None:

@@ -55,7 +55,7 @@ def start(words: list[str], **options) -> subprocess.Popen:
 
 SIGNALLED = """
 import os, sys
-from engine.monitor import Monitor
+from engine.telemetry.monitor import Monitor
 from engine.train import main
 
 phase, step, log = sys.argv[1], int(sys.argv[2]), Monitor.log

@@ -1,7 +1,9 @@
 """What a user can get wrong: one sentence, exit status 2, and nothing on the disk is touched."""
 
+import importlib.util
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -182,6 +184,13 @@ ALLOWED = [
     (["--output", "d.tsv/deeper"], "--output d.tsv/deeper", "d.tsv is a file", "another directory"),
     (["--output", "/proc/none/run"], "--output /proc/none/run", "another directory"),
     (["--resume", "--output", "none"], "--resume finds no run in none", "leave --resume out"),
+    (["--report-to", "comet"], "--report-to has 'comet'", "one or more of wandb, mlflow, trackio"),
+    (["--report-to", ""], "--report-to has ''", "one or more of wandb, mlflow, trackio"),
+    (["--metrics-port", "-1"], "--metrics-port is -1", "from 0 to 65535"),
+    (["--metrics-port", "65536"], "--metrics-port is 65536", "from 0 to 65535"),
+    (["--metrics-port", "http"], "--metrics-port is 'http'", "a whole number"),
+    (["--metrics-port", "0", "--metrics-host", "192.0.2.1"], "--metrics-host '192.0.2.1'", "another --metrics-host"),
+    (["--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 needs --metrics-port"),
 ]  # fmt: skip
 
 
@@ -232,6 +241,18 @@ def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, made):
 @pytest.mark.parametrize("words", [["--lr", ".inf"], ["--seed", str(2**64)]], ids=" ".join)
 def test_numbers_that_no_machine_can_use(refused, words):
     refused([*flags("d.tsv", "out"), *words], f"{words[0]} is")
+
+
+def test_tracker_that_is_not_installed(refused, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    refused(flags("d.tsv", "run", report_to="wandb"), "--report-to wandb needs the package wandb", "pip install wandb")
+
+
+def test_metrics_port_in_use(refused):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused(flags("d.tsv", "run", metrics_port=port), f"--metrics-port {port}", "Address already in use")
 
 
 def test_cache_that_is_a_file(refused):

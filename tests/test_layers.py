@@ -22,9 +22,9 @@ LAYERS = [
         "console",
         "hub",
         "interrupts",
+        "live",
         "output",
         "checkpoint",
-        "monitor",
         "telemetry",
         "embedded",
     },
@@ -50,7 +50,7 @@ LAYERS = [
     {"train"},
     {"compare"},
 ]
-LEAVES = {"models", "checkpoint", "monitor", "console", "time_machine", "hub"}
+LEAVES = {"models", "checkpoint", "telemetry", "console", "time_machine", "hub"}
 LEAVES |= {"tape", "checkpointing", "encoder_layers", "weights", "features", "compiling"}
 BETWEEN_LEAVES = {("models", "hub")}  # where named models come from is decided in one place
 

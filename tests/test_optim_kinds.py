@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine import checkpoint, optim
 from engine.flat import FlatParameters
 from engine.meta_step import MetaStep
-from engine.monitor import Monitor
 from engine.native import Backend
 from engine.network import Network
 from engine.objectives import Objective
 from engine.optim import adamw, step
+from engine.telemetry.monitor import Monitor
 from engine.time_machine import TimeMachine
 from engine.train import main
 

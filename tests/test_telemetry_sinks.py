@@ -1,0 +1,231 @@
+"""The record of a run, metrics.jsonl, and the fan-out to sinks that may fail."""
+
+import errno
+import io
+import json
+
+import pytest
+
+from engine.errors import UserError
+from engine.telemetry import sinks
+from engine.telemetry.monitor import Monitor
+from engine.telemetry.sinks import Lines, Run, cause, numbers
+
+
+class Kept:
+    """A sink that keeps what it is told, and fails where `fails` says."""
+
+    name = "kept"
+
+    def __init__(self, *fails: str):
+        self.calls, self.fails = [], fails
+
+    def _note(self, *call):
+        self.calls.append(call)
+        if call[0] in self.fails:
+            raise OSError(errno.EIO, "broken")
+
+    def start(self, run):
+        self._note("start", run)
+
+    def log(self, phase, step, values):
+        self._note("log", phase, step, values)
+
+    def rewind(self, phase, step):
+        self._note("rewind", phase, step)
+
+    def close(self, finished):
+        self._note("close", finished)
+
+
+def records(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def monitor(output, *trackers, warn=pytest.fail):
+    return Monitor(output, trackers, settings={"lr": 1.0}, say=pytest.fail, warn=warn)
+
+
+def test_every_sink_gets_everything(tmp_path):
+    kept = Kept()
+    with monitor(tmp_path, kept) as it:
+        it.rewind("kd", 0)
+        it.log("kd", 20, {"loss": 0.5})
+    (_, run), *calls = kept.calls
+    assert (run.output, run.name, run.settings) == (tmp_path, tmp_path.name, {"lr": 1.0})
+    assert calls == [("rewind", "kd", 0), ("log", "kd", 20, {"loss": 0.5}), ("close", True)]
+    assert records(tmp_path) == [{"phase": "kd", "step": 20, "loss": 0.5}]
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+
+
+def test_sinks_hear_of_a_failure(tmp_path):
+    kept = Kept()
+    with pytest.raises(KeyboardInterrupt), monitor(tmp_path, kept) as it:
+        raise KeyboardInterrupt
+    assert kept.calls[-1] == ("close", False)
+    it.close()
+    assert kept.calls.count(("close", False)) == 1 and ("close", True) not in kept.calls
+
+
+@pytest.mark.parametrize("call", ["log", "rewind"])
+def test_a_sink_that_fails_is_dropped(tmp_path, call):
+    warned, other = [], Kept()
+    failing = Kept(call, "close")
+    with monitor(tmp_path, failing, other, warn=warned.append) as it:
+        for step in (1, 2):
+            it.rewind("kd", step - 1)
+            it.log("kd", step, {"loss": 1.0})
+    assert warned == ["kept failed (OSError: [Errno 5] broken) and gets nothing more; metrics.jsonl has everything."]
+    assert [name for name, *_ in failing.calls].count(call) == 1
+    assert len(records(tmp_path)) == 2 and len([c for c in other.calls if c[0] == "log"]) == 2
+
+
+def test_tensorboard_that_fails_is_dropped(tmp_path, monkeypatch):
+    warned = []
+    it = monitor(tmp_path, warn=warned.append)
+    monkeypatch.setattr(it._sinks[0]._events, "add_scalar", lambda *_: 1 / 0)
+    for step in (1, 2):
+        it.log("kd", step, {"loss": 1.0})
+    it.close()
+    assert [text.split(" and")[0] for text in warned] == ["TensorBoard failed (ZeroDivisionError: division by zero)"]
+
+
+def test_a_sink_that_cannot_start_or_close(tmp_path):
+    warned = []
+    with monitor(tmp_path, Kept("start"), Kept("close"), warn=warned.append) as it:
+        it.log("kd", 1, {"loss": 1.0})
+    assert [text.split(" (")[0] for text in warned] == ["kept cannot be started", "kept could not be closed"]
+
+
+def test_a_refusal_at_the_start_closes_what_was_started(tmp_path):
+    first, second = Kept(), Kept()
+    second.start = lambda run: (_ for _ in ()).throw(UserError("no account"))
+    with pytest.raises(UserError, match="no account"):
+        monitor(tmp_path, first, second)
+    assert first.calls[-1] == ("close", False)
+
+
+# metrics.jsonl
+
+
+def lines(output, content: bytes, warned=None):
+    (output / "metrics.jsonl").write_bytes(content)
+    sink = Lines()
+    sink.start(Run(output, warn=pytest.fail if warned is None else warned.append))
+    return sink
+
+
+GOOD = b"".join(
+    json.dumps({"phase": p, "step": s, "loss": 1.5}).encode() + b"\n"
+    for p, s in [("a", 2), ("a", 4), ("b", 2), ("b", 4)]
+)
+
+
+def test_rewind_takes_back_the_phase_after_the_step(tmp_path):
+    sink = lines(tmp_path, GOOD)
+    sink.rewind("b", 2)
+    sink.log("b", 3, {})
+    sink.close(True)
+    assert [(r["phase"], r["step"]) for r in records(tmp_path)] == [("a", 2), ("a", 4), ("b", 2), ("b", 3)]
+
+
+def test_rewind_of_what_is_good_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "_replace", pytest.fail)
+    sink = lines(tmp_path, GOOD)
+    sink.rewind("b", 4)
+    sink.close(True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == GOOD
+
+
+BROKEN = {
+    "not JSON": b'{"phase": "b", "st\n',
+    "zeros of a power failure": bytes(100) + b"\n",
+    "not UTF-8": b'{"phase": "\xff", "step": 1}\n',
+    "no object": b"[1]\n",
+    "no phase": b'{"step": 3}\n',
+    "no step": b'{"phase": "b"}\n',
+    "a step that is none": b'{"phase": "b", "step": "x"}\n',
+    "empty": b"\n",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_line_is_left_out_with_one_warning(tmp_path, broken, place):
+    whole, warned = GOOD.splitlines(keepends=True), []
+    sink = lines(tmp_path, b"".join([*whole[:place], broken, *whole[place:]]), warned)
+    sink.rewind("a", 100)
+    sink.rewind("b", 100)
+    sink.close(True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == GOOD
+    assert len(warned) == 1 and "had a line that is not whole" in warned[0]
+
+
+def test_a_last_line_cut_short(tmp_path):
+    """Also where what is there of it is JSON: its number may have had more digits."""
+    for cut in (b'{"phase": "b", "step": 6, "lo', b'{"phase": "b", "step": 6}'):
+        warned = []
+        sink = lines(tmp_path, GOOD + BROKEN["no step"] + cut, warned)
+        sink.rewind("b", 10)
+        sink.log("b", 11, {})
+        sink.close(True)
+        assert [r["step"] for r in records(tmp_path)] == [2, 4, 2, 4, 11]
+        assert len(warned) == 1 and "had 2 lines that are not whole" in warned[0]
+
+
+def test_a_rewind_that_fails_loses_nothing(tmp_path, monkeypatch):
+    sink = lines(tmp_path, GOOD)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sinks.os, "replace", full)
+    with pytest.raises(UserError, match="cannot be written"):
+        sink.rewind("b", 2)
+    sink.close(True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == GOOD
+
+
+def test_a_full_disk_ends_the_run(tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    it = monitor(tmp_path)
+    it._lines._lines.close()
+    it._lines._lines = io.BufferedWriter(Full(tmp_path / "metrics.jsonl", "ab"))
+    with (
+        pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\); .* --resume.$"),
+        it,
+    ):
+        it.log("kd", 1, {"loss": 1.0})
+
+
+def test_a_record_that_cannot_be_opened(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(Is a directory\)"):
+        monitor(tmp_path)
+
+
+# What sinks share
+
+
+def test_what_is_remembered_of_trackers(tmp_path):
+    run = Run(tmp_path)
+    assert run.remembered("wandb") is None
+    run.remember("wandb", "a")
+    run.remember("mlflow", "b")
+    assert [Run(tmp_path).remembered(name) for name in ("wandb", "mlflow", "trackio")] == ["a", "b", None]
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(UserError, match="trackers.json cannot be read .* delete it"):
+        run.remembered("wandb")
+
+
+def test_numbers_are_what_can_be_drawn():
+    assert numbers({"a": 1, "b": 0.5, "c": "x", "d": True, "e": None, "f": [1]}) == {"a": 1, "b": 0.5}
+
+
+def test_cause_is_one_short_line():
+    assert cause(ValueError("one.\ntwo")) == "ValueError: one"
+    assert cause(ValueError()) == "ValueError"
+    assert len(cause(ValueError("x" * 1000))) == 200
