@@ -57,7 +57,7 @@ class Job:
             self.stages = Stages(setup, self.trainer)
             self.stages.run()
 
-    def close(self, output: OutputDirectory, seconds: float) -> None:
+    def close(self, output: OutputDirectory, seconds: float, command: str) -> None:
         """Measure every model once on validation and test, export, write the summary, show the table."""
         for member in self.setup.teachers:
             detach(member.network.module)  # what it learned for its student's sake alone is not exported
@@ -70,7 +70,7 @@ class Job:
             weights = self.stages.learned_weights.module().tolist()  # sync: the training is over
             for entry, weight in zip(teachers, weights, strict=True):
                 entry["weight"] = round(weight, 6)
-        summary = self._summary(teachers, student, seconds)
+        summary = self._summary(teachers, student, seconds) | {"command": command, "warnings": self.console.warnings}
         data = f"{self.config.data.data} ({self.setup.splits.source}); " + ", ".join(
             f"{k} {v}" for k, v in summary["sizes"].items()
         )

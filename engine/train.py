@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     config = None
     try:
         with Interrupts(console.say) as interrupts:
-            config = cli.parse(argv)
-            run(config, console, interrupts, started)
+            words = list(sys.argv[1:] if argv is None else argv)
+            config = cli.parse(words)
+            run(config, console, interrupts, started, shlex.join(["python", "-m", "engine.train", *words]))
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return e.status
 
 
-def run(config: Config, console: Console, interrupts: Interrupts, started: float) -> None:
+def run(config: Config, console: Console, interrupts: Interrupts, started: float, command: str) -> None:
+    """`command` is what was typed, and `started` when, on the monotonic clock."""
     from engine.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
 
     output = OutputDirectory(config.run.output, config.method.method, config.run.resume)
@@ -51,7 +53,7 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
         output.create()
         output.write("config.yaml", cli.dump(config))
         job.run(output, interrupts)
-        job.close(output, time.monotonic() - started)
+        job.close(output, time.monotonic() - started, command)
     finally:
         output.close()
 

@@ -1,6 +1,7 @@
 """Telemetry of whole runs: sums hold, and nothing that is learned depends on it."""
 
 import json
+import shlex
 
 import pytest
 from run_helpers import assert_same_models, flags, metrics, succeed, summary
@@ -127,3 +128,13 @@ def test_a_checkpoint_of_before_telemetry_is_read():
 
     saved = {"step": 3, "examples": 9, "seconds": 1.0, "skipped": 0, "best_step": 0, "best": {}}
     assert Progress.of(json.loads(json.dumps(saved))).costs.seconds == {}
+
+
+def test_the_summary_has_the_command_and_what_was_warned_of(data, tmp_path):
+    words = flags(
+        data, tmp_path / "run", cache_dir=tmp_path / "cache", max_steps=4, student="bert", teachers="distilbert"
+    )
+    assert main(words) == 0
+    found = summary(tmp_path / "run")
+    assert shlex.split(found["command"]) == ["python", "-m", "engine.train", *words]
+    assert any("a student is meant to be smaller" in warning for warning in found["warnings"])
