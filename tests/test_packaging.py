@@ -108,7 +108,7 @@ def test_dependencies_are_what_is_imported():
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             imported |= {"tensorboard" if "tensorboard" in name else name.split(".")[0] for name in modules}
-    as_distribution = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
+    as_distribution = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py", "jinja2": "Jinja2"}
     imported = {as_distribution.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"engine"}}
     assert imported == {*names, "triton"}  # which torch's CUDA builds bring along, and others do without
 
