@@ -11,13 +11,14 @@ from engine import teacher_params
 from engine.config import Config
 from engine.console import Console
 from engine.data.batches import training_rows
+from engine.errors import UserError
 from engine.evaluation import by_domain, predict, primary, score
 from engine.features import detach
 from engine.interrupts import Interrupts
 from engine.methods import METHODS
 from engine.monitor import Monitor
 from engine.output import OutputDirectory
-from engine.report import cards, tables
+from engine.report import cards, pages, tables
 from engine.report.summary import hardware, peak_memory, summarise
 from engine.report.words import DEMONSTRATION
 from engine.setup import Setup
@@ -95,6 +96,18 @@ class Job:
         self.console.table(**tables.closing_table(summary))
         if (domains := tables.domain_table(summary)) is not None:
             self.console.table(**domains)
+        self._write_page(output)
+
+    def _write_page(self, output: OutputDirectory) -> None:
+        """Last of all: a run whose page cannot be written is finished all the same."""
+        try:
+            file, problems = pages.write([output.path], None)
+        except UserError as e:
+            self.console.warn(str(e))
+            return
+        for problem in problems:
+            self.console.warn(problem)
+        self.console.say(f"Report: {file}")
 
     def _warn_of_fallen(self, teachers: list[dict[str, Any]]) -> None:
         """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""

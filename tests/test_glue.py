@@ -10,6 +10,7 @@ from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
 from engine.data.glue import METRICS, task_of
 from engine.embedded import generate
+from engine.report.tables import closing_table
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

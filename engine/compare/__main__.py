@@ -94,7 +94,6 @@ def _show(found: dict, output: OutputDirectory, console: Console) -> None:
     from engine.report.comparison_plot import plot
 
     plot(found, output.path)
-    pages.write_comparison(output.path)
     if "embedded" in found["sources"]:
         console.banner("EMBEDDED DEMONSTRATION", DEMONSTRATION)
     if len(found["sources"]) > 1:
@@ -107,6 +106,12 @@ def _show(found: dict, output: OutputDirectory, console: Console) -> None:
         console.table(**table)
     for entry in found["failed"]:
         console.warn(f"failed: {entry['title']}: {entry['error']}")
+    try:
+        _, problems = pages.write([output.path], None)
+    except UserError as e:  # the figures are there all the same
+        problems = [str(e)]
+    for problem in problems:
+        console.warn(problem)
     files = ", ".join(("comparison.json", "table.md", "plot.svg", "plot.png", "report.html"))
     console.say(f"Results: {output.path} ({files})")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from engine.report.style import LIGHT, series, settled
 from engine.report.svg import inline
@@ -16,6 +16,7 @@ from engine.report.words import course
 
 SIZE = (4.5, 2.55)  # inches; a phone shows it at about its size, a desktop half as large again
 MOST = 400  # points that are drawn of a line; more do not fit into its pixels
+STEPS = [1, 2, 2.5, 5, 10]  # of ticks
 SMOOTHED = 40  # values from which on a line is a moving mean
 
 
@@ -47,6 +48,12 @@ class Key:
     color: str
     dashes: str
     dots: bool = False
+
+    @classmethod
+    def of(cls, label: str, index: int, dots: bool = False) -> Key:
+        """Of the line of this number."""
+        color, dashes = series(index)
+        return cls(label, color, " ".join(f"{1.5 * d:g}" for d in dashes), dots)
 
 
 @dataclass(frozen=True)
@@ -86,18 +93,26 @@ def chart(
         for place, level in enumerate(levels, len(lines)):
             keys.append(_level(axes, level, place if level.index is None else level.index, scale))
         axes.set_xlabel("step")
-        axes.set_ylabel(f"{y}, {unit}" if y and unit else y or unit)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if y or unit:  # above the axis: nobody has to turn their head
+            axes.set_title(
+                f"{y}, {unit}" if y and unit else y or unit, loc="left", color=LIGHT["muted"], fontsize=8.5, pad=5
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.ticklabel_format(useOffset=False)
         axes.grid(axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_xlim(left=0)
         _y_limits(axes, from_zero)
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            if max(abs(low), abs(high)) >= 1000:
+                axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     said = [course(line.label, line.steps, line.values, show) for line in lines]
     said += [f"{level.label}: {show(level.value)} throughout." for level in levels]
     words = f"{title}. " + " ".join(said)
     dots = _caption(window, logged, max(len(line.values) for line in lines))
-    caption = " ".join(filter(None, [said[0] if len(said) == 1 else "", note, dots]))
+    alone = course("", lines[0].steps, lines[0].values, show) if len(lines) == 1 else ""
+    caption = " ".join(filter(None, [alone, note, dots]))
     return Chart(name, title, inline(figure, name, words), keys if len(keys) > 1 else [], caption, words)
 
 
@@ -134,7 +149,7 @@ def _draw(axes, line: Line, index: int, scale: float) -> tuple[Key, int]:
         ends.append(len(values) - 1)
     axes.plot([line.steps[i] for i in ends], [values[i] for i in ends], color=LIGHT[color], linewidth=1.5,
               dashes=dashes or (None, None), **marker)  # fmt: skip
-    return Key(line.label, color, " ".join(f"{d * 1.5:g}" for d in dashes), bool(marker)), window
+    return Key.of(line.label, index, bool(marker)), window
 
 
 def _level(axes, level: Level, index: int, scale: float) -> Key:
@@ -157,4 +172,4 @@ def _caption(window: int, logged: str, length: int) -> str:
     every = thinned(length)
     some = f" (one of {every} is drawn)" if every > 1 else ""
     each = f", each {logged}" if logged else ""
-    return f"Dots: what was logged{each}{some}; lines: its moving mean over {count(window)} values."
+    return f"Dots: as logged{each}{some}; lines: moving means over {count(window)} values."

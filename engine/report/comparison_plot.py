@@ -42,6 +42,7 @@ def draw(found: Result, width: float = 9.0, title: bool = True) -> Figure:
         if title:
             axes.set_title(found["title"], fontsize=10)
         axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
     return figure
 
 

@@ -41,7 +41,7 @@ def costs(run: Run, phase: str | None) -> list[Cost]:
 
 def seconds_a_step(run: Run, phase: str | None) -> float | None:
     """Training alone, as phases are timed: without evaluation and checkpoints."""
-    known = run.summary.get("phases", {}).get(phase) or run.telemetry(phase)
+    known = run.phase(phase) or run.telemetry(phase)
     seconds, steps = finite(known.get("seconds")), finite(known.get("steps"))
     if seconds is not None and steps:
         return seconds / steps
@@ -85,7 +85,7 @@ def throttling(run: Run, phase: str | None) -> str:
 
 
 def _from_summary(run: Run, phase: str | None, told: dict[str, Any]) -> dict[str, tuple]:
-    known = [run.telemetry(phase), run.summary.get("phases", {}).get(phase, {})]
+    known = [run.telemetry(phase), run.phase(phase)]
     steps = next((n for n in (finite(entry.get("steps")) for entry in known) if n), None)
     if steps is None:
         return {}
@@ -105,7 +105,11 @@ def _from_records(run: Run, phase: str | None) -> dict[str, tuple]:
         if key.startswith("seconds/"):
             name = key.removeprefix("seconds/")
             memory = run.series(phase, f"memory/{name}")[1]
-            found[name] = (_weighted(run, phase, key) or 0.0, max(memory, default=None), _weighted(run, phase, f"joules/{name}"))
+            found[name] = (
+                _weighted(run, phase, key) or 0.0,
+                max(memory, default=None),
+                _weighted(run, phase, f"joules/{name}"),
+            )
     return found
 
 

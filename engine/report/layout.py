@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Section:
     folded: Sequence[tuple[str, Table]] = ()  # what is said of a table, and the table that opens below it
     commands: Sequence[tuple[str, str]] = ()
     facts: Sequence[tuple[str, str]] = ()
+    keys: Sequence[Any] = ()  # the legend of all charts of the section
     plot: str = ""  # a drawing as wide as the page
     texts: Sequence[str] = field(default=())  # a list of remarks
 
@@ -73,11 +75,15 @@ def without_empty(table: Table) -> Table:
 
 def render(**content: Any) -> str:
     """The page as text: one file that needs no other."""
-    environment = jinja2.Environment(
+    return _environment().get_template("page.html").render(mark=MARK, palette=PALETTE, **content)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
-    return environment.get_template("page.html").render(mark=MARK, palette=PALETTE, **content)
 
 
 def check_target(file: Path) -> None:
@@ -85,7 +91,9 @@ def check_target(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"--output {file} is a directory; name a file in it, such as {file / 'report.html'}.")
     if not file.parent.is_dir():
-        raise UserError(f"--output {file} cannot be written: there is no directory {file.parent}; make it, or name another file.")
+        raise UserError(
+            f"--output {file} cannot be written: there is no directory {file.parent}; make it, or name another file."
+        )
     if file.exists():
         try:
             with open(file, "rb") as old:

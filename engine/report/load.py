@@ -44,10 +44,10 @@ class Run:
     def metric(self) -> str:
         """What the student was chosen by; of a run that is not finished, what its validations have of it."""
         known = self.summary.get("metric") or self.settings.get("metric")
-        keys = [key.removeprefix("validation/") for r in self.records for key in r if key.startswith("validation/")]
-        if known in (None, "auto"):
-            return keys[0] if keys else "accuracy"
-        return str(known)
+        if known not in (None, "auto"):
+            return str(known)
+        keys = (key for record in self.records for key in record if key.startswith("validation/"))
+        return next(keys, "validation/accuracy").removeprefix("validation/")
 
     def phases(self) -> list[str]:
         """In the order in which they were run."""
@@ -69,10 +69,14 @@ class Run:
         kept = [(step, value) for step, value in found if value is not None]
         return [step for step, _ in kept], [value for _, value in kept]
 
+    def phase(self, name: str | None) -> dict[str, Any]:
+        """What the summary holds of a phase; empty where that is nothing."""
+        return mapping(mapping(self.summary.get("phases")).get(name))
+
     def telemetry(self, phase: str | None = None) -> dict[str, Any]:
         """The summary's, or that of one phase; empty where there is none."""
         found = self.summary.get("telemetry") or {}
-        return found if phase is None else _mapping(_mapping(found.get("phases")).get(phase))
+        return found if phase is None else mapping(mapping(found.get("phases")).get(phase))
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ def _run(folder: Path, names: set[str]) -> Run:
             raise UserError(f"{folder / 'summary.json'} is damaged: {key!r} is not what a run writes; run it again.")
         if shape is list and key in summary:
             summary[key] = summary[key] or []
-    if not all(isinstance(entry, dict) for entry in [*summary.get("teachers", []), *summary.get("phases", {}).values()]):
+    if not all(
+        isinstance(entry, dict) for entry in [*summary.get("teachers", []), *summary.get("phases", {}).values()]
+    ):
         raise UserError(f"{folder / 'summary.json'} is damaged: its teachers or phases are not what a run writes; run it again.")  # fmt: skip
     summary = {key: value for key, value in summary.items() if value is not None or key not in SHAPES}
     settings = summary.get("settings")
@@ -200,8 +206,11 @@ def _guarded(path: Path, folder: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); make {folder} readable, or give another directory.") from e
+        raise UserError(
+            f"{path} cannot be read ({e.strerror}); make {folder} readable, or give another directory."
+        ) from e
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """What is read from a file may be anything: `value` where it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}

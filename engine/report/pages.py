@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.errors import UserError
 from engine.report import run_page, several_page
 from engine.report.layout import check_target, render, save
 from engine.report.load import Comparison, Run, read
 
 NAME = "report.html"
-
-
-def write_run(folder: Path) -> Path:
-    """The page of a run, in its directory. Raises UserError where it cannot be read or written."""
-    return write([folder], None)[0]
-
-
-def write_comparison(folder: Path) -> Path:
-    """The page of a comparison, in its directory; its runs' own pages are where engine.train left them."""
-    return write([folder], None)[0]
 
 
 def write(given: Sequence[str | Path], output: str | Path | None) -> tuple[Path, list[str]]:
@@ -33,15 +24,23 @@ def write(given: Sequence[str | Path], output: str | Path | None) -> tuple[Path,
     file = Path(output).expanduser() if output is not None else single.folder / NAME if single else Path(NAME)
     check_target(file)
     if isinstance(single, Comparison):
-        content = several_page.comparison(single, file)
+        try:
+            content = several_page.comparison(single, file)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:  # the tables trust what engine.compare wrote
+            raise UserError(f"{single.folder / 'comparison.json'} is damaged ({type(e).__name__}: {e}); run the comparison's "
+                            "command again, which keeps finished runs.") from e  # fmt: skip
     elif single is not None:
         content = run_page.content(single) | {"runs": []}
     else:
         runs: dict[Path, Run] = {}
         for one in found:
             runs |= {run.folder.resolve(): run for run in (one.runs if isinstance(one, Comparison) else [one])}
+        if not runs:
+            raise UserError(f"{found[0].folder} and the others hold no runs yet; give directories of runs.")
         content = several_page.side_by_side(list(runs.values()), file)
-        content["problems"] += [p for one in found if isinstance(one, Comparison) for p in one.problems if p not in content["problems"]]
+        content["problems"] += [
+            p for one in found if isinstance(one, Comparison) for p in one.problems if p not in content["problems"]
+        ]
     save(file, render(**content))
     problems = [p for one in found for p in one.problems]
     return file, problems

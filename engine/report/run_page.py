@@ -9,11 +9,28 @@ from typing import Any
 from engine.report import curves
 from engine.report.costs import costs, joules, no_energy, seconds_a_step, throttling
 from engine.report.layout import Cell, Section, Table, without_empty
-from engine.report.load import Run
+from engine.report.load import Run, mapping
 from engine.report.settings import commands, shown, sorted_out
-from engine.report.units import BYTES, ENERGY, FLOPS, TIME
-from engine.report.units import column, count, duration, finite, metric_header, metric_name, metric_value, metric_words, quantity, rate
+from engine.report.units import (
+    BYTES,
+    ENERGY,
+    FLOPS,
+    TIME,
+    column,
+    count,
+    duration,
+    finite,
+    metric_header,
+    metric_name,
+    metric_value,
+    metric_words,
+    quantity,
+    rate,
+)
 from engine.report.words import DEMONSTRATION, standing, title, what_was_trained
+
+PREPARED = "validation, as prepared"
+ACRONYMS = {"uuid": "UUID", "mig": "MIG", "pcie": "PCIe", "cuda": "CUDA"}
 
 
 def content(run: Run) -> dict[str, Any]:
@@ -46,34 +63,36 @@ def results(run: Run) -> Table | None:
     """Every model's metrics on validation and test; of teachers that learned also those from before."""
     if not run.finished:
         return None
-    entries = [(entry, "teacher") for entry in run.summary.get("teachers", [])] + [(run.summary.get("student", {}), "student")]
-    metrics = list(dict.fromkeys([run.metric, *(m for entry, _ in entries for split in _splits(entry).values() for m in split)]))
+    entries = [*((t, "teacher") for t in run.summary.get("teachers", [])), (run.summary.get("student", {}), "student")]
+    measured = [_measured(entry) for entry, _ in entries]
+    metrics = list(
+        dict.fromkeys([run.metric, *(m for splits in measured for values in splits.values() for m in values)])
+    )
     rows, strong = [], []
-    for entry, role in entries:
-        splits = _splits(entry)
-        before = entry.get("prepared", {}).get("validation") if isinstance(entry.get("prepared"), dict) else None
-        if isinstance(before, dict) and before and any(before.get(m) != splits.get("validation", {}).get(m) for m in before):
-            splits = {"validation, as prepared": before} | splits
+    for (entry, role), splits in zip(entries, measured, strict=True):
         for place, (split, values) in enumerate(splits.items()):
             if role == "student" and split == "test":
                 strong.append(len(rows))
-            name, size = (entry.get("name", role), count(entry.get("parameters"))) if place == 0 else ("", "")
-            rows.append([f"{name} ({role})" if place == 0 else "", split, *(metric_value(values.get(m), m) for m in metrics), size])
+            name = "" if place else f"{entry.get('name', role)} ({role})"
+            figures = [metric_value(values.get(m), m) for m in metrics]
+            rows.append([name, split, *figures, "" if place else count(entry.get("parameters"))])
+    if not rows:
+        return None
     columns = ["model", "measured on", *map(metric_header, metrics), "parameters"]
-    taught = any("as prepared" in row[1] for row in rows)
+    taught = any(PREPARED in splits for splits in measured)
     note = "“As prepared” is the best validation of a teacher's own training, before it taught." if taught else ""
-    return Table("results-table", "Figures of every model", columns, rows, left=2, strong=strong, note=note) if rows else None
+    return Table("results-table", "Figures of every model", columns, rows, left=2, strong=strong, note=note)
 
 
 def by_domain(run: Run) -> Table | None:
     entries = [*run.summary.get("teachers", []), run.summary.get("student", {})]
-    tests = [(entry, (entry.get("by_domain") or {}).get("test") or {}) for entry in entries]
+    tests = [(entry, mapping(mapping(entry.get("by_domain")).get("test"))) for entry in entries]
     names = list(tests[-1][1])
     if len(names) < 2:
         return None
     rows = []
     for entry, test in tests:
-        values = [finite((test.get(name) or {}).get(run.metric)) for name in names]
+        values = [finite(mapping(test.get(name)).get(run.metric)) for name in names]
         mean = None if None in values else sum(values) / len(values)
         rows.append([entry.get("name", "student"), *(metric_value(value, run.metric) for value in [*values, mean])])
     caption = f"{metric_header(run.metric)}, on the test set by domain"
@@ -89,11 +108,11 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     beside = ", ".join(metric_words(_splits(t).get("test", {}).get(metric), metric) for t in teachers)
     smaller, peak = finite(run.summary.get("times_smaller")), run.summary.get("peak_memory", {})
     where = "device" if "device" in peak else "host"
-    main = run.summary.get("phases", {}).get(run.method, {})
+    main = run.phase(run.method)
     energy = joules(run)
     found = [
         (f"{metric_name(metric)} on test", metric_words(test, metric), f"teachers {beside}" if beside else ""),
-        ("smaller than its teachers", f"{smaller:.2f} ×" if smaller else "", f"{count(student.get('parameters'))} parameters"),
+        ("times smaller", f"{smaller:.2f}" if smaller else "", f"{count(student.get('parameters'))} parameters"),
         ("training of the student", duration(main.get("seconds")), f"{rate(main.get('examples_per_second'))} examples/s"),
         ("peak memory", quantity(finite(peak.get(where)), BYTES), "on the device" if where == "device" else "resident"),
         ("energy", quantity(energy, ENERGY), f"{energy / 3600:.3g} Wh, all phases" if energy else ""),
@@ -108,8 +127,10 @@ def section_table(run: Run, phase: str) -> Table | None:
         return None
     total, energy = sum(c.seconds for c in found), [c.joules for c in found]
     whole = None if None in energy else sum(energy)
-    unit, times = column([*(c.seconds for c in found), total], TIME)
-    memory, peaks = column([*(c.memory for c in found), max((c.memory for c in found if c.memory), default=None)], BYTES)
+    unit, times = column([*(c.seconds for c in found), total], TIME, figures=4)
+    memory, peaks = column(
+        [*(c.memory for c in found), max((c.memory for c in found if c.memory), default=None)], BYTES
+    )
     joule, used = column([*energy, whole], ENERGY)
     most = max(c.share for c in found)
     rows = [[c.name, times[i], Cell(f"{100 * c.share:.1f} %", bar=c.share / most if most else None), peaks[i], used[i]]
@@ -129,7 +150,7 @@ def section_table(run: Run, phase: str) -> Table | None:
 def phase_table(run: Run) -> Table | None:
     """Steps, time and rates of every phase."""
     rows, phases = [], run.phases()
-    timed = {name: run.summary.get("phases", {}).get(name, {}) | run.telemetry(name) for name in phases}
+    timed = {name: run.phase(name) | run.telemetry(name) for name in phases}
     joule, energies = column([joules(run, name) for name in phases], ENERGY)
     flops, speeds = column([_per_second(timed[name], "flops") for name in phases], FLOPS)
     for name, energy, speed in zip(phases, energies, speeds, strict=True):
@@ -149,10 +170,15 @@ def machine(run: Run) -> list[tuple[str, str]]:
     found, device, versions = [], run.summary.get("device", {}), run.summary.get("versions", {})
     if device:
         threads = count(device.get("threads"))
-        found.append(("device", f"{device.get('name')} ({device.get('device')}{f', {threads} threads' if threads else ''})"))
+        found.append(
+            ("device", f"{device.get('name')} ({device.get('device')}{f', {threads} threads' if threads else ''})")
+        )
     told = run.telemetry().get("device")
     if isinstance(told, dict):
-        found += [(str(key), shown(value)) for key, value in told.items() if value not in (None, "")]
+        known = {key: value for key, value in told.items() if value not in (None, "", False, device.get("name"))}
+        found += [
+            (ACRONYMS.get(key, str(key)), "yes" if value is True else shown(value)) for key, value in known.items()
+        ]
     for where, size in run.summary.get("peak_memory", {}).items():
         found.append((f"peak memory, {where}", quantity(finite(size), BYTES)))
     waste = finite(run.summary.get("padding_waste"))
@@ -162,7 +188,8 @@ def machine(run: Run) -> list[tuple[str, str]]:
         found.append(("precision", str(run.settings["precision"])))
     found += [(str(name), str(version)) for name, version in versions.items()]
     if run.summary.get("git_commit"):
-        found.append(("commit", str(run.summary["git_commit"])))
+        commit, plus, changes = str(run.summary["git_commit"]).partition("+")
+        found.append(("commit", commit[:12] + plus + changes))
     return found
 
 
@@ -193,7 +220,11 @@ def _device_words(run: Run) -> list[str]:
 def _settings_section(run: Run) -> Section:
     found = sorted_out(run.settings)
     given = [[name, shown(value), shown(default)] for name, (value, default) in found.given.items()]
-    tables = [Table("given", "Settings that differ from their defaults", ["setting", "value", "default"], given, left=3)] if given else []
+    tables = (
+        [Table("given", "Settings that differ from their defaults", ["setting", "value", "default"], given, left=3)]
+        if given
+        else []
+    )
     folded = [(words, Table(name, words, ["setting", "value"], setting_rows(values), left=2)) for name, words, values in (
         ("chosen", "Chosen for this method, its models and data", found.chosen),
         ("defaults", "All others, which have their defaults", found.rest)) if values]  # fmt: skip
@@ -204,6 +235,13 @@ def _subtitle(run: Run) -> str:
     times = [value for value in (finite(r.get("time")) for r in run.records) if value is not None and 0 < value < 1e11]
     when = datetime.fromtimestamp(max(times), UTC).strftime("%-d %B %Y, %H:%M UTC") if times else ""
     return " · ".join(filter(None, [run.name, f"seed {run.settings['seed']}" if "seed" in run.settings else "", when]))
+
+
+def _measured(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics by split, and those of a teacher before it taught where they are others."""
+    splits, before = _splits(entry), mapping(mapping(entry.get("prepared")).get("validation"))
+    after = splits.get("validation", {})
+    return splits if all(after.get(m) == value for m, value in before.items()) else {PREPARED: before} | splits
 
 
 def _splits(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -71,7 +71,13 @@ def shown(value: Any) -> str:
     """A value as in the YAML file."""
     if value is None:
         return "none"
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _flags(values: dict[str, Any]) -> list[str]:

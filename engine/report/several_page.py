@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from engine.report.comparison_plot import draw, said
 from engine.report.comparison_tables import COSTS, caption, difference_table, main_table, measured
 from engine.report.costs import costs, joules
 from engine.report.layout import Cell, Section, Table, without_empty
-from engine.report.load import Comparison, Run
+from engine.report.load import Comparison, Run, mapping
 from engine.report.run_page import embedded, tiles
 from engine.report.settings import differing, shown
 from engine.report.svg import inline
-from engine.report.units import BYTES, ENERGY, TIME
-from engine.report.units import column, count, duration, finite, metric_header, metric_value, rate
-from engine.report.words import DEMONSTRATION, method_name, models, standing, what_was_trained
+from engine.report.units import BYTES, ENERGY, TIME, column, count, duration, finite, metric_header, metric_value, rate
+from engine.report.words import DEMONSTRATION, in_short, method_name, models, standing
 from engine.sections import SECTIONS
 
 WIDTH = 7.2  # inches of the plot
@@ -30,12 +30,13 @@ def side_by_side(runs: Sequence[Run], file: Path) -> dict[str, Any]:
     """What the template gets for several runs; links are from `file`."""
     labels = labels_of(runs)
     settings = [[name, *map(shown, values)] for name, values in differing(runs).items()]
+    charts, keys = curves.together(runs[:MOST], labels[:MOST])
     sections = [
         Section("results", "Results", tables=[_results(runs, labels)]),
         Section("settings", "Settings that differ", tables=[
             Table("differing", "Settings that differ between the runs", ["setting", *labels], settings, left=1 + len(runs)),
         ] if settings else (), paragraphs=() if settings else ["The runs have the same settings."]),
-        Section("curves", "Curves of the student", charts=curves.together(runs[:MOST], labels), paragraphs=_cut(runs)),
+        Section("curves", "Curves of the student", charts=charts, keys=keys, paragraphs=_cut(runs)),
         Section("costs", "Time by section of the step", tables=[_section_times(runs, labels)]),
     ]  # fmt: skip
     return {
@@ -50,8 +51,11 @@ def comparison(one: Comparison, file: Path) -> dict[str, Any]:
     """What the template gets for a comparison."""
     found, labels = one.found, labels_of(one.runs)
     columns, rows = main_table(found)
+    columns, rows = _arrows([columns])[0], _arrows(rows)
     figures = len(columns) - len(COSTS)
     compared, differences = difference_table(found)
+    compared, differences = _arrows([compared])[0], _arrows(differences)
+    charts, keys = curves.together(one.runs[:MOST], [_row(run) for run in one.runs[:MOST]])
     costly = [[", ".join(row[:2]), *row[figures:]] for row in rows if any(row[figures:])]
     sections = [
         Section("results", "Results", tables=[
@@ -63,7 +67,7 @@ def comparison(one: Comparison, file: Path) -> dict[str, Any]:
             without_empty(Table("cost-table", "Sizes and costs of the rows", ["row", *columns[figures:]], costly)),
         ] if costly else ()),
         Section("curves", "Curves of the student", paragraphs=_cut(one.runs),
-                charts=curves.together(one.runs[:MOST], labels) if one.runs else ()),
+                charts=charts, keys=keys),
         Section("sections", "Time by section of the step", tables=[_section_times(one.runs, labels)] if len(one.runs) <= MOST else ()),
         Section("remarks", "What the figures are", paragraphs=[caption(found)]),
         Section("commands", "Commands", commands=[
@@ -97,15 +101,25 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
     memory, peaks = column([_peak(run) for run in runs], BYTES)
     rows = []
     for number, (run, label, peak, energy) in enumerate(zip(runs, labels, peaks, energies, strict=True), 1):
-        student, main = run.summary.get("student", {}), run.summary.get("phases", {}).get(run.method, {})
-        splits, smaller = student.get("metrics") or {}, finite(run.summary.get("times_smaller"))
-        figures = [metric_value((splits.get(split) or {}).get(m), m) if m == run.metric else "" for m in metrics
+        student, main = run.summary.get("student", {}), run.phase(run.method)
+        splits, smaller = mapping(student.get("metrics")), finite(run.summary.get("times_smaller"))
+        figures = [metric_value(mapping(splits.get(split)).get(m), m) if m == run.metric else "" for m in metrics
                    for split in ("validation", "test")]  # fmt: skip
         rows.append([Cell(label, href=f"#run-{number}"), f"{method_name(run.method)}: {models(run)}", *figures, count(student.get("parameters")),
                      f"{smaller:.2f} ×" if smaller else "", duration(main.get("seconds")) if run.finished else "not finished",
                      rate(main.get("examples_per_second")), peak, energy])  # fmt: skip
-    measures = [f"{metric_header(m)}, {split}" for m in metrics for split in ("validation", "test")]
-    columns = ["run", "method, models", *measures, "parameters", "smaller", "training", "examples/s", f"memory, {memory}", joule]
+    measures = [f"{split} {metric_header(m)}" for m in metrics for split in ("validation", "test")]
+    columns = [
+        "run",
+        "method, models",
+        *measures,
+        "parameters",
+        "smaller",
+        "training",
+        "examples/s",
+        f"memory, {memory}",
+        joule,
+    ]
     note = "Figures are the student's; training is that of its last phase."
     return without_empty(Table("side-by-side", "The runs side by side", columns, rows, left=2, note=note))
 
@@ -119,14 +133,16 @@ def _section_times(runs: Sequence[Run], labels: Sequence[str]) -> Table | None:
     named = dict.fromkeys(name for one in found for name in one)
     names = [*(name for name in SECTIONS if name in named), *sorted(set(named) - set(SECTIONS))]
     totals, most = [sum(one.values()) for _, one in known], max(max(one.values()) for _, one in known)
-    unit, texts = column([*(one.get(name) for name in names for _, one in known), *totals], TIME)
+    unit, texts = column([*(one.get(name) for name in names for _, one in known), *totals], TIME, figures=4)
     rows, width = [], len(known)
     for place, name in enumerate(names):
         cells = zip(texts[place * width : (place + 1) * width], known, strict=True)
         rows.append([name, *(Cell(text, bar=one.get(name, 0.0) / most if most else None) for text, (_, one) in cells)])
     rows.append(["a step in all", *texts[-width:]])
     columns = ["section", *(label for label, _ in known)]
-    return Table("sections", f"{unit} a step, by section, in the last phase of each run", columns, rows, strong=[len(rows) - 1])
+    return Table(
+        "sections", f"{unit} a step, by section, in the last phase of each run", columns, rows, strong=[len(rows) - 1]
+    )
 
 
 def _short(run: Run, label: str, number: int, file: Path) -> dict[str, Any]:
@@ -134,8 +150,17 @@ def _short(run: Run, label: str, number: int, file: Path) -> dict[str, Any]:
     own = run.folder / "report.html"
     link = quote(os.path.relpath(own, file.parent)) if own.is_file() else ""
     seed = f"seed {run.settings['seed']}" if "seed" in run.settings else ""
-    return {"name": f"run-{number}", "label": label, "link": link, "seed": seed, "words": what_was_trained(run),
+    return {"name": f"run-{number}", "label": label, "link": link, "seed": seed, "words": in_short(run),
             "unfinished": "" if run.finished else standing(run), "tiles": tiles(run)}  # fmt: skip
+
+
+def _row(run: Run) -> str:
+    """What the seeds of a row have in common in the names of their directories."""
+    return re.sub(r"(-seed-\d+)?-[0-9a-f]{10}$", "", run.name)
+
+
+def _arrows(rows: list[list[str]]) -> list[list[str]]:
+    return [[text.replace(" -> ", " → ") for text in row] for row in rows]
 
 
 def _peak(run: Run) -> float | None:
@@ -147,15 +172,25 @@ def _lead(found: dict[str, Any]) -> str:
     seeds = found["seeds"]
     note = (found.get("note") or "").strip()
     number = f"{len(found['rows'])} row{'s' * (len(found['rows']) != 1)}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-    return f"{number}: {measured(found)}, mean and 95 % interval. {note}".strip() if len(seeds) > 1 else f"{number}: {measured(found)}. {note}".strip()
+    return (
+        f"{number}: {measured(found)}, mean and 95 % interval. {note}".strip()
+        if len(seeds) > 1
+        else f"{number}: {measured(found)}. {note}".strip()
+    )
 
 
 def _demonstration(runs: Sequence[Run]) -> str:
     some = [embedded(run) for run in runs]
-    return (DEMONSTRATION if all(some) else f"Some of these runs are demonstrations, and do not compare with the others. {DEMONSTRATION}") if any(some) else ""
+    return (
+        (
+            DEMONSTRATION
+            if all(some)
+            else f"Some of these runs are demonstrations, and do not compare with the others. {DEMONSTRATION}"
+        )
+        if any(some)
+        else ""
+    )
 
 
 def _cut(runs: Sequence[Run]) -> list[str]:
     return [f"Drawn are the first {MOST} of {len(runs)} runs."] if len(runs) > MOST else []
-
-

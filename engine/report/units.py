@@ -36,18 +36,19 @@ def unit_of(values: Sequence[float | None], units: Units) -> tuple[float, str]:
     return next((unit for unit in reversed(units) if largest >= unit[0]), units[0])
 
 
-def decimals(largest: float) -> int:
-    """How many decimals show three figures of `largest`; at most three."""
+def decimals(largest: float, figures: int = 3) -> int:
+    """How many decimals show so many figures of `largest`; at most three."""
     if largest <= 0:
         return 0
-    return min(3, max(0, 2 - math.floor(math.log10(largest))))
+    return min(3, max(0, figures - 1 - math.floor(math.log10(largest))))
 
 
-def column(values: Sequence[float | None], units: Units) -> tuple[str, list[str]]:
-    """The unit of a column and its texts, all with the same decimals; "" for None, "< 0.1" for what would be shown as 0."""
+def column(values: Sequence[float | None], units: Units, figures: int = 3) -> tuple[str, list[str]]:
+    """The unit of a column and its texts, with so many figures of the largest and the decimals of that for all; "" for None,
+    "< 0.1" for what would be shown as 0."""
     size, name = unit_of(values, units)
     scaled = [None if v is None else v / size for v in values]
-    places = decimals(max((abs(v) for v in scaled if v is not None), default=0.0))
+    places = decimals(max((abs(v) for v in scaled if v is not None), default=0.0), figures)
     return name, [_placed(v, places) for v in scaled]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.report.load import Run
+from engine.report.load import Run, mapping
 from engine.report.units import count, duration, enumerated, finite, metric_name, metric_words
 
 DEMONSTRATION = (
@@ -57,8 +57,7 @@ def what_was_trained(run: Run) -> str:
     """One paragraph: method, models and sizes, data, steps, machine."""
     said = [_models(run), METHODS.get(run.method, ("", ""))[1], _data(run)]
     if run.finished:
-        phases = run.summary.get("phases", {})
-        steps = finite(phases.get(run.method, {}).get("steps"))
+        steps = finite(run.phase(run.method).get("steps"))
         seconds = run.summary.get("seconds")
         device = run.summary.get("device", {})
         threads = finite(device.get("threads"))
@@ -71,6 +70,11 @@ def what_was_trained(run: Run) -> str:
     return " ".join(filter(None, said))
 
 
+def in_short(run: Run) -> str:
+    """One sentence: method and models."""
+    return _models(run)
+
+
 def standing(run: Run) -> str:
     """Where a run stands that is not finished."""
     if not run.records:
@@ -80,7 +84,9 @@ def standing(run: Run) -> str:
     found = f"It stands in “{last['phase']}” at step {count(last['step'])}."
     if best[0][1]:
         values = best[0][1]
-        found += f" Best validation {metric_name(run.metric)} of this phase so far: {metric_words(max(values), run.metric)}."
+        found += (
+            f" Best validation {metric_name(run.metric)} of this phase so far: {metric_words(max(values), run.metric)}."
+        )
     return found
 
 
@@ -88,10 +94,11 @@ def course(label: str, steps: list[float], values: list[float], show) -> str:
     """What a line does, for those who cannot see it; `show` makes words of a value."""
     if not values:
         return f"{label}: nothing was logged."
+    label = f"{label}: " if label else ""
     if len(values) == 1:
-        return f"{label}: {show(values[0])} at step {count(steps[0])}."
+        return f"{label}{show(values[0])} at step {count(steps[0])}."
     low, high = min(range(len(values)), key=values.__getitem__), max(range(len(values)), key=values.__getitem__)
-    return (f"{label}: {show(values[0])} at step {count(steps[0])}, {show(values[-1])} at step {count(steps[-1])}; "
+    return (f"{label}{show(values[0])} at step {count(steps[0])}, {show(values[-1])} at step {count(steps[-1])}; "
             f"lowest {show(values[low])} at step {count(steps[low])}, highest {show(values[high])} at step "
             f"{count(steps[high])}.")  # fmt: skip
 
@@ -121,10 +128,8 @@ def _data(run: Run) -> str:
     data, sizes = run.settings.get("data"), run.summary.get("sizes", {})
     if not data:
         return ""
-    source = run.summary.get("sources", {})
-    kind = {"embedded": "the embedded corpus in place of ", "hub": "", "local": ""}.get(
-        source.get("data", "") if isinstance(source, dict) else "", ""
-    )
+    source = mapping(run.summary.get("sources")).get("data")
+    kind = "the embedded corpus in place of " if source == "embedded" else ""
     samples = [name for name in sizes if name.startswith("train")]
     known = [f"{count(sizes[name])} for {words}" for name, words in (
         ("quiz", "the quiz"), ("validation", "validation"), ("test", "the test")) if name in sizes]  # fmt: skip
