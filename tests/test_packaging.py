@@ -138,6 +138,8 @@ def test_wheel(tmp_path):
     ops = {f"engine/kernels/ops/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine").rglob("*.py")}
     assert "engine/kernels/ops/reference.py" in ops
+    templates = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine" / "report" / "templates").iterdir()}
+    assert {name for name in names if "/templates/" in name} == templates and templates
     assert {name for name in names if name.endswith(".py")} == {n for n in modules if "/ops/" not in n} | ops
 
     python("-m", "pip", "install", "--target", target, "--no-deps", "--no-index", wheel)

@@ -34,6 +34,12 @@ def run(made, tmp_path):
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing has its own tests, and takes its time."""
+    monkeypatch.setattr(curves, "chart", lambda *_, **__: None)
+
+
 def refused(capsys, *words) -> str:
     assert main([str(word) for word in words]) == 2
     out, err = capsys.readouterr()
@@ -119,6 +125,7 @@ def test_a_whole_last_line_without_its_end_is_kept(run):
 
 @pytest.mark.parametrize("line", [b"garbage", b"\0\0\0", b"5", b'{"step": 1}', b'{"phase": 1, "step": 1}', b'{"phase": "a", "step": true}',
                                   b'{"phase": "a", "step": NaN}', b"\xff"])  # fmt: skip
+@pytest.mark.usefixtures("undrawn")
 def test_damage_in_the_middle_is_said_on_the_page_and_the_console(run, capsys, line):
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:6], line, *lines[6:]]) + b"\n")
@@ -179,9 +186,8 @@ def changed(value, path, new):
 WRONG = [None, 5, "<b>", [], {}, [5], {"a": 5}, -1e300]
 
 
-def damaged_summaries(run, monkeypatch, values) -> tuple[int, int]:
+def damaged_summaries(run, values) -> tuple[int, int]:
     """How many changed summaries had a page, and how many were refused; `values(n)` are what the nth node is changed to."""
-    monkeypatch.setattr(curves, "chart", lambda *_, **__: None)  # drawing has its own tests, and takes its time
     summary = json.loads((run / "summary.json").read_text())
     (run / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(keepends=True)[-3:]))
     counted = [0, 0]
@@ -197,14 +203,16 @@ def damaged_summaries(run, monkeypatch, values) -> tuple[int, int]:
     return tuple(counted)
 
 
-def test_any_value_may_be_something_else(run, monkeypatch):
-    made, refusals = damaged_summaries(run, monkeypatch, lambda number: [WRONG[number % len(WRONG)]])
-    assert made > 80 > refusals
+@pytest.mark.usefixtures("undrawn")
+def test_any_value_may_be_something_else(run):
+    made, refusals = damaged_summaries(run, lambda number: [WRONG[number % 8]] if number % 3 == 0 else [])
+    assert made > 25 > refusals
 
 
 @pytest.mark.slow
-def test_any_value_may_be_anything_else(run, monkeypatch):
-    made, refusals = damaged_summaries(run, monkeypatch, lambda number: WRONG)
+@pytest.mark.usefixtures("undrawn")
+def test_any_value_may_be_anything_else(run):
+    made, refusals = damaged_summaries(run, lambda number: WRONG)
     assert made > 800 > refusals
 
 

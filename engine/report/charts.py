@@ -106,7 +106,8 @@ def chart(
         _y_limits(axes, from_zero)
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             if max(abs(low), abs(high)) >= 1000:
-                axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                short = max(abs(low), abs(high)) >= 1e7
+                axis.set_major_formatter(StrMethodFormatter("{x:g}" if short else "{x:,.0f}"))
     said = [course(line.label, line.steps, line.values, show) for line in lines]
     said += [f"{level.label}: {show(level.value)} throughout." for level in levels]
     words = f"{title}. " + " ".join(said)

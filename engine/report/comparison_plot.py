@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from engine.report.comparison_tables import Result, average_published, measured, number, scale_of
 from engine.report.style import LIGHT, settled
+from engine.report.units import printable
 
 OURS, POINTS, PUBLISHED = (LIGHT[name] for name in ("ours", "points", "published"))
 
@@ -36,11 +37,11 @@ def draw(found: Result, width: float = 9.0, title: bool = True) -> Figure:
             if (published := average_published(row)) is not None:
                 axes.plot(published, y, "x", color=PUBLISHED, markersize=8, markeredgewidth=2)
         _legend(axes, rows)
-        axes.set_yticks(range(len(rows)), [f"{row['name']}\n{row['models']}" for row in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [printable(f"{row['name']}\n{row['models']}") for row in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, as in the table
         axes.set_xlabel(measured(found))
         if title:
-            axes.set_title(found["title"], fontsize=10)
+            axes.set_title(printable(found["title"]), fontsize=10)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
     return figure

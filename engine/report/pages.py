@@ -27,7 +27,7 @@ def write(given: Sequence[str | Path], output: str | Path | None) -> tuple[Path,
         try:
             content = several_page.comparison(single, file)
         except (KeyError, TypeError, ValueError, AttributeError) as e:  # the tables trust what engine.compare wrote
-            raise UserError(f"{single.folder / 'comparison.json'} is damaged ({type(e).__name__}: {e}); run the comparison's "
+            raise UserError(f"{single.folder / 'comparison.json'} is damaged ({type(e).__name__}: {str(e)[:60]!r}); run the comparison's "
                             "command again, which keeps finished runs.") from e  # fmt: skip
     elif single is not None:
         content = run_page.content(single) | {"runs": []}

@@ -141,7 +141,11 @@ def _section_times(runs: Sequence[Run], labels: Sequence[str]) -> Table | None:
     rows.append(["a step in all", *texts[-width:]])
     columns = ["section", *(label for label, _ in known)]
     return Table(
-        "sections", f"{unit} a step, by section, in the last phase of each run", columns, rows, strong=[len(rows) - 1]
+        "section-times",
+        f"{unit} a step, by section, in the last phase of each run",
+        columns,
+        rows,
+        strong=[len(rows) - 1],
     )
 
 

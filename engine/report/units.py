@@ -19,15 +19,18 @@ METRICS = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson"
            "mse": "MSE"}  # fmt: skip
 
 
+LARGEST = 1e100  # nothing that is measured here comes near; axes to 1e308 cannot be drawn
+
+
 def finite(value: Any) -> float | None:
-    """The number that `value` is; None for everything else, for nan and for infinities."""
+    """The number that `value` is; None for everything else, for nan, infinities and what is beyond LARGEST."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # which nan is not either
 
 
 def unit_of(values: Sequence[float | None], units: Units) -> tuple[float, str]:
