@@ -110,8 +110,7 @@ def test_headings_and_lead(page):
                  "2,000 for the test.", "took 300 optimizer steps on NVIDIA H100 80GB HBM3;"):  # fmt: skip
         assert part in lead, part
     assert read.said("h2") == [
-        "Results", "Accuracy over time", "Losses", "What happened to the teachers", "Time and memory", "Energy and device",
-        "Machine and versions", "Remarks", "Settings", "Commands",
+        "Results", "Curves", "Time and memory", "Energy and device", "Machine and versions", "Remarks", "Settings", "Commands",
     ]  # fmt: skip
     assert "teacher roberta fell from accuracy 0.9400 to 0.9180" in read.words()
 
@@ -165,10 +164,10 @@ def test_domains(tmp_path):
 def test_curves_and_what_is_said_of_them(page):
     labels = {a["aria-label"].split(".")[0]: a["aria-label"] for a in Reader(page).of("svg") if "aria-label" in a}
     assert list(labels) == [
-        "Validation accuracy: metadistil", "Validation accuracy: preparation of the teachers", "Loss: preparation of the teachers",
-        "Loss: metadistil", "Drift of the teachers", "Weights of the teachers in the mean of their logits", "Examples a second",
-        "Tokens a second", "Memory over time", "Power", "Energy a step", "Use of the device", "Use of the processor", "Clocks",
-        "Temperature", "PCIe",
+        "Validation accuracy: metadistil", "Loss: metadistil", "Drift of the teachers",
+        "Weights of the teachers in the mean of their logits", "Validation accuracy: preparation of the teachers",
+        "Loss: preparation of the teachers", "Examples a second", "Tokens a second", "Memory over time", "Power", "Energy a step",
+        "Use of the device", "Use of the processor", "Clocks", "Temperature", "PCIe",
     ]  # fmt: skip
     assert "teacher bert, as prepared: 93.40 % throughout" in labels["Validation accuracy: metadistil"]
     drift = labels["Drift of the teachers"]
@@ -181,6 +180,8 @@ def test_curves_and_what_is_said_of_them(page):
 
 def test_energy_or_the_cause_of_none(variants):
     assert "All phases together took 54.8 kJ (15.2 Wh)" in variants["gpu"]
+    assert "as if power were constant" in variants["gpu"] and "as if power were constant" not in variants["cpu"]
+    assert "what the process held" in variants["cpu"] and "what the process held" not in variants["gpu"]
     assert "no NVML: libnvidia-ml.so.1 is not installed." in variants["cpu"] and "kJ" not in variants["cpu"]
     assert "made without telemetry" in variants["old"]
     assert "throttled" not in variants["cpu"]
@@ -188,7 +189,7 @@ def test_energy_or_the_cause_of_none(variants):
 
 def test_an_old_run_has_all_but_telemetry(variants):
     said = Reader(variants["old"]).said("h2")
-    assert {"Results", "Losses", "Time and memory", "Settings", "Commands"} <= set(said)
+    assert {"Results", "Curves", "Time and memory", "Settings", "Commands"} <= set(said)
     assert table(variants["old"], "phases")[1][:2] == ["prepare bert", "60"]
     assert "sections-" not in variants["old"]
 
@@ -199,7 +200,7 @@ def test_a_run_that_has_just_begun(variants):
 
 def test_throttling_is_named(tmp_path):
     page = page_of(make_run(tmp_path / "run", steps=600))
-    assert re.search(r"throttled at 20 of 120 readings: software power cap", page)
+    assert re.search(r"throttled at 20 of 120 readings: power cap\.", page)
 
 
 def test_facts(page):

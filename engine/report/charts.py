@@ -162,7 +162,7 @@ def _level(axes, level: Level, index: int, scale: float) -> Key:
 def _y_limits(axes, from_zero: bool) -> None:
     low, high = axes.get_ylim()
     if from_zero:
-        axes.set_ylim(0, high if high > 0 else 1)
+        axes.set_ylim(0, 1.04 * high if high > 0 else 1)
     elif high - low < 1e-9 * max(1.0, abs(high)):
         axes.set_ylim(low - 0.5, high + 0.5)
 

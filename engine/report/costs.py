@@ -10,12 +10,9 @@ from typing import Any
 from engine.report.load import Run
 from engine.report.units import finite
 from engine.sections import SECTIONS
+from engine.telemetry.nvml import throttle_names
 
-# The bits of NVML's clocks event reasons (nvml.h, nvmlClocksEventReason...), in the words of its documentation.
-THROTTLE = {
-    0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
-    0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "hardware power brake", 0x100: "display clocks",
-}  # fmt: skip
+NOT_SLOWED = 0x3  # idle, and clocks that somebody set: bits of device/throttle_reasons that slow nobody down
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,10 @@ def throttling(run: Run, phase: str | None) -> str:
     steps, masks = run.series(phase, "device/throttle_reasons")
     if not masks:
         return ""
-    slowed = [int(mask) & ~0x3 for mask in masks]  # idle and clocks that somebody set slow nobody down
+    slowed = [int(mask) & ~NOT_SLOWED for mask in masks]
     if not any(slowed):
         return "The device was never throttled."
-    reasons = sorted({THROTTLE.get(1 << bit, f"reason {1 << bit:#x}") for mask in slowed for bit in range(mask.bit_length())
-                      if mask >> bit & 1})  # fmt: skip
+    reasons = dict.fromkeys(name for mask in slowed for name in throttle_names(mask))
     return f"The device was throttled at {sum(map(bool, slowed))} of {len(slowed)} readings: {', '.join(reasons)}."
 
 

@@ -11,7 +11,7 @@ from engine.report.units import BYTES, ENERGY, finite, metric_name, metric_words
 from engine.report.words import teachers_of
 
 LOSSES = ("loss", "quiz_loss", "pilot_loss", "teacher_loss")
-PREPARE = "prepare "
+PREPARE, PREPARING = "prepare ", "-prepare"  # how phases, and charts, of the teachers' preparation are named
 
 
 def losses(run: Run) -> list[Chart]:

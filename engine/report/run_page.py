@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from engine.report import curves
+from engine.report.charts import Chart
 from engine.report.costs import costs, joules, no_energy, seconds_a_step, throttling
 from engine.report.layout import Cell, Section, Table, without_empty
 from engine.report.load import Run, mapping
@@ -37,9 +38,7 @@ def content(run: Run) -> dict[str, Any]:
     """What the template gets."""
     sections = [
         Section("results", "Results", tables=[results(run), by_domain(run)]),
-        Section("accuracy", f"{metric_name(run.metric)[:1].upper()}{metric_name(run.metric)[1:]} over time", charts=curves.validation(run)),
-        Section("loss", "Losses", charts=curves.losses(run)),
-        Section("teachers", "What happened to the teachers", charts=[c for c in (curves.drift(run), curves.teacher_weights(run)) if c]),
+        Section("curves", "Curves", charts=_curves(run)),
         _cost_section(run),
         Section("device", "Energy and device", _device_words(run), charts=curves.device(run)),
         Section("machine", "Machine and versions", facts=machine(run)),
@@ -137,14 +136,17 @@ def section_table(run: Run, phase: str) -> Table | None:
             for i, c in enumerate(found)]  # fmt: skip
     rows.append(["a step in all", times[-1], "100.0 %", peaks[-1], used[-1]])
     columns = ["section", f"{unit} a step", "share", f"peak memory, {memory}", f"{joule} a step"]
-    note = ""
-    training = seconds_a_step(run, phase)
+    notes, training = [], seconds_a_step(run, phase)
     if {"evaluation", "checkpoint"} & {c.name for c in found}:
-        note = "Evaluations and checkpoints are spread over all steps."
+        notes.append("Evaluations and checkpoints are spread over all steps.")
         if training is not None:
-            note += f" Without them a step takes {quantity(training, TIME)}."
+            notes.append(f"Without them a step takes {quantity(training, TIME)}.")
+    if str(run.summary.get("device", {}).get("device", "")).startswith("cpu") and any(c.memory for c in found):
+        notes.append("Memory is what the process held in the machine's memory, sampled.")
+    if whole is not None:
+        notes.append("Energy is divided among sections by their time, as if power were constant.")
     return without_empty(Table(f"sections-{run.phases().index(phase)}", f"By section of the step: {phase}", columns, rows,
-                               strong=[len(rows) - 1], note=note))  # fmt: skip
+                               strong=[len(rows) - 1], note=" ".join(notes)))  # fmt: skip
 
 
 def phase_table(run: Run) -> Table | None:
@@ -195,6 +197,14 @@ def machine(run: Run) -> list[tuple[str, str]]:
 
 def setting_rows(values: dict[str, Any]) -> list[list[str]]:
     return [[name, shown(value)] for name, value in values.items()]
+
+
+def _curves(run: Run) -> list[Chart]:
+    """The student's first, then what became of its teachers, then how these were prepared."""
+    learning = [*curves.validation(run), *curves.losses(run)]
+    preparing = [each for each in learning if each.name.endswith(curves.PREPARING)]
+    teachers = [each for each in (curves.drift(run), curves.teacher_weights(run)) if each]
+    return [*(each for each in learning if each not in preparing), *teachers, *preparing]
 
 
 def _cost_section(run: Run) -> Section:
