@@ -1,9 +1,11 @@
 """Runs and comparisons leave their page when they end."""
 
+import subprocess
 import sys
 from pathlib import Path
 
-from run_helpers import succeed
+import pytest
+from run_helpers import succeed, summary
 from test_report_page import Reader, table
 
 from engine.compare import cells
@@ -20,6 +22,15 @@ def test_a_run_leaves_its_page(finished, tmp_path):
     assert read.said("h1") == ["distilbert from bert and roberta by MetaDistil"]
     assert "This is the embedded demonstration" in text
     assert [row[0] for row in table(text, "phases")[1:]] == ["prepare bert", "prepare roberta", "metadistil"]
+
+
+def test_the_commit_is_that_of_the_checkout(finished):
+    root = Path(__file__).parents[1]
+    known = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if known.returncode:
+        pytest.skip("this is no checkout of git")
+    assert summary(finished)["git_commit"].partition("+")[0] == known.stdout.strip()
+    assert known.stdout[:12] in (finished / "report.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_leaves_the_run_finished(data, cache, tmp_path, monkeypatch, capsys):
