@@ -33,7 +33,7 @@ FOLDERS = {"engine.kernels.ops": "kernels", "engine.csrc": "csrc", "engine.csrc.
 setup(
     packages=[*find_packages(include=["engine", "engine.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"engine.csrc": ["*"], "engine.csrc.cuda": ["*"]},
+    package_data={"engine.report": ["templates/*"], "engine.csrc": ["*"], "engine.csrc.cuda": ["*"]},
     # optional: without a compiler the package is installed all the same
     ext_modules=[Extension("engine._native", sources=[], optional=True)] if BUILD else [],
     cmdclass={"build_ext": BuildNative},

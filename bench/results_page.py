@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from engine.compare.table import body
+from engine.report.comparison_tables import body
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "results.md"

@@ -7,15 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from engine import report, teacher_params
+from engine import teacher_params
 from engine.config import Config
 from engine.console import Console
 from engine.data.batches import training_rows
+from engine.errors import UserError
 from engine.evaluation import by_domain, predict, primary, score
 from engine.features import detach
 from engine.interrupts import Interrupts
 from engine.methods import METHODS
 from engine.output import OutputDirectory
+from engine.report import cards, pages, tables
+from engine.report.summary import hardware, peak_memory, summarise
+from engine.report.words import DEMONSTRATION
 from engine.setup import Setup
 from engine.stages import Stages
 from engine.teachers import Member, Teacher
@@ -76,25 +80,37 @@ class Job:
         )
         for teacher, entry in zip(self.stages.teachers, teachers, strict=True):
             folder = output.path / "teachers" / entry["name"]
-            card = report.model_card(summary, entry, "a teacher", data)
+            card = cards.model_card(summary, entry, "a teacher", data)
             with teacher_params.merged(teacher.member.network.module):
-                report.export(teacher.member.network.module, teacher.member.tokenizer, folder, card)
-        card = report.model_card(summary, student, "the student", data)
-        report.export(self.setup.student.network.module, self.setup.student.tokenizer, output.path / "student", card)
+                cards.export(teacher.member.network.module, teacher.member.tokenizer, folder, card)
+        card = cards.model_card(summary, student, "the student", data)
+        cards.export(self.setup.student.network.module, self.setup.student.tokenizer, output.path / "student", card)
         for split, values in logits.items():
             file = output.path / "predictions" / f"{split}.jsonl"
-            report.write_predictions(file, getattr(self.setup.splits, split), values, self.task)
+            cards.write_predictions(file, getattr(self.setup.splits, split), values, self.task)
         output.write("summary.json", summary)
         self.trainer.file.unlink(missing_ok=True)
         if summary["source"] == "embedded":
-            self.console.banner("EMBEDDED DEMONSTRATION", report.DEMONSTRATION)
+            self.console.banner("EMBEDDED DEMONSTRATION", DEMONSTRATION)
         if self.setup.compiled is not None:
             graphs, taken = self.setup.compiled.spent()
             self.console.say(f"torch.compile: {graphs} graphs in {taken:.0f} s, which the times of this run include.")
         self.console.say(f"Results: {output.path} ({seconds:.0f} s)")
-        self.console.table(**report.closing_table(summary))
-        if (domains := report.domain_table(summary)) is not None:
+        self.console.table(**tables.closing_table(summary))
+        if (domains := tables.domain_table(summary)) is not None:
             self.console.table(**domains)
+        self._write_page(output)
+
+    def _write_page(self, output: OutputDirectory) -> None:
+        """Last of all: a run whose page cannot be written is finished all the same."""
+        try:
+            file, problems = pages.write([output.path], None)
+        except UserError as e:
+            self.console.warn(str(e))
+            return
+        for problem in problems:
+            self.console.warn(problem)
+        self.console.say(f"Report: {file}")
 
     def _warn_of_fallen(self, teachers: list[dict[str, Any]]) -> None:
         """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""
@@ -129,7 +145,7 @@ class Job:
         train, optim = self.setup.encoded.train[0], self.config.optim
         batches = training_rows(train.widths, optim.batch_size, self.config.run.seed, epoch=0)
         sizes = {f"train{'' if i == 0 else i + 1}": len(sample) for i, sample in enumerate(self.setup.splits.train)}
-        return report.summarise(
+        return summarise(
             self.config, self.task, primary(self.task),
             {"data": self.setup.splits.source, "student": self.setup.student.source.kind,
              "teachers": [member.source.kind for member in self.setup.teachers]},
@@ -141,7 +157,7 @@ class Job:
                 "phases": {name: {"steps": p.step, "seconds": round(p.seconds, 3), **p.costs.summary()} for name, p in phases.items()},
             },
             seconds=round(seconds, 3), padding_waste=round(train.padding_waste(batches), 4),
-            peak_memory=report.peak_memory(self.device) | self.telemetry.peak(), device=report.hardware(self.device),
+            peak_memory=peak_memory(self.device) | self.telemetry.peak(), device=hardware(self.device),
             sizes=sizes | {name: len(getattr(self.setup.splits, name)) for name in ("quiz", "validation", "test")},
             notes=self.setup.splits.notes,
         )  # fmt: skip

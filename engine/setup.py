@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine import choices, domains, kernels, matching, native, report, teacher_params
+from engine import choices, domains, kernels, matching, native, teacher_params
 from engine.allocator import keep_freed_memory
 from engine.compiling import CompiledLayers
 from engine.config import Config
@@ -23,6 +23,7 @@ from engine.methods import METHODS
 from engine.models import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.network import Encoder
 from engine.output import require_directory
+from engine.report.words import DEMONSTRATION
 from engine.teachers import Member, make_ready
 
 
@@ -132,7 +133,7 @@ class Setup:
             why = (
                 "--source embedded was given" if hub.source == "embedded" else f"the hub cannot be reached ({hub.why})"
             )
-            self.console.banner("EMBEDDED DEMONSTRATION", f"{', '.join(embedded)}: {why}.\n{report.DEMONSTRATION}")
+            self.console.banner("EMBEDDED DEMONSTRATION", f"{', '.join(embedded)}: {why}.\n{DEMONSTRATION}")
         for i, source in enumerate(sources):
             role = "Student" if i == len(sources) - 1 else "Teacher"
             self.console.say(f"{role} {source.name}: {source.describe()}")

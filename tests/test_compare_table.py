@@ -9,10 +9,11 @@ import pytest
 from compare_helpers import grid
 
 from bench import results_page
-from engine.compare import stats, table
-from engine.compare.plot import plot
+from engine.compare import stats
 from engine.compare.result import collect
 from engine.console import Console
+from engine.report import comparison_tables as table
+from engine.report.comparison_plot import plot
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,9 +8,9 @@ from data_helpers import load, numbered, refused, texts, write
 from run_helpers import metrics, succeed, summary
 from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
-from engine import report
 from engine.data.glue import METRICS, task_of
 from engine.embedded import generate
+from engine.report.tables import closing_table
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -168,7 +168,7 @@ def test_the_metric_chooses_the_weights_and_heads_the_table(tmp_path, cache):
         best = max(rows, key=lambda row: row[f"validation/{name}"])
         assert by[metric]["metric"] == name and by[metric]["student"]["best_step"] == best["step"]
         assert by[metric]["student"][name] == by[metric]["metrics"]["test"][name]
-        table, value = report.closing_table(by[metric]), by[metric]["student"][name]
+        table, value = closing_table(by[metric]), by[metric]["student"][name]
         assert table["title"] == f"{name}{' in %' if metric == 'accuracy' else ''}, {path}"
         assert table["rows"][-1][3] == (f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.4f}")
     assert by["auto"]["settings"]["metric"] == "auto"

@@ -108,7 +108,7 @@ def test_dependencies_are_what_is_imported():
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             imported |= {"tensorboard" if "tensorboard" in name else name.split(".")[0] for name in modules}
-    as_distribution = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
+    as_distribution = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py", "jinja2": "Jinja2"}
     imported = {as_distribution.get(name, name) for name in imported - set(sys.stdlib_module_names) - {"engine"}}
     assert imported == {*names, "triton"}  # which torch's CUDA builds bring along, and others do without
 
@@ -138,6 +138,8 @@ def test_wheel(tmp_path):
     ops = {f"engine/kernels/ops/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine").rglob("*.py")}
     assert "engine/kernels/ops/reference.py" in ops
+    templates = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine" / "report" / "templates").iterdir()}
+    assert {name for name in names if "/templates/" in name} == templates and templates
     assert {name for name in names if name.endswith(".py")} == {n for n in modules if "/ops/" not in n} | ops
 
     python("-m", "pip", "install", "--target", target, "--no-deps", "--no-index", wheel)

@@ -88,7 +88,7 @@ def test_regression(method, tmp_path, capsys):
 
 def test_contents_of_the_output_directory(finished):
     assert {p.name for p in finished.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "predictions", "student", "summary.json", "teachers", "tensorboard"}  # fmt: skip
+        "config.yaml", "metrics.jsonl", "predictions", "report.html", "student", "summary.json", "teachers", "tensorboard"}  # fmt: skip
     assert {p.name for p in (finished / "teachers").iterdir()} == {"bert", "roberta"}
     for folder in (finished / "student", finished / "teachers" / "bert", finished / "teachers" / "roberta"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in folder.iterdir()}

@@ -11,11 +11,11 @@ from engine.compare import options
 from engine.compare.cells import Cells, Stopped
 from engine.compare.grid import Cell, Grid
 from engine.compare.result import collect, described
-from engine.compare.table import console_tables, markdown
 from engine.console import Console
 from engine.errors import UserError
 from engine.interrupts import Interrupted, Interrupts
 from engine.output import OutputDirectory
+from engine.report.comparison_tables import console_tables, markdown
 
 DEMONSTRATION = ("Miniature, randomly initialised models or a generated corpus stand in for what could not be had from the "
                  "hub. The figures say nothing about the real models.")  # fmt: skip
@@ -90,7 +90,8 @@ def _what_is_there(runner: Cells, cell: Cell) -> str:
 
 
 def _show(found: dict, output: OutputDirectory, console: Console) -> None:
-    from engine.compare.plot import plot  # here: matplotlib takes a second
+    from engine.report import pages  # here: matplotlib takes a second
+    from engine.report.comparison_plot import plot
 
     plot(found, output.path)
     if "embedded" in found["sources"]:
@@ -105,7 +106,13 @@ def _show(found: dict, output: OutputDirectory, console: Console) -> None:
         console.table(**table)
     for entry in found["failed"]:
         console.warn(f"failed: {entry['title']}: {entry['error']}")
-    files = ", ".join(("comparison.json", "table.md", "plot.svg", "plot.png"))
+    try:
+        _, problems = pages.write([output.path], None)
+    except UserError as e:  # the figures are there all the same
+        problems = [str(e)]
+    for problem in problems:
+        console.warn(problem)
+    files = ", ".join(("comparison.json", "table.md", "plot.svg", "plot.png", "report.html"))
     console.say(f"Results: {output.path} ({files})")
 
 

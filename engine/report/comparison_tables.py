@@ -9,8 +9,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from engine.compare.result import Result
-
+Result = dict[str, Any]  # what comparison.json holds
 COSTS = ["parameters", "smaller", "time", "examples/s", "peak memory"]
 ERRORS = {"mse"}  # metrics that are no fraction of one
 

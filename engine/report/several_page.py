@@ -1,0 +1,200 @@
+"""The page of several runs side by side, and that of a comparison."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from engine.report import curves
+from engine.report.comparison_plot import draw, said
+from engine.report.comparison_tables import COSTS, caption, difference_table, main_table, measured
+from engine.report.costs import costs, joules
+from engine.report.layout import Cell, Section, Table, without_empty
+from engine.report.load import Comparison, Run, mapping
+from engine.report.run_page import embedded, tiles
+from engine.report.settings import differing, shown
+from engine.report.svg import inline
+from engine.report.units import BYTES, ENERGY, TIME, column, count, duration, finite, metric_header, metric_value, rate
+from engine.report.words import DEMONSTRATION, in_short, method_name, models, standing
+from engine.sections import SECTIONS
+
+WIDTH = 7.2  # inches of the plot
+MOST = 24  # runs that are overlaid: more lines than that nobody can tell apart
+
+
+def side_by_side(runs: Sequence[Run], file: Path) -> dict[str, Any]:
+    """What the template gets for several runs; links are from `file`."""
+    labels = labels_of(runs)
+    settings = [[name, *map(shown, values)] for name, values in differing(runs).items()]
+    charts, keys = curves.together(runs[:MOST], labels[:MOST])
+    sections = [
+        Section("results", "Results", tables=[_results(runs, labels)]),
+        Section("settings", "Settings that differ", tables=[
+            Table("differing", "Settings that differ between the runs", ["setting", *labels], settings, left=1 + len(runs)),
+        ] if settings else (), paragraphs=() if settings else ["The runs have the same settings."]),
+        Section("curves", "Curves of the student", charts=charts, keys=keys, paragraphs=_cut(runs)),
+        Section("costs", "Time by section of the step", tables=[_section_times(runs, labels)]),
+    ]  # fmt: skip
+    return {
+        "title": f"{len(runs)} runs side by side", "subtitle": "", "kind": "several", "lead": "",
+        "demonstration": _demonstration(runs), "unfinished": "", "tiles": [],
+        "problems": [problem for run in runs for problem in run.problems], "sections": [s for s in sections if s],
+        "runs": [_short(run, label, number, file) for number, (run, label) in enumerate(zip(runs, labels, strict=True), 1)],
+    }  # fmt: skip
+
+
+def comparison(one: Comparison, file: Path) -> dict[str, Any]:
+    """What the template gets for a comparison."""
+    found, labels = one.found, labels_of(one.runs)
+    columns, rows = main_table(found)
+    columns, rows = _arrows([columns])[0], _arrows(rows)
+    figures = len(columns) - len(COSTS)
+    compared, differences = difference_table(found)
+    compared, differences = _arrows([compared])[0], _arrows(differences)
+    charts, keys = curves.together(one.runs[:MOST], [_row(run) for run in one.runs[:MOST]])
+    costly = [[", ".join(row[:2]), *row[figures:]] for row in rows if any(row[figures:])]
+    sections = [
+        Section("results", "Results", tables=[
+            Table("figures", measured(found), columns[:figures], [row[:figures] for row in rows], left=2),
+            Table("differences", "Paired differences, seed by seed", compared, differences, left=3,
+                  note="“Without 0”: whether the 95 % interval of the difference leaves out zero.") if differences else None,
+        ], plot=inline(draw(found, WIDTH, title=False), "plot", said(found)) if rows else ""),
+        Section("costs", "Sizes and costs", tables=[
+            without_empty(Table("cost-table", "Sizes and costs of the rows", ["row", *columns[figures:]], costly)),
+        ] if costly else ()),
+        Section("curves", "Curves of the student", paragraphs=_cut(one.runs),
+                charts=charts, keys=keys),
+        Section("sections", "Time by section of the step", tables=[_section_times(one.runs, labels)] if len(one.runs) <= MOST else ()),
+        Section("remarks", "What the figures are", paragraphs=[caption(found)]),
+        Section("commands", "Commands", commands=[
+            ("Run or continue this comparison", str(found["command"])),
+            ("Make this page again", f"python -m engine.report {one.folder}"),
+        ]),
+    ]  # fmt: skip
+    failed = [f"{entry['title']} failed: {entry['error']}" for entry in found.get("failed", [])]
+    return {
+        "title": found["title"], "subtitle": one.folder.name, "kind": "comparison", "lead": _lead(found),
+        "demonstration": DEMONSTRATION if "embedded" in found.get("sources", []) else "",
+        "unfinished": f"{found['missing']} runs have not been made yet." if found.get("missing") else "", "tiles": [],
+        "problems": [*one.problems, *failed], "sections": [section for section in sections if section],
+        "runs": [_short(run, label, number, file) for number, (run, label) in enumerate(zip(one.runs, labels, strict=True), 1)],
+    }  # fmt: skip
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its directory's, with as many of the directories above as tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return ["/".join(p) for p in parts]
+
+
+def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
+    metrics = list(dict.fromkeys(run.metric for run in runs))
+    joule, energies = column([joules(run) for run in runs], ENERGY)
+    memory, peaks = column([_peak(run) for run in runs], BYTES)
+    rows = []
+    for number, (run, label, peak, energy) in enumerate(zip(runs, labels, peaks, energies, strict=True), 1):
+        student, main = run.summary.get("student", {}), run.phase(run.method)
+        splits, smaller = mapping(student.get("metrics")), finite(run.summary.get("times_smaller"))
+        figures = [metric_value(mapping(splits.get(split)).get(m), m) if m == run.metric else "" for m in metrics
+                   for split in ("validation", "test")]  # fmt: skip
+        rows.append([Cell(label, href=f"#run-{number}"), f"{method_name(run.method)}: {models(run)}", *figures, count(student.get("parameters")),
+                     f"{smaller:.2f} ×" if smaller else "", duration(main.get("seconds")) if run.finished else "not finished",
+                     rate(main.get("examples_per_second")), peak, energy])  # fmt: skip
+    measures = [f"{split} {metric_header(m)}" for m in metrics for split in ("validation", "test")]
+    columns = [
+        "run",
+        "method, models",
+        *measures,
+        "parameters",
+        "smaller",
+        "training",
+        "examples/s",
+        f"memory, {memory}",
+        joule,
+    ]
+    note = "Figures are the student's; training is that of its last phase."
+    return without_empty(Table("side-by-side", "The runs side by side", columns, rows, left=2, note=note))
+
+
+def _section_times(runs: Sequence[Run], labels: Sequence[str]) -> Table | None:
+    """A column a run: seconds a step of each section of the last phase."""
+    found = [{cost.name: cost.seconds for cost in costs(run, run.main())} for run in runs]
+    known = [(label, one) for label, one in zip(labels, found, strict=True) if one]
+    if not known:
+        return None
+    named = dict.fromkeys(name for one in found for name in one)
+    names = [*(name for name in SECTIONS if name in named), *sorted(set(named) - set(SECTIONS))]
+    totals, most = [sum(one.values()) for _, one in known], max(max(one.values()) for _, one in known)
+    unit, texts = column([*(one.get(name) for name in names for _, one in known), *totals], TIME, figures=4)
+    rows, width = [], len(known)
+    for place, name in enumerate(names):
+        cells = zip(texts[place * width : (place + 1) * width], known, strict=True)
+        rows.append([name, *(Cell(text, bar=one.get(name, 0.0) / most if most else None) for text, (_, one) in cells)])
+    rows.append(["a step in all", *texts[-width:]])
+    columns = ["section", *(label for label, _ in known)]
+    return Table(
+        "section-times",
+        f"{unit} a step, by section, in the last phase of each run",
+        columns,
+        rows,
+        strong=[len(rows) - 1],
+    )
+
+
+def _short(run: Run, label: str, number: int, file: Path) -> dict[str, Any]:
+    """A run in a few lines, with a link to its own page where that is there."""
+    own = run.folder / "report.html"
+    link = quote(os.path.relpath(own, file.parent)) if own.is_file() else ""
+    seed = f"seed {run.settings['seed']}" if "seed" in run.settings else ""
+    return {"name": f"run-{number}", "label": label, "link": link, "seed": seed, "words": in_short(run),
+            "unfinished": "" if run.finished else standing(run), "tiles": tiles(run)}  # fmt: skip
+
+
+def _row(run: Run) -> str:
+    """What the seeds of a row have in common in the names of their directories."""
+    return re.sub(r"(-seed-\d+)?-[0-9a-f]{10}$", "", run.name)
+
+
+def _arrows(rows: list[list[str]]) -> list[list[str]]:
+    return [[text.replace(" -> ", " → ") for text in row] for row in rows]
+
+
+def _peak(run: Run) -> float | None:
+    peak = run.summary.get("peak_memory", {})
+    return finite(peak.get("device", peak.get("host")))
+
+
+def _lead(found: dict[str, Any]) -> str:
+    seeds = found["seeds"]
+    note = (found.get("note") or "").strip()
+    number = f"{len(found['rows'])} row{'s' * (len(found['rows']) != 1)}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+    return (
+        f"{number}: {measured(found)}, mean and 95 % interval. {note}".strip()
+        if len(seeds) > 1
+        else f"{number}: {measured(found)}. {note}".strip()
+    )
+
+
+def _demonstration(runs: Sequence[Run]) -> str:
+    some = [embedded(run) for run in runs]
+    return (
+        (
+            DEMONSTRATION
+            if all(some)
+            else f"Some of these runs are demonstrations, and do not compare with the others. {DEMONSTRATION}"
+        )
+        if any(some)
+        else ""
+    )
+
+
+def _cut(runs: Sequence[Run]) -> list[str]:
+    return [f"Drawn are the first {MOST} of {len(runs)} runs."] if len(runs) > MOST else []
