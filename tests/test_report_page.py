@@ -104,8 +104,8 @@ def test_headings_and_lead(page):
     read = Reader(page)
     assert read.said("title") == read.said("h1") == ["distilbert from bert and roberta by MetaDistil"]
     lead = " ".join(read.said("p"))
-    for part in ("MetaDistil trained the student distilbert (66,955,010 parameters) with two teachers, bert (109,483,778 parameters) "
-                 "and roberta (124,647,170 parameters). The student is 1.75 times smaller than the teachers' mean.",
+    for part in ("The student distilbert (66,955,010 parameters) was trained by MetaDistil with two teachers, bert (109,483,778 parameters) "
+                 "and roberta (124,647,170 parameters). It is 1.75 times smaller than the teachers' mean.",
                  "Data: sst2, 8,000 training examples (and 1 further sample for teachers), 100 for the quiz, 872 for validation and "
                  "2,000 for the test.", "took 300 optimizer steps on NVIDIA H100 80GB HBM3;"):  # fmt: skip
         assert part in lead, part

@@ -87,9 +87,28 @@ def test_the_page_of_a_comparison(page, comparison):
     assert len(ids) == len(set(ids))
 
 
+def test_time_by_section_is_the_mean_over_seeds(page):
+    head, *rows, total = table(page, "section-times")
+    assert head == ["section", "kd-bert-roberta-distilbert", "md-bert-roberta-distilbert"]
+    assert (
+        total == ["a step in all", "195.2", "195.2"]
+        and "ms a step, by section, in the last phase, mean over seeds" in page
+    )
+
+
 def test_seeds_of_a_row_look_the_same(page):
     keys = page[page.index('<ul class="keys">') : page.index("</ul>", page.index('<ul class="keys">'))]
     assert keys.count("<li>") == 2 and "kd-bert-roberta-distilbert<" in keys
+
+
+def test_a_run_that_only_shows_its_teacher_has_no_curve(copied):
+    cell = next(path for path in (copied / "cells").iterdir() if path.name.startswith("md-"))
+    found = summary_of(cell)
+    found["settings"]["max_steps"] = 1  # as engine.compare runs the rows that show a teacher
+    (cell / "summary.json").write_text(json.dumps(found))
+    text = pages.write([copied], None)[0].read_text()
+    assert table(text, "section-times")[0] == ["section", "kd-bert-roberta-distilbert"]
+    assert f'">{cell.name}</h3>' in text
 
 
 def test_a_comparison_links_to_the_pages_of_its_runs_where_they_are(copied):

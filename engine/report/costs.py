@@ -45,6 +45,12 @@ def seconds_a_step(run: Run, phase: str | None) -> float | None:
     return _weighted(run, phase, "step_seconds")
 
 
+def training(run: Run) -> float | None:
+    """Seconds of the student's training in all its phases; None where one of them is not known."""
+    found = [finite(run.phase(name).get("seconds")) for name in run.students()]
+    return sum(found) if found and None not in found else None
+
+
 def joules(run: Run, phase: str | None = None) -> float | None:
     """Of a phase, or of all phases together; None where any of them is not known."""
     if phase is not None:

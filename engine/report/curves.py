@@ -20,7 +20,7 @@ def losses(run: Run) -> list[Chart]:
     preparing = [name for name in run.phases() if name.startswith(PREPARE)]
     lines = [Line(name.removeprefix(PREPARE), *run.series(name, "loss")) for name in preparing]
     made.append(chart("loss-prepare", "Loss: preparation of the teachers", lines, logged=_logged(run)))
-    for number, name in enumerate(_students(run)):
+    for number, name in enumerate(run.students()):
         known = [key for key in run.keys(name) if key in LOSSES or key.endswith("_loss")]
         known.sort(key=lambda key: LOSSES.index(key) if key in LOSSES else len(LOSSES))
         # the pilot's loss is nearly the real step's: dotted, so that both are seen
@@ -33,7 +33,7 @@ def losses(run: Run) -> list[Chart]:
 def validation(run: Run) -> list[Chart]:
     """The student's metric by step beside its teachers' level, and the teachers' own course."""
     metric, made = run.metric, []
-    for number, name in enumerate(_students(run)):
+    for number, name in enumerate(run.students()):
         line = Line("student", *run.series(name, f"validation/{metric}"), smooth=False)
         made.append(_of_metric(f"validation-{number}", f"Validation {metric_name(metric)}: {name}", [line], metric,
                                _levels(run, metric)))  # fmt: skip
@@ -149,10 +149,6 @@ def _of_metric(name: str, title: str, lines: list[Line], metric: str, levels: Se
     return chart(
         name, title, lines, levels, percent=metric == "accuracy", show=lambda value: metric_words(value, metric)
     )
-
-
-def _students(run: Run) -> list[str]:
-    return [name for name in run.phases() if not name.startswith((PREPARE, "answers of "))]
 
 
 def _levels(run: Run, metric: str) -> list[Level]:

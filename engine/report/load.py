@@ -63,6 +63,10 @@ class Run:
         """What its records hold, in order of appearance."""
         return list(dict.fromkeys(key for r in self.records if r["phase"] == phase for key in r))
 
+    def students(self) -> list[str]:
+        """The phases that train the student: those that prepare teachers, or keep their answers, are left out."""
+        return [name for name in self.phases() if not name.startswith(("prepare ", "answers of "))]
+
     def series(self, phase: str | None, key: str) -> tuple[list[float], list[float]]:
         """Steps and values; what is no finite number is left out."""
         found = [(r["step"], finite(r.get(key))) for r in self.records if r["phase"] == phase]

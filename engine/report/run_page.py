@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.report import curves
 from engine.report.charts import Chart
-from engine.report.costs import costs, joules, no_energy, seconds_a_step, throttling
+from engine.report.costs import costs, joules, no_energy, seconds_a_step, throttling, training
 from engine.report.layout import Cell, Section, Table, without_empty
 from engine.report.load import Run, mapping
 from engine.report.settings import commands, shown, sorted_out
@@ -112,7 +112,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     found = [
         (f"{metric_name(metric)} on test", metric_words(test, metric), f"teachers {beside}" if beside else ""),
         ("times smaller", f"{smaller:.2f}" if smaller else "", f"{count(student.get('parameters'))} parameters"),
-        ("training of the student", duration(main.get("seconds")), f"{rate(main.get('examples_per_second'))} examples/s"),
+        ("training of the student", duration(training(run)), f"{rate(main.get('examples_per_second'))} examples/s"),
         ("peak memory", quantity(finite(peak.get(where)), BYTES), "on the device" if where == "device" else "resident"),
         ("energy", quantity(energy, ENERGY), f"{energy / 3600:.3g} Wh, all phases" if energy else ""),
     ]  # fmt: skip
@@ -136,11 +136,11 @@ def section_table(run: Run, phase: str) -> Table | None:
             for i, c in enumerate(found)]  # fmt: skip
     rows.append(["a step in all", times[-1], "100.0 %", peaks[-1], used[-1]])
     columns = ["section", f"{unit} a step", "share", f"peak memory, {memory}", f"{joule} a step"]
-    notes, training = [], seconds_a_step(run, phase)
+    notes, a_step = [], seconds_a_step(run, phase)
     if {"evaluation", "checkpoint"} & {c.name for c in found}:
         notes.append("Evaluations and checkpoints are spread over all steps.")
-        if training is not None:
-            notes.append(f"Without them a step takes {quantity(training, TIME)}.")
+        if a_step is not None:
+            notes.append(f"Without them a step takes {quantity(a_step, TIME)}.")
     if str(run.summary.get("device", {}).get("device", "")).startswith("cpu") and any(c.memory for c in found):
         notes.append("Memory is what the process held in the machine's memory, sampled.")
     if whole is not None:

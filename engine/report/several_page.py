@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
 from engine.report import curves
 from engine.report.comparison_plot import draw, said
 from engine.report.comparison_tables import COSTS, caption, difference_table, main_table, measured
-from engine.report.costs import costs, joules
+from engine.report.costs import costs, joules, training
 from engine.report.layout import Cell, Section, Table, without_empty
 from engine.report.load import Comparison, Run, mapping
 from engine.report.run_page import embedded, tiles
@@ -37,7 +38,7 @@ def side_by_side(runs: Sequence[Run], file: Path) -> dict[str, Any]:
             Table("differing", "Settings that differ between the runs", ["setting", *labels], settings, left=1 + len(runs)),
         ] if settings else (), paragraphs=() if settings else ["The runs have the same settings."]),
         Section("curves", "Curves of the student", charts=charts, keys=keys, paragraphs=_cut(runs)),
-        Section("costs", "Time by section of the step", tables=[_section_times(runs, labels)]),
+        Section("costs", "Time by section of the step", tables=[_section_times(runs, labels, "the last phase of each run")]),
     ]  # fmt: skip
     return {
         "title": f"{len(runs)} runs side by side", "subtitle": "", "kind": "several", "lead": "",
@@ -55,7 +56,10 @@ def comparison(one: Comparison, file: Path) -> dict[str, Any]:
     figures = len(columns) - len(COSTS)
     compared, differences = difference_table(found)
     compared, differences = _arrows([compared])[0], _arrows(differences)
-    charts, keys = curves.together(one.runs[:MOST], [_row(run) for run in one.runs[:MOST]])
+    # rows that show a teacher have runs in which a student takes one step
+    learning = [run for run in one.runs if run.settings.get("max_steps") != 1]
+    named = [_row(run) for run in learning]
+    charts, keys = curves.together(learning[:MOST], named[:MOST])
     costly = [[", ".join(row[:2]), *row[figures:]] for row in rows if any(row[figures:])]
     sections = [
         Section("results", "Results", tables=[
@@ -66,9 +70,11 @@ def comparison(one: Comparison, file: Path) -> dict[str, Any]:
         Section("costs", "Sizes and costs", tables=[
             without_empty(Table("cost-table", "Sizes and costs of the rows", ["row", *columns[figures:]], costly)),
         ] if costly else ()),
-        Section("curves", "Curves of the student", paragraphs=_cut(one.runs),
+        Section("curves", "Curves of the student", paragraphs=_cut(learning),
                 charts=charts, keys=keys),
-        Section("sections", "Time by section of the step", tables=[_section_times(one.runs, labels)] if len(one.runs) <= MOST else ()),
+        Section("sections", "Time by section of the step", tables=[
+            _section_times(learning, named, "the last phase, mean over seeds"),
+        ]),
         Section("remarks", "What the figures are", paragraphs=[caption(found)]),
         Section("commands", "Commands", commands=[
             ("Run or continue this comparison", str(found["command"])),
@@ -106,7 +112,7 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
         figures = [metric_value(mapping(splits.get(split)).get(m), m) if m == run.metric else "" for m in metrics
                    for split in ("validation", "test")]  # fmt: skip
         rows.append([Cell(label, href=f"#run-{number}"), f"{method_name(run.method)}: {models(run)}", *figures, count(student.get("parameters")),
-                     f"{smaller:.2f} ×" if smaller else "", duration(main.get("seconds")) if run.finished else "not finished",
+                     f"{smaller:.2f} ×" if smaller else "", duration(training(run)) if run.finished else "not finished",
                      rate(main.get("examples_per_second")), peak, energy])  # fmt: skip
     measures = [f"{split} {metric_header(m)}" for m in metrics for split in ("validation", "test")]
     columns = [
@@ -120,32 +126,30 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
         f"memory, {memory}",
         joule,
     ]
-    note = "Figures are the student's; training is that of its last phase."
+    note = "Figures are the student's; examples/s are of its last phase, training is all of its phases."
     return without_empty(Table("side-by-side", "The runs side by side", columns, rows, left=2, note=note))
 
 
-def _section_times(runs: Sequence[Run], labels: Sequence[str]) -> Table | None:
-    """A column a run: seconds a step of each section of the last phase."""
-    found = [{cost.name: cost.seconds for cost in costs(run, run.main())} for run in runs]
-    known = [(label, one) for label, one in zip(labels, found, strict=True) if one]
-    if not known:
+def _section_times(runs: Sequence[Run], labels: Sequence[str], words: str) -> Table | None:
+    """A column a label, with the mean of its runs: seconds a step of each section of the last phase."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        if one := {cost.name: cost.seconds for cost in costs(run, run.main())}:
+            found.setdefault(label, []).append(one)
+    if not found:
         return None
-    named = dict.fromkeys(name for one in found for name in one)
+    named = dict.fromkeys(name for each in found.values() for one in each for name in one)
     names = [*(name for name in SECTIONS if name in named), *sorted(set(named) - set(SECTIONS))]
-    totals, most = [sum(one.values()) for _, one in known], max(max(one.values()) for _, one in known)
-    unit, texts = column([*(one.get(name) for name in names for _, one in known), *totals], TIME, figures=4)
-    rows, width = [], len(known)
+    means = [{name: fmean(one.get(name, 0.0) for one in each) for name in names} for each in found.values()]
+    totals, most = [sum(one.values()) for one in means], max(max(one.values()) for one in means)
+    unit, texts = column([*(one[name] or None for name in names for one in means), *totals], TIME, figures=4)
+    rows, width = [], len(means)
     for place, name in enumerate(names):
-        cells = zip(texts[place * width : (place + 1) * width], known, strict=True)
-        rows.append([name, *(Cell(text, bar=one.get(name, 0.0) / most if most else None) for text, (_, one) in cells)])
+        cells = zip(texts[place * width : (place + 1) * width], means, strict=True)
+        rows.append([name, *(Cell(text, bar=one[name] / most if most else None) for text, one in cells)])
     rows.append(["a step in all", *texts[-width:]])
-    columns = ["section", *(label for label, _ in known)]
     return Table(
-        "section-times",
-        f"{unit} a step, by section, in the last phase of each run",
-        columns,
-        rows,
-        strong=[len(rows) - 1],
+        "section-times", f"{unit} a step, by section, in {words}", ["section", *found], rows, strong=[len(rows) - 1]
     )
 
 

@@ -110,7 +110,7 @@ def _models(run: Run) -> str:
         return f"This run trains the student {student} by {method}{source}."
     entry = run.summary.get("student", {})
     size = _parameters(entry)
-    said = f"{method} trained the student {student}{f' ({size} parameters)' if size else ''}"
+    said = f"The student {student}{f' ({size} parameters)' if size else ''} was trained by {method}"
     if teachers:
         sizes = list(dict.fromkeys(_parameters(t) for t in run.summary["teachers"]))
         each = f" ({sizes[0]} parameters{' each' * (len(teachers) > 1)})" if len(sizes) == 1 and sizes[0] else ""
@@ -120,7 +120,7 @@ def _models(run: Run) -> str:
         said += f" with {number} teacher{'s' * (len(teachers) != 1)}, {named}{each}"
         smaller = finite(run.summary.get("times_smaller"))
         if smaller:
-            said += f". The student is {smaller:.2f} times smaller" + " than the teachers' mean" * (len(sizes) > 1)
+            said += f". It is {smaller:.2f} times smaller" + " than the teachers' mean" * (len(sizes) > 1)
     return said + "."
 
 
