@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "gpu-check"
 SECONDS = 460  # in all
 GRAPHS = "tests/test_cuda_graph_gpu.py"
-WRITTEN = ("summary.txt", "log.txt", "junit.xml", "tables.md", "kernels.json", "steps.json", "time-machine.json")
+WRITTEN = ("summary.txt", "log.txt", "junit.xml", "tables.md", "kernels.json", "steps.json", "telemetry.json", "time-machine.json")
 LAST = 25.0  # seconds of a part's time in which a benchmark starts no further row
 STOP = 8.0  # seconds that a part has to write its results once it is interrupted
 COMPILE = """
@@ -77,7 +77,8 @@ def parts(device: str, out: Path) -> list[Part]:
         Part("graphs", "CUDA graphs against eager steps", 0.12, [*marked, GRAPHS], some=here),
         Part("kernels", "benchmark of the kernels", 0.16, [*pytest, "bench/bench_kernels.py", *bench, *usual], some=True),
         Part("time-machine", "benchmark of the time machine", 0.08, [*pytest, "bench/bench_time_machine.py", *bench], some=True),
-        Part("steps", "benchmark of whole steps", 0.24, [*pytest, "bench/bench_steps.py", *bench], some=True),
+        Part("telemetry", "benchmark of telemetry", 0.06, [*pytest, "bench/bench_telemetry.py", *bench], some=True),
+        Part("steps", "benchmark of whole steps", 0.18, [*pytest, "bench/bench_steps.py", *bench], some=True),
     ]  # fmt: skip
 
 

@@ -260,7 +260,7 @@ RENDER = {
     "runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels, "steps": render_steps,
     "time-machine": render_time_machine, "telemetry": render_telemetry,
 }  # fmt: skip
-MEASURED = {"kernels", "steps", "time-machine"}  # whose rows name their device, and come from several machines
+MEASURED = {"kernels", "steps", "telemetry", "time-machine"}  # whose rows name their device, and come from several machines
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:

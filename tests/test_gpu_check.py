@@ -18,7 +18,7 @@ LEAN = {f"tests/test_{name}.py" for name in ("cuda_graph_gpu", "flat_gpu", "kern
 # What a lent machine need not have.
 ABSENT = {
     "datasets", "dill", "multiprocess", "jsonargparse", "torchdata", "torchmetrics", "liger_kernel", "tensorboard", "rich",
-    "peft", "hypothesis", "pytest_benchmark", "pyarrow", "pandas", "sklearn", "scipy", "psutil", "pynvml",
+    "peft", "hypothesis", "pytest_benchmark", "pyarrow", "pandas", "sklearn", "scipy",
 }  # fmt: skip
 SITE = f"""
 import sys
@@ -62,7 +62,7 @@ assert find_spec("datasets") is None and find_spec("hypothesis") is None
 files, lacking = gpu_tests()
 print(*(f"lacking {file}" for file in lacking), sep="\\n")
 bench = [word for part in gpu_check.parts("cuda", gpu_check.OUT) for word in part.command if word.startswith("bench/bench_")]
-assert len(bench) == 3
+assert len(bench) == 4
 sys.exit(pytest.main(["--collect-only", "-q", *files, *bench]))
 """
 
@@ -72,7 +72,7 @@ def test_gpu_tests_and_benchmarks_can_be_imported_where_little_is_installed(bare
     done = python(bare, "-c", COLLECT)
     assert done.returncode == 0, done.stdout + done.stderr
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert LEAN | {f"bench/bench_{name}.py" for name in ("kernels", "steps", "time_machine")} <= collected
+    assert LEAN | {f"bench/bench_{name}.py" for name in ("kernels", "steps", "telemetry", "time_machine")} <= collected
     lacking = [line.removeprefix("lacking ") for line in done.stdout.splitlines() if line.startswith("lacking ")]
     assert not [file for file in lacking if file in LEAN or file.endswith("_gpu.py")]
 
@@ -221,7 +221,7 @@ def test_the_whole_check_in_small_where_little_is_installed(bare, tmp_path):
     assert {f.name for f in out.iterdir()} == set(gpu_check.WRITTEN)
     summary = (out / "summary.txt").read_text()
     assert "All passed" in summary and "needs a CUDA device" in summary
-    for subject in ("kernels", "steps", "time-machine"):
+    for subject in ("kernels", "steps", "telemetry", "time-machine"):
         results = json.loads((out / f"{subject}.json").read_text())
         assert results["rows"] and results["machines"][0]["hardware"]["device"] == "cpu"
         assert f"## {subject}" in (out / "tables.md").read_text()
