@@ -9,9 +9,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from engine.telemetry.flops import FlopCounter
 
 
 def measure(step: Callable[[], Any], rounds: int) -> dict[str, Any]:
@@ -35,37 +33,12 @@ def measure(step: Callable[[], Any], rounds: int) -> dict[str, Any]:
     return {"seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds), "growth": max(growth)}
 
 
-def _shapes(count: Callable[..., int], tensors: int) -> Callable[..., int]:
-    return lambda *args, **_: count(*(t.shape for t in args[:tensors]))
-
-
-# torch counts the fused attention of GPUs alone
-FORMULAS = flop_registry | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _shapes(sdpa_flop_count, 3),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _shapes(sdpa_backward_flop_count, 4),
-}
-
-
-class _Counter(TorchDispatchMode):
-    """torch's FlopCounterMode without its hooks on modules, which checkpointed layers do not take."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in FORMULAS:
-            self.total += FORMULAS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def flops(step: Callable[[], Any]) -> int:
     """Of the matrix products and fused attention of one step, a multiplication and an addition counted as two.
 
     What is computed again, as fused attention does in its backward, counts again.
     """
-    with _Counter() as counter:
+    with FlopCounter() as counter:
         step()
     return counter.total
 
