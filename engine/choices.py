@@ -35,10 +35,7 @@ def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
 
     Raises UserError for a device that does not exist, and for what does not go with it or with the method.
     """
-    _refuse_answers(config)
-    _refuse_noise(config)
-    _refuse_compile(config)
-    _refuse_without_quiz(config)
+    refuse(config)
     device = _device(config.run.device)
     config.run.precision, instead = precision.choose(config.run.precision, device)
     if instead is not None:
@@ -47,6 +44,14 @@ def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
     optim.check(config.optim.optimizer, device)
     cuda_graph.require(config.run.cuda_graphs, device)
     return device
+
+
+def refuse(config: Config) -> None:
+    """Raises UserError for settings that do not go together, whatever the device is."""
+    _refuse_answers(config)
+    _refuse_noise(config)
+    _refuse_compile(config)
+    _refuse_without_quiz(config)
 
 
 def _refuse_answers(config: Config) -> None:

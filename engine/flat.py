@@ -134,10 +134,9 @@ class FlatParameters:
             p.data = view
         self.tables = [Table(n, modules, self.parameters[n].data) for n, modules in embeddings.items()]
         self.dense_names = [name for name in self.offsets if name not in embeddings]
-        used = torch.zeros(self.dense, dtype=torch.bool)
-        for view in self.views(used, self.dense_names).values():
-            view.fill_(True)
-        self._gaps = (~used).nonzero().squeeze(1).to(device)
+        ends = [self.offsets[name] + self.parameters[name].numel() for name in self.dense_names]
+        gaps = [i for end in ends for i in range(end, -(-end // ALIGNMENT) * ALIGNMENT)]
+        self._gaps = torch.tensor(gaps, dtype=torch.int64, device=device)
         self._gradients: Tensor | None = None
         self._touched: list[list[Tensor]] = [[] for _ in self.tables]
         self._shadow: Tensor | None = None
@@ -166,6 +165,8 @@ class FlatParameters:
 
     def check(self) -> None:
         """RuntimeError where a parameter was given new storage, as `module.to(device)` does, or exchanged for another."""
+        if type(self.weights) is not Tensor:  # it stands for one (FakeTensor) and has no address
+            return
         base, size = self.weights.data_ptr(), self.weights.element_size()
         for name, p in self.parameters.items():
             owner, key = self._owners[name]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 from transformers import logging as transformers_logging
 
 from engine.data.splits import Task
@@ -107,6 +107,32 @@ def load_model(
     return Loaded(module, tokenizer, trained, _longest(module, tokenizer))
 
 
+def configuration_of(given: str, hub: Hub) -> tuple[str | None, int, PretrainedConfig | None]:
+    """(alias, sample, configuration) of a named model, without its weights; the configuration is None for an alias whose own
+    cannot be had. Raises UserError as `resolve_models` does."""
+    alias, sample = _alias(given)
+    path, repo = Path(given).expanduser(), ALIASES.get(alias, given)
+    try:
+        if given.strip() and path.is_dir():
+            return alias, sample, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if alias is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+            raise _unknown(given)
+        if hub.source != "embedded":
+            if (folder := _cached(repo)) is not None:
+                return alias, sample, AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if hub.reachable():
+                return alias, sample, AutoConfig.from_pretrained(repo, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"Cannot read the configuration of model {given!r} ({_first_line(e)}); give a Hugging Face directory "
+                        "or a hub id of a model that transformers knows.") from e  # fmt: skip
+    if alias is None:
+        why = "--source embedded was given" if hub.source == "embedded" else f"the hub cannot be reached ({hub.why})"
+        raise UserError(
+            f"Model {given!r} is not to be had: {why}; give a local directory or one of {', '.join(ALIASES)}."
+        )
+    return alias, sample, None
+
+
 def keep_layers(module: nn.Module, layers: list[int]) -> None:
     """Keep these encoder layers (counted from 0, in this order), as DistilBERT was initialised from BERT.
 
@@ -146,9 +172,7 @@ def _locate(item: str, alias: str | None, hub: Hub) -> tuple[str, str]:
     if item.strip() and path.is_dir():
         return "local", str(path.resolve())
     if alias is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", item) or item.startswith((".", "~", "/")):
-        raise UserError(
-            f"Unknown model {item!r}: give {', '.join(ALIASES)} (bert2 for a second sample), a hub id such as user/name, "
-            "or an existing local directory.")  # fmt: skip
+        raise _unknown(item)
     repo = ALIASES.get(alias, item)
     if hub.source != "embedded":
         directory = _cached(repo) or (_download(repo) if hub.reachable() else None)
@@ -162,6 +186,11 @@ def _locate(item: str, alias: str | None, hub: Hub) -> tuple[str, str]:
         raise UserError(f"Model {item!r} is not to be had: {why}, and only {', '.join(ALIASES)} have an embedded "
                         "stand-in; give a local directory or one of those.")  # fmt: skip
     return "embedded", alias
+
+
+def _unknown(item: str) -> UserError:
+    return UserError(f"Unknown model {item!r}: give {', '.join(ALIASES)} (bert2 for a second sample), a hub id such as "
+                     "user/name, or an existing local directory.")  # fmt: skip
 
 
 def _cached(repo: str) -> Path | None:

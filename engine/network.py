@@ -109,6 +109,10 @@ class Network:
         """The weights that take gradients, by name, a tied weight once."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
+    def copies(self) -> list[Tensor]:
+        """Weights that it keeps beside the module's own: bf16 shadow and frozen copies, once a forward has made them."""
+        return [] if self._flat is None or self._flat.shadow is None else [self._flat.shadow]
+
     def size(self) -> int:
         """Number of parameters, a tied weight counted once."""
         return sum(p.numel() for p in self.module.parameters())
@@ -208,6 +212,9 @@ class Encoder(Network):
     def move(self, device: torch.device | str) -> None:
         super().move(device)
         self._frozen = None
+
+    def copies(self) -> list[Tensor]:
+        return [*super().copies(), *(() if self._frozen is None else self._frozen[1].values())]
 
     def _drops_attention(self) -> bool:
         config = getattr(self.module, "config", None)

@@ -152,6 +152,11 @@ class TimeMachine:
                 self._floors.pop()
                 self._stack = before
 
+    def held(self) -> list[Tensor]:
+        """What snapshots take: storages that were allocated for them, and kept rows."""
+        parts = [part for snapshot in self._stack.values() for part in snapshot.tables]
+        return [*self._buffers.values(), *(part.values if isinstance(part, Rows) else part for part in parts)]
+
     def _free(self, name: Hashable) -> None:
         """A name that is taken again stands for the later time. The way to earlier snapshots still leads over the rows of
         the one that had it, which stays unnamed; with its dense part, where an excursion needs that."""
