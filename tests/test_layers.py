@@ -49,6 +49,7 @@ LAYERS = [
     {"cli"},
     {"train"},
     {"compare"},
+    {"profiling"},
 ]
 LEAVES = {"models", "checkpoint", "telemetry", "console", "time_machine", "hub"}
 LEAVES |= {"tape", "checkpointing", "encoder_layers", "weights", "features", "compiling"}

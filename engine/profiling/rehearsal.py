@@ -1,0 +1,234 @@
+"""A run in small: the stages of engine.stages on models and batches at hand, a few steps of each, under a ledger.
+
+Nothing is trained for its result and no data is read, so it serves fake models (engine.profiling.estimate) as well as real
+ones, which is how the estimate is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import choices, matching
+from engine.batch import Batch
+from engine.config import Config
+from engine.data.labels import Task
+from engine.errors import UserError
+from engine.learner import Learner
+from engine.methods import METHODS, State
+from engine.network import Encoder, Network
+from engine.profiling.blueprints import Blueprint
+from engine.profiling.ledger import Ledger
+from engine.stages import Stages
+from engine.teachers import Member, Teacher
+from engine.telemetry.flops import FlopCounter
+from engine.trainer import Phase, Plan, Progress
+
+STEPS = 2  # the first makes what stays: gradients, moments, snapshots
+
+
+@dataclass
+class Act:
+    """A phase that was rehearsed."""
+
+    name: str
+    ledger: Ledger
+    flops: int  # of its last step; with several pilot steps, of a whole round
+
+
+class Rehearsal:
+    """Builds the models on the host, as a run does, and `run` takes the phases one after another.
+
+    `acts` are those that were rehearsed. Without `follow` no ledger listens, and its figures are 0. Raises UserError for
+    settings that do not fit the models, or that cannot be rehearsed.
+    """
+
+    def __init__(
+        self, config: Config, task: Task, student: Blueprint, teachers: Sequence[Blueprint], device: torch.device,
+        follow: bool = True,
+    ):  # fmt: skip
+        refuse(config)
+        self.config, self.device, self.follow, self.acts = config, device, follow, []
+        if METHODS[config.method.method].teachers == "none":
+            teachers = []
+        choices.resolve_defaults(config, student.source, [t.source for t in teachers])
+        members = [self._member(each) for each in [student, *teachers]]
+        pupil, *taught = [member.network for member in members]
+        if METHODS[config.method.method].teachers == "learning":
+            choices.check_checkpointing(config.method.checkpointing, pupil, taught)
+        self.task, self.networks = task, [pupil, *taught]
+        self.objective = choices.objective(config, task, _silent)
+        compared = None if self.objective.feature_loss == "none" else matching.match(config, pupil, taught)
+        setup = SimpleNamespace(
+            config=config, device=device, student=members[0], teachers=members[1:], objective=self.objective,
+            matching=compared, given_weights=choices.teacher_weights(config, len(taught)), noise=None,
+            console=SimpleNamespace(say=_silent), encoded=_Encoded(config),
+        )  # fmt: skip
+        self._stages = _Stages(setup, self)
+
+    def _member(self, blueprint: Blueprint) -> Member:
+        """Models of as many words are taken to have one tokenizer."""
+        module = blueprint.build()
+        network = Encoder(blueprint.source.name, module, f"{module.config.vocab_size} words", self.config.run.precision)
+        return Member(blueprint.source, network, None, blueprint.trained_head)
+
+    def run(self) -> list[Act]:
+        self._stages.run()
+        return self.acts
+
+    # --- in the trainer's place
+
+    def stands_in(self, phase: str) -> bool:
+        return False
+
+    def fit(self, phase: Phase) -> Progress:
+        """Some steps of a phase, on batches as long and as large as they can be."""
+        state = phase.state
+        for network in state.networks():
+            network.module.to(self.device)
+        batches, quizzes = self._batches(phase, phase.plan.round_size), []
+        if state.quiz is not None:
+            quizzes = self._batches(phase, state.quiz.count, state.quiz.batch_size)
+        inputs = list(_tensors([*batches, *quizzes]))
+        shapes = [s for network in self.networks for s in _weight_shapes(network)]
+        shapes += [s for learner in state.learners() for s in _vector_shapes(learner.network)]
+        ledger = Ledger(lambda: _known(self.networks, state, inputs), shapes)
+        counter = FlopCounter()
+        with ledger.following() if self.follow else nullcontext():
+            for step in range(STEPS):
+                with counter if self.follow and step == STEPS - 1 else nullcontext():
+                    phase.method.step(state, batches, quizzes)
+                state.advance(len(batches))
+        ledger.known = tuple  # which would keep the phase's optimizers alive
+        self.acts.append(Act(phase.name, ledger, counter.total))
+        return Progress()
+
+    def _batches(self, phase: Phase, count: int, size: int | None = None) -> list[Batch]:
+        kept = self._stages.kept_answers
+        return [self.batch(phase.state.networks(), size or phase.batch_size, kept) for _ in range(count)]
+
+    def batch(self, networks: Sequence[Network], size: int, kept: Sequence[Sequence[torch.Size]] = ()) -> Batch:
+        """Random words, none of them padding; `kept` are the shapes of an example's answers, of each teacher."""
+        shape, inputs = (size, self.config.data.max_length), {}
+        for network in networks:
+            ids = torch.randint(1, network.module.config.vocab_size, shape, device=self.device)
+            inputs[network.encoding] = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                                        "token_type_ids": torch.zeros_like(ids)}  # fmt: skip
+        if self.task.kind == "regression":
+            labels = torch.rand(size, device=self.device)
+        else:
+            labels = torch.randint(self.task.num_labels, (size,), device=self.device)
+        answers = [[torch.zeros(size, *each, device=self.device) for each in shapes] for shapes in kept]
+        return Batch(labels, inputs, answers)
+
+
+def refuse(config: Config) -> None:
+    """Raises UserError for settings that do not go together, or whose memory is not estimated."""
+    choices.refuse(config)
+    method = config.method
+    for name, known in {"method": method.method != "metakd", "prepare_method": method.prepare_method in (None, "finetune"),
+                        "teacher_domains": config.data.teacher_domains != "each", "compile": not config.run.compile}.items():  # fmt: skip
+        if not known:
+            value = getattr(method, name, getattr(config.data, name, ""))
+            raise UserError(f"--{name.replace('_', '-')} {value}".rstrip() + " is not estimated: what it makes depends on the "
+                            "data or on a compiler; leave it out.")  # fmt: skip
+
+
+class _Stages(Stages):
+    """Teachers are prepared without data, a cache or a validation."""
+
+    def __init__(self, setup: Any, trainer: Rehearsal):
+        super().__init__(setup, trainer)
+        self.kept_answers: list[list[torch.Size]] = []
+
+    def _prepare(self, member: Member) -> Teacher:
+        optim, network = self.config.optim, member.network
+        network.module.to(self.device)
+        if member.trained_head:
+            return Teacher(member, "as given", Progress())
+        later = self.setup.teachers[self.setup.teachers.index(member) + 1 :]
+        if any(
+            not each.trained_head and _alike(each, member) for each in later
+        ):  # which finds this one in its place as well
+            network.flatten()
+            return Teacher(member, "fine-tuned", Progress())
+        plan = Plan(-(-self.config.data.train_size // optim.batch_size), optim.prepare_epochs)
+        learner = Learner.adamw(
+            network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
+            weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm, optimizer=optim.optimizer,
+        )  # fmt: skip
+        state = State(learner, self.setup.objective, micro_batch=optim.micro_batch_size)
+        phase = f"prepare {member.source.name}"
+        self.trainer.fit(Phase(phase, METHODS["finetune"], state, None, None, plan, optim.batch_size, 0))
+        network.flat.release_gradients()
+        return Teacher(member, "fine-tuned", Progress())
+
+    def _answers(self, teacher: Network) -> Any:
+        with torch.no_grad(), teacher.in_mode(train=False):
+            given = teacher(self.trainer.batch([teacher], 1)).given()
+        self.kept_answers.append([t.shape[1:] for t in given])
+        teacher.move("cpu")
+        return SimpleNamespace(arrays=[])
+
+
+def _alike(one: Member, other: Member) -> bool:
+    return one.network.module.config.to_dict() == other.network.module.config.to_dict()
+
+
+class _Split:
+    """As many examples as there are said to be."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def only(self, encodings: set[str]) -> _Split:
+        return self
+
+    def with_answers(self, answers: list) -> _Split:
+        return self
+
+
+class _Encoded:
+    def __init__(self, config: Config):
+        self.train, self.quiz, self.validation = [_Split(config.data.train_size)], _Split(config.data.quiz_size), None
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _weight_shapes(network: Network) -> Iterator[torch.Size]:
+    return (p.shape for p in network.module.parameters())
+
+
+def _vector_shapes(network: Network) -> Iterator[torch.Size]:
+    """Of what holds a number for each weight, with and without its tables."""
+    yield from (network.flat.weights.shape, torch.Size([network.flat.dense]))
+
+
+def _known(networks: Sequence[Network], state: State, inputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What lives as long as the models do."""
+    for network in networks:
+        for p in network.module.parameters():
+            yield "weights", p
+            if p.grad is not None:
+                yield "gradients", p.grad
+        yield from (("weights", t) for t in [*network.module.buffers(), *network.copies()])
+    for learner in state.learners():
+        yield from (("optimizer", t) for entries in learner.optimizer.state.values() for t in _tensors(entries))
+    if state.meta_step is not None:
+        yield from (("snapshots", t) for t in state.meta_step.problem.time_machine.held())
+    yield from (("inputs", t) for t in inputs)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    yield from (leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
