@@ -37,11 +37,14 @@ class Console:
             soft_wrap=False,
         )
 
-    def table(self, columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    def table(self, columns: list[str], rows: list[list[str]], title: str | None = None, words: int = 2) -> None:
+        """The first `words` columns are words, the others figures."""
         table = Table(title=title)
         for i, column in enumerate(columns):
-            text = i < 2
-            table.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+            text = i < words
+            # a header may be broken at its spaces, a figure may not
+            least = None if text else max((len(row[i]) for row in rows), default=0)
+            table.add_column(column, justify="left" if text else "right", overflow="fold", min_width=least)
         for row in rows:
             table.add_row(*map(escape, row))
         self.rich.print(table, soft_wrap=False)

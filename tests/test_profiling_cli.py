@@ -41,7 +41,6 @@ def test_flags_of_both_kinds():
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ([], "--estimate"),
     (["--estimate", "--gpu-memory", "much"], "--gpu-memory"),
     (["--estimate", "--strategies", "exact,magic"], "--strategies has 'magic'"),
     (["--estimate", "--checkpointing-choices", "selective"], "--checkpointing-choices"),

@@ -31,6 +31,7 @@ class Options:
     budget: int | None  # bytes
     classes: int
     output: str | None
+    steps: int  # that are timed
     choices: dict[str, list[Any]]  # values of engine.profiling.estimate.Setting that were listed
 
 
@@ -42,9 +43,11 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     result = _Parser(
         prog="python -m engine.profiling", allow_abbrev=False,
-        usage="%(prog)s --estimate [--teachers A,B --student S] [--gpu-memory 24GB] [--output DIR] [any flag of engine.train]",
-        description="What memory a run needs, by what it is for, and which settings fit a GPU: the engine's own steps on tensors "
-        "that have a size and nothing else. Nothing is trained, no weights are read and no GPU is needed.",
+        usage="%(prog)s [--estimate [--gpu-memory 24GB]] [--teachers A,B --student S] [--strategies all] [--lengths 64,128] "
+        "[--batch-sizes 8,32] [any flag of engine.train]",
+        description="Where time and memory of a step go: a few steps of every setting, on random weights. With --estimate: what "
+        "memory a run needs, by what it is for, and which settings fit a GPU, from the engine's own steps on tensors that "
+        "have a size and nothing else; no weights are read and no GPU is needed.",
         epilog="Any other flag is one of engine.train (python -m engine.train --help). Lists are comma-separated; every "
         "combination is a row of the table.",
     )  # fmt: skip
@@ -62,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lengths", "--length", help="tokens of a batch's examples (default: --max-length)")
     result.add_argument("--classes", type=int, default=2, help="what the classifiers tell apart (default: %(default)s); 1 is a "
                         "regression")  # fmt: skip
-    result.add_argument("--output", help="a directory for estimate.json")
+    result.add_argument("--steps", type=int, default=5, help="steps of each setting that are timed (default: %(default)s)")
+    result.add_argument("--output", help="directory of the results (default: runs/<time>-profile; of an estimate, none)")
     return result
 
 
@@ -77,6 +81,8 @@ def parse(words: Sequence[str]) -> Options:
         config.run.device = "cuda"
     if given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be at least 1.")
+    if given.steps < 1:
+        raise UserError(f"--steps is {given.steps}; it must be at least 1.")
     found = {
         "meta_grad": _named(given.strategies, "--strategies", STRATEGIES),
         "checkpointing": _named(given.checkpointing_choices, "--checkpointing-choices", CHECKPOINTING),
@@ -85,7 +91,7 @@ def parse(words: Sequence[str]) -> Options:
         "max_length": _numbers(given.lengths, "--lengths", 4),
     }
     listed = {name: values for name, values in found.items() if values is not None}
-    return Options(config, rest, given.estimate, budget, given.classes, given.output, listed)
+    return Options(config, rest, given.estimate, budget, given.classes, given.output, given.steps, listed)
 
 
 def size(given: str, flag: str) -> int:

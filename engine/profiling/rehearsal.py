@@ -92,13 +92,8 @@ class Rehearsal:
         state = phase.state
         for network in state.networks():
             network.module.to(self.device)
-        batches, quizzes = self._batches(phase, phase.plan.round_size), []
-        if state.quiz is not None:
-            quizzes = self._batches(phase, state.quiz.count, state.quiz.batch_size)
-        inputs = list(_tensors([*batches, *quizzes]))
-        shapes = [s for network in self.networks for s in _weight_shapes(network)]
-        shapes += [s for learner in state.learners() for s in _vector_shapes(learner.network)]
-        ledger = Ledger(lambda: _known(self.networks, state, inputs), shapes)
+        batches, quizzes = self.batches(phase)
+        ledger = self.ledger(state, [*batches, *quizzes])
         counter = FlopCounter()
         with ledger.following() if self.follow else nullcontext():
             for step in range(STEPS):
@@ -108,6 +103,18 @@ class Rehearsal:
         ledger.known = tuple  # which would keep the phase's optimizers alive
         self.acts.append(Act(phase.name, ledger, counter.total))
         return Progress()
+
+    def batches(self, phase: Phase) -> tuple[list[Batch], list[Batch]]:
+        """Of a round, and its quizzes: full, and as long as they can be."""
+        quiz, batches = phase.state.quiz, self._batches(phase, phase.plan.round_size)
+        return batches, [] if quiz is None else self._batches(phase, quiz.count, quiz.batch_size)
+
+    def ledger(self, state: State, batches: Sequence[Batch], **options: Any) -> Ledger:
+        """One that knows what these models, their optimizers and the batches hold."""
+        inputs = list(_tensors(batches))
+        shapes = [s for network in self.networks for s in _weight_shapes(network)]
+        shapes += [s for learner in state.learners() for s in _vector_shapes(learner.network)]
+        return Ledger(lambda: _known(self.networks, state, inputs), shapes, **options)
 
     def _batches(self, phase: Phase, count: int, size: int | None = None) -> list[Batch]:
         kept = self._stages.kept_answers
