@@ -101,11 +101,15 @@ def test_predicted_as_measured_everywhere(given):
     compare(8, 32, model("s", 2, kind=DistilBertConfig), [model("a", 4), model("b", 3)], **given)
 
 
+LARGE = [EVERY[0], EVERY[1], EVERY[2], EVERY[9], {"precision": "fp32", "method": "kd"}]  # exact both ways, and others
+MINILM = [(16, 64, 1, given) for given in EVERY] + [(32, 128, 2, given) for given in LARGE]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("given", EVERY, ids=named)
-@pytest.mark.parametrize(("batch", "length"), [(16, 64), (32, 128)])
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_predicted_as_measured_at_the_size_of_minilm(given, batch, length, teachers):
+@pytest.mark.parametrize(
+    ("batch", "length", "teachers", "given"), MINILM, ids=lambda v: named(v) if isinstance(v, dict) else None
+)
+def test_predicted_as_measured_at_the_size_of_minilm(batch, length, teachers, given):
     size = {"width": 384, "heads": 12, "words": 30_522}
     compare(batch, length, model("s", 3, **size), [model(f"t{k}", 6, **size) for k in range(teachers)], **given)
 
