@@ -1,7 +1,7 @@
 """What telemetry costs: steps with it and without it, in turns in one run.
 
-A turn is what the trainer does between two records: 20 steps (--log-steps), each booked, and one record. Turns with and
-without telemetry alternate, and their times are compared pair by pair. What telemetry does in a turn is also timed by itself,
+A turn is what the trainer does for half a second or more: 20 steps (--log-steps), each booked, and a record. Turns with and without
+telemetry alternate, and their times are compared pair by pair. What telemetry does in a turn is also timed by itself,
 since a shared machine's steps differ by more than it takes: the marks of a step, the record, and the sampler's thread.
 
     pytest bench/bench_telemetry.py --full --save
@@ -9,6 +9,7 @@ since a shared machine's steps differ by more than it takes: the marks of a step
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -22,30 +23,31 @@ from engine.telemetry.meter import meter_of
 from engine.telemetry.telemetry import Costs, Telemetry
 
 STEPS = 20  # --log-steps
+TURN = 0.5  # seconds, at least: ten samples
 CASES = [
     (Case("metadistil", 8, 16, 2), "miniature", 40),  # the smallest steps there are
     (Case("finetune", 8, 16, 0), "miniature", 40),
     (Case("metadistil", 8, 32, 1, "bf16", full=True), "minilm", 10),
-    (Case("metadistil", 32, 64, 1, "bf16", full=True), "minilm", 5),
 ]
 MOST = 0.01  # of a step's time
 
 
-def turn(call: Callable[[], object], telemetry: Telemetry, case: Case, device) -> float:
-    """Seconds of STEPS steps and a record."""
+def turn(call: Callable[[], object], telemetry: Telemetry, case: Case, device, records: int) -> tuple[float, float]:
+    """Seconds of so many times STEPS steps and a record, by the clock and of the processor (all threads)."""
     shapes = [(case.batch, case.length)]
     with telemetry.phase(Costs()):
         _wait(device)
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            with section("data wait"):
-                pass
-            call()
-            telemetry.round(shapes, shapes)
-        _wait(device)
-        with section("logging"):
-            telemetry.values(time.perf_counter() - started)
-        return time.perf_counter() - started
+        started, used = time.perf_counter(), time.process_time()
+        for _ in range(records):
+            for _ in range(STEPS):
+                with section("data wait"):
+                    pass
+                call()
+                telemetry.round(shapes, shapes)
+            _wait(device)
+            with section("logging"):
+                telemetry.values(time.perf_counter() - started)
+        return time.perf_counter() - started, time.process_time() - used
 
 
 class Counting:
@@ -81,10 +83,11 @@ def test_cost(device, record, request, case, size, pairs):
     call = engine_step(Setting(case, SIZES[size], where))[1]
     for _ in range(3):
         call()
+    turns = 1 if request.config.getoption("--small") else math.ceil(TURN / STEPS / timed(call))
     counted = Counting()
     with listening(counted):
         call()
-    ratios, plain, records, busy = [], [], [], []
+    ratios, ratios_cpu, plain, records, busy = [], [], [], [], []
     for number in range(pairs):
         seconds = {}
         for on in (True, False) if number % 2 else (False, True):
@@ -95,7 +98,7 @@ def test_cost(device, record, request, case, size, pairs):
                     time.sleep(0.01)
                 before = telemetry.sampler.cpu_seconds if on else 0.0
                 started = time.perf_counter()
-                seconds[on] = turn(call, telemetry, case, device)
+                seconds[on] = turn(call, telemetry, case, device, turns)
                 if on:
                     wall = time.perf_counter() - started
                     records.append(timed(lambda t=telemetry: t.values(1.0)))
@@ -103,12 +106,15 @@ def test_cost(device, record, request, case, size, pairs):
                     busy.append((telemetry.sampler.cpu_seconds - before) / wall)
             finally:
                 telemetry.close()
-        ratios.append(seconds[True] / seconds[False] - 1)
-        plain.append(seconds[False] / STEPS)
+        for found, each in zip(
+            (ratios, ratios_cpu), zip(*(seconds[on] for on in (True, False)), strict=True), strict=True
+        ):
+            found.append(each[0] / each[1] - 1)
+        plain.append(seconds[False][0] / STEPS / turns)
     step, mark = median(plain), mark_seconds(where)
     marks, logging, thread = counted.marks * mark / step, median(records) / STEPS / step, median(busy)
-    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    record(part=size, row=case.name, device=device.name, step=step, pairs=pairs, measured=median(ratios), lower=low, upper=high,
+    quartiles = {name: quantiles(found, n=4) for name, found in {"clock": ratios, "cpu": ratios_cpu}.items()}
+    record(part=size, row=case.name, device=device.name, step=step, pairs=pairs, turns=quartiles,
            marks=counted.marks, mark_seconds=mark, marks_share=marks, record_seconds=median(records), record_share=logging,
            thread_share=thread, share=marks + logging + thread)  # fmt: skip
     assert counted.marks >= 4

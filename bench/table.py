@@ -1,6 +1,7 @@
 """The README's tables, from results under `bench/results/`; no figure is written by hand.
 
 python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
+python -m bench.table profile DIR > bench/results/profile-x.json      # one of engine.profiling, without its timelines
 python -m bench.table merge DIR                                       # results of another machine into bench/results/
 python -m bench.table                                                 # write every table into README.md
 """
@@ -19,6 +20,7 @@ from bench.records import joined, read, write
 from bench.step_table import render_steps
 from bench.telemetry_table import render_telemetry
 from bench.time_machine_table import render_time_machine
+from engine.profiling import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -47,6 +49,14 @@ def collect(directories: list[str]) -> dict[str, Any]:
             "settings": {k: v for k, v in settings.items() if k not in ("teachers", "student", "data", "output", "cache_dir")},
         })  # fmt: skip
     return {"kind": "runs", "rows": rows}
+
+
+def collect_profile(directory: str) -> dict[str, Any]:
+    """What its tables need."""
+    found = json.loads((Path(directory) / "profile.json").read_text())
+    for row in found["rows"]:
+        row.pop("timeline", None)
+    return found
 
 
 def render(results: dict[str, Any]) -> str:
@@ -259,16 +269,19 @@ def update(text: str) -> str:
 RENDER = {
     "runs": render_runs, "meta-step": render_meta_step, "kernels": render_kernels, "steps": render_steps,
     "time-machine": render_time_machine, "telemetry": render_telemetry,
+    "profile": lambda found: tables.page(found, largest=True),
 }  # fmt: skip
 MEASURED = {"kernels", "steps", "telemetry", "time-machine"}  # whose rows name their device, and come from several machines
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
         print(json.dumps(collect(sys.argv[2:]), indent=1))
+    elif sys.argv[1:2] == ["profile"] and len(sys.argv) == 3:
+        print(json.dumps(collect_profile(sys.argv[2]), indent=1))
     elif sys.argv[1:2] == ["merge"] and len(sys.argv) == 3:
         print("merged:", ", ".join(merge(Path(sys.argv[2]))))
     elif sys.argv[1:]:
-        sys.exit("usage: python -m bench.table [collect RUN_DIR... | merge DIR]")
+        sys.exit("usage: python -m bench.table [collect RUN_DIR... | profile DIR | merge DIR]")
     else:
         readme = ROOT / "README.md"
         readme.write_text(update(readme.read_text()))

@@ -11,25 +11,30 @@ from bench.records import describe
 def render_telemetry(results: dict[str, Any]) -> str:
     """A row a case, for each device."""
     lines = [
-        "| step | device | time | marks | record | thread | all | in turns |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | device | time | marks | record | thread | all | in turns, processor | in turns, clock |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(results["rows"], key=lambda row: row["step"]):
         shares = (row["marks_share"], row["record_share"], row["thread_share"], row["share"])
         lines.append(" | ".join([
             f"| {row['row']}, {row['part']}", row["device"], duration(row["step"]), *(_percent(share) for share in shares),
-            f"{_percent(row['measured'], signed=True)} ({_percent(row['lower'], signed=True)} to {_percent(row['upper'], signed=True)}) |",
+            _quartiles(row["turns"]["cpu"]), f"{_quartiles(row['turns']['clock'])} |",
         ]))  # fmt: skip
     most = max(results["rows"], key=lambda row: row["marks"])
     lines += [
         "",
         f"Of a step's time, with a record every 20 steps. A step has up to {most['marks']} marks of "
         f"{1e6 * most['mark_seconds']:.2f} µs; a record takes {1e6 * most['record_seconds']:.0f} µs beyond what is written without "
-        "telemetry; the thread samples memory 20 times a second, and its time counts as if it were the step's. \"In turns\" "
-        "compares stretches of 20 steps with and without telemetry, median and quartiles: steps differ by more than telemetry "
+        "telemetry; the thread samples memory 10 times a second, and its time counts as if it were the step's. \"In turns\" "
+        "compares stretches of half a second or more with and without telemetry, median and quartiles: steps differ by more than telemetry "
         "takes. " + " ".join(describe(**m) for m in results["machines"]),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _quartiles(found: list[float]) -> str:
+    low, middle, high = (_percent(value, signed=True) for value in found)
+    return f"{middle} ({low} to {high})"
 
 
 def _percent(share: float, signed: bool = False) -> str:

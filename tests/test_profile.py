@@ -259,3 +259,12 @@ def test_cells_of_sections():
     assert times["rows"] == [["pilot", "200 (40 %)"], ["other", "300 (60 %)"], ["whole step", "500"]]
     assert memory["rows"] == [["pilot", "3.00"], ["whole step", "3.00"]]
     assert holders["rows"] == [["weights", "3.00"], ["all", "3.00"]]
+
+
+def test_a_student_of_some_layers_is_built_again_and_again(tmp_path):
+    """Keeping layers changes a model's configuration, which is that model's alone."""
+    flags = ["--teachers", "bert", "--student", "bert", "--student-layers", "1", "--strategies", "exact,first_order"]
+    assert main([*FLAGS, *flags, "--lengths", "8", "--output", str(tmp_path / "o")]) == 0
+    found = json.loads((tmp_path / "o" / "profile.json").read_text())
+    assert [row["error"] for row in found["rows"]] == [None, None]
+    assert found["models"]["student"]["parameters"] < found["models"]["teachers"][0]["parameters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,9 @@ class Blueprint:
     def build(self) -> nn.Module:
         """In eval mode. Raises UserError for a configuration of no classifier."""
         try:
-            module = AutoModelForSequenceClassification.from_config(self.config)
+            module = AutoModelForSequenceClassification.from_config(
+                copy.deepcopy(self.config)
+            )  # it keeps, and changes, its own
         except (ValueError, KeyError, ImportError) as e:
             raise UserError(f"The configuration of {self.source.given} makes no classifier ({str(e).splitlines()[0]}); give a "
                             "model that transformers has one for.") from e  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.profiling.ledger import CATEGORIES
-from engine.report.units import BYTES, TIME, WORK, decimals, rate, unit_of
+from engine.report.units import BYTES, TIME, WORK, Units, decimals, rate, unit_of
 from engine.sections import SECTIONS
 
 Table = dict[str, Any]  # what Console.table takes
@@ -77,16 +77,16 @@ def steps(rows: Sequence[dict[str, Any]]) -> Table:
 
 def times(rows: Sequence[dict[str, Any]], shown: str) -> Table:
     """A row a section, with its share; they add up to the step."""
-    (size, unit), whole = unit_of([row["seconds"] for row in rows], TIME), [row["seconds"] for row in rows]
+    (size, unit), whole = _unit([row["seconds"] for row in rows], TIME), [row["seconds"] for row in rows]
     places = decimals(max(whole) / size)
     used = [name for name in SECTIONS if any(row["sections"].get(name) for row in rows)]
 
     def cell(row: dict[str, Any], name: str) -> str:
         seconds = row["sections"].get(name)
-        return "" if not seconds else f"{seconds / size:.{places}f} ({100 * seconds / row['seconds']:.0f} %)"
+        return "" if not seconds else f"{seconds / size:,.{places}f} ({100 * seconds / row['seconds']:.0f} %)"
 
     lines = [[name, *(cell(row, name) for row in rows)] for name in used]
-    lines.append(["whole step", *(f"{seconds / size:.{places}f}" for seconds in whole)])
+    lines.append(["whole step", *(f"{seconds / size:,.{places}f}" for seconds in whole)])
     return _table(f"Time by section of the step, {unit}, {shown}", "section", rows, lines)
 
 
@@ -110,13 +110,18 @@ def holders(rows: Sequence[dict[str, Any]], shown: str) -> Table:
 def _in_bytes(
     title: str, first: str, names: Sequence[str], wanted: Sequence[Sequence[int | None]], rows: Sequence[dict], shown: str
 ) -> Table:  # fmt: skip
-    size, unit = unit_of([value for line in wanted for value in line], BYTES)
+    size, unit = _unit([value for line in wanted for value in line], BYTES)
     places = decimals(max(value or 0 for line in wanted for value in line) / size)
     lines = [
         [name, *("" if value is None else f"{value / size:,.{places}f}" for value in line)]
         for name, line in zip(names, wanted, strict=True)
     ]
     return _table(f"{title}, {unit}, {shown}", first, rows, lines)
+
+
+def _unit(values: Sequence[float | None], units: Units) -> tuple[float, str]:
+    """A thousandth of what most are: what a small section takes is to show."""
+    return unit_of([(value or 0) / 16 for value in values], units)
 
 
 def _table(title: str, first: str, rows: Sequence[dict[str, Any]], lines: list[list[str]]) -> Table:
@@ -129,10 +134,10 @@ def markdown(table: Table) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def page(found: dict[str, Any]) -> str:
-    """All of it in Markdown."""
-    parts = []
-    for table in tables(found, across=None):
+def page(found: dict[str, Any], largest: bool = False) -> str:
+    """All of it in Markdown; section by section of the `largest` shape alone, where that is asked for."""
+    parts, several = [], tables(found, across=None)
+    for table in [several[0], *several[-3:]] if largest else several:
         parts += [f"{table['title']}:", "\n".join(markdown(table))]
     return "\n\n".join([*parts, caption(found)])
 

@@ -93,7 +93,7 @@ class Sampler:
         device: torch.device,
         section: Callable[[], str],
         *,
-        host_interval: float = 0.05,
+        host_interval: float = 0.1,
         device_interval: float = 0.25,
         library: Any = None,
         clock: Callable[[], float] = time.monotonic,
