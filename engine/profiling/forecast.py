@@ -8,7 +8,7 @@ from typing import Any
 from engine.console import Console
 from engine.output import OutputDirectory
 from engine.profiling import options
-from engine.profiling.estimate import Found, Setting, cheapest, estimate, search, wider
+from engine.profiling.estimate import Estimate, Found, Setting, cheapest, estimate, search, wider
 from engine.profiling.options import Options
 from engine.profiling.subject import Subject
 
@@ -22,10 +22,13 @@ def run(given: Options, console: Console) -> None:
     """Estimates of the settings that were asked for and, where none of them fits, of some that need less."""
     output = None if given.output is None else OutputDirectory(given.output, "estimate", resume=False)
     config, (task, student, teachers, device, asked) = given.config, Subject.of(given, console)
-    found = search(
-        lambda setting: estimate(setting.applied(config), task, student, teachers, device), asked, given.budget,
-        wider(config, device, given.choices),
-    )  # fmt: skip
+
+    def of(setting: Setting) -> Estimate:
+        told = estimate(setting.applied(config), task, student, teachers, device)
+        console.say(f"{', '.join(_parts(setting).values())}: {told.total / GIB:.2f} GiB")  # one takes seconds, many minutes
+        return told
+
+    found = search(of, asked, given.budget, wider(config, device, given.choices))
     best = None if given.budget is None else cheapest(found, given.budget)
     _show(found, given, console)
     sentence = _sentence(found, best, given)
