@@ -33,7 +33,16 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "gpu-check"
 SECONDS = 460  # in all
 GRAPHS = "tests/test_cuda_graph_gpu.py"
-WRITTEN = ("summary.txt", "log.txt", "junit.xml", "tables.md", "kernels.json", "steps.json", "telemetry.json", "time-machine.json")
+WRITTEN = (
+    "summary.txt",
+    "log.txt",
+    "junit.xml",
+    "tables.md",
+    "kernels.json",
+    "steps.json",
+    "telemetry.json",
+    "time-machine.json",
+)
 LAST = 25.0  # seconds of a part's time in which a benchmark starts no further row
 STOP = 8.0  # seconds that a part has to write its results once it is interrupted
 COMPILE = """

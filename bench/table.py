@@ -271,7 +271,12 @@ RENDER = {
     "time-machine": render_time_machine, "telemetry": render_telemetry,
     "profile": lambda found: tables.page(found, largest=True),
 }  # fmt: skip
-MEASURED = {"kernels", "steps", "telemetry", "time-machine"}  # whose rows name their device, and come from several machines
+MEASURED = {
+    "kernels",
+    "steps",
+    "telemetry",
+    "time-machine",
+}  # whose rows name their device, and come from several machines
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:

@@ -25,7 +25,9 @@ def run(given: Options, console: Console) -> None:
 
     def of(setting: Setting) -> Estimate:
         told = estimate(setting.applied(config), task, student, teachers, device)
-        console.say(f"{', '.join(_parts(setting).values())}: {told.total / GIB:.2f} GiB")  # one takes seconds, many minutes
+        console.say(
+            f"{', '.join(_parts(setting).values())}: {told.total / GIB:.2f} GiB"
+        )  # one takes seconds, many minutes
         return told
 
     found = search(of, asked, given.budget, wider(config, device, given.choices))

@@ -65,8 +65,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lengths", "--length", help="tokens of a batch's examples (default: --max-length)")
     result.add_argument("--classes", type=int, default=2, help="what the classifiers tell apart (default: %(default)s); 1 is a "
                         "regression")  # fmt: skip
-    result.add_argument("--steps", type=int, default=5, help="steps of each setting that are timed (default: %(default)s)")
-    result.add_argument("--output", help="directory of the results (default: runs/<time>-profile; of an estimate, none)")
+    result.add_argument(
+        "--steps", type=int, default=5, help="steps of each setting that are timed (default: %(default)s)"
+    )
+    result.add_argument(
+        "--output", help="directory of the results (default: runs/<time>-profile; of an estimate, none)"
+    )
     return result
 
 

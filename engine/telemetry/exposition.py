@@ -24,7 +24,10 @@ SINGLE = {
     "lr": ("learning_rate", "Learning rate of the model that the phase trains."),
     "examples_per_second": ("examples_per_second", "Training examples a second."),
     "tokens_per_second": ("tokens_per_second", "Padded tokens a second that the student reads."),
-    "flops_per_second": ("flops_per_second", "Floating-point operations a second: of one step they are counted, of others they follow from the shapes."),
+    "flops_per_second": (
+        "flops_per_second",
+        "Floating-point operations a second: of one step they are counted, of others they follow from the shapes.",
+    ),
     "step_seconds": ("step_seconds", "Mean seconds a step took."),
     "joules_per_step": ("joules_per_step", "Energy a step took."),
     "joules_per_example": ("joules_per_example", "Energy a training example took."),
