@@ -279,17 +279,19 @@ def test_memory_by_section_while_watching_and_the_peak_of_all(cuda):
         with section("pilot"):  # not watched
             cuda.work(1.0, memory=900)
         assert found.memory == {} and cuda.resets == 0
-        found.watching = True
+        found.watch(True)
+        found.watch(True)
         with section("quiz"):
             cuda.work(1.0, memory=50)
         with section("quiz"):
             cuda.work(1.0, memory=40)
-        found.watching = False
+        found.watch(False)
+        cuda.work(1.0, memory=800)
         cuda.capturing = []
         with section("JVP"):  # captured: its memory is laid out now
             cuda.work(1.0, memory=60)
         cuda.capturing = None
-    assert found.memory["quiz"] == 50 and found.memory["JVP"] == 60
+    assert found.memory == {"quiz": 50, "JVP": 60, "other": 0}  # what was not watched is of no section
     assert found.peak() == 900
     cuda.work(1.0, memory=1000)
     assert found.peak() == 1000

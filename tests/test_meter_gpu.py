@@ -75,7 +75,7 @@ def test_marks_change_nothing_in_a_graph(matrix):
 
 def test_memory_by_section(matrix):
     meter = CudaMeter(CUDA)
-    meter.watching = True
+    meter.watch(True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with listening(meter):

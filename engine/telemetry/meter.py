@@ -27,7 +27,7 @@ class Meter:
         self._seconds: dict[str, float] = {}
         self._since = clock()
         self.memory: dict[str, int] = {}  # peak bytes by section, where the device's allocator tells
-        self.watching = False  # whether memory is read at every section's end, which takes some time itself
+        self.watching = False
 
     @property
     def section(self) -> str:
@@ -44,6 +44,10 @@ class Meter:
 
     def captured(self) -> Callable[[], None]:
         return lambda: None
+
+    def watch(self, on: bool) -> None:
+        """Whether memory is read at every section's end from now on, which takes some time itself."""
+        self.watching = on
 
     def take(self) -> dict[str, float]:
         """Seconds by section, and the clock starts anew."""
@@ -109,10 +113,18 @@ class CudaMeter(Meter):
         self._peak = max(self._peak, self._cuda.max_memory_allocated(self.device))
         return self._peak
 
+    def watch(self, on: bool) -> None:
+        if on and not self.watching:
+            self._read_peak()  # of all that was not watched, and of no section
+        self.watching = on
+
     def _mark(self) -> None:
         name = self._stack[-1]
         if self._cuda.is_current_stream_capturing():
-            self._watch(name)
+            if self._recording or self.watching:
+                self._watch(name)
+            else:  # where the capture begins
+                self._read_peak()
             event = self._cuda.Event(enable_timing=True, external=True)
             try:
                 event.record()
@@ -134,10 +146,14 @@ class CudaMeter(Meter):
             self._settle(middle + 1)
 
     def _watch(self, name: str) -> None:
+        self.memory[name] = max(self.memory.get(name, 0), self._read_peak())
+
+    def _read_peak(self) -> int:
+        """Since it was read last."""
         peak = self._cuda.max_memory_allocated(self.device)
         self._peak = max(self._peak, peak)
-        self.memory[name] = max(self.memory.get(name, 0), peak)
         self._cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     def _settle(self, count: int) -> None:
         """Book the first `count` marks, the last of which has been reached; it stays, the time after it begins there."""

@@ -82,9 +82,9 @@ class Telemetry:
             try:
                 yield
             finally:
-                self.meter.watching = False
-                self.meter.memory = {}
+                self.meter.watch(False)
         self.settle()
+        self.meter.memory = {}
 
     def counting(self):
         """For the first step of a phase, whose floating-point operations are counted; those of others follow from it."""
@@ -113,7 +113,7 @@ class Telemetry:
             window.flops += flops
             costs.flops = (costs.flops or 0.0) + flops
         window.rounds += 1
-        self.meter.watching = window.rounds < WATCHED or window.rounds % EVERY == 0
+        self.meter.watch(window.rounds < WATCHED or window.rounds % EVERY == 0)
 
     def settle(self) -> None:
         """Book everything up to now, as a checkpoint needs it."""
