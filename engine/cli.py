@@ -24,7 +24,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false",
 SEE_HELP = "see python -m engine.train --help"
 
 # Settings that may differ between an interrupted run and its continuation: they do not change the result.
-FREE_ON_RESUME = {"output", "resume", "cache_dir", "log_steps", "checkpoint_steps", "telemetry"}
+FREE_ON_RESUME = {"output", "resume", "cache_dir", "log_steps", "checkpoint_steps"}
 FREE_ON_RESUME |= {"report_to", "metrics_port", "metrics_host"}
 
 

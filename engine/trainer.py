@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -179,6 +180,9 @@ class Trainer:
                     log = ended or run.crossed(self.config.log_steps, taken)
                     if log:
                         self._read(run)
+                    save = finished or run.crossed(self.config.checkpoint_steps, taken)
+                    if save and not log and self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)  # sync: a checkpoint's; what it waits for is training
                     now = time.monotonic()
                     progress.seconds, started = progress.seconds + now - started, now
                     if log:
@@ -188,7 +192,7 @@ class Trainer:
                     if validate:
                         self._validate(run)
                     stop = self.interrupts.requested
-                    if stop or finished or run.crossed(self.config.checkpoint_steps, taken):
+                    if stop or save:
                         self._save(run)
                     if stop:
                         break
@@ -273,7 +277,9 @@ class Trainer:
         metrics = score(predict(student, phase.validation, self.device), phase.validation.labels, self.task)
         record = {f"validation/{name}": value for name, value in metrics.items()}
         for teacher, start in zip(_taught(run.phase), run.starts, strict=True):
-            record[f"drift/{teacher.name}"] = drift(start, sketch(teacher.flat.weights)).item()  # sync: as predict's
+            gone = drift(start, sketch(teacher.flat.weights)).item()  # sync: as predict's
+            if math.isfinite(gone):  # of weights that were not all zero
+                record[f"drift/{teacher.name}"] = gone
         self.monitor.log(phase.name, progress.step, record)
         better = not progress.best or metrics[metric] > progress.best[metric]
         if better:

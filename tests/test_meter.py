@@ -303,3 +303,31 @@ def test_each_device_has_its_meter(monkeypatch):
     monkeypatch.setattr(meter, "CudaMeter", lambda device: made.append(device) or SimpleNamespace())
     meter_of(CUDA)
     assert made == [CUDA]
+
+
+def test_a_replay_on_its_way_may_have_set_half_of_the_events(cuda):
+    """Then times between old and new ones are negative: what the replay before took is as good."""
+    found = CudaMeter(CUDA, cuda)
+    with listening(found):
+        graph, _ = graph_of(cuda)
+        graph(torch.zeros(()))
+        found.take()
+        with section("data wait"):
+            pass
+        graph(torch.zeros(()))
+        recording = next(mark for mark in found._marks if hasattr(mark, "marks"))
+        recording.marks[0][0].at += 100.0
+        taken = found.take()
+    assert taken == pytest.approx({"data wait": 0.0, "pilot": 2.0, "quiz": 1.0, "other": 0.0})
+
+
+def test_replays_without_a_mark_between_them(cuda, monkeypatch):
+    monkeypatch.setattr(meter, "MOST_MARKS", 10)
+    found = CudaMeter(CUDA, cuda)
+    with listening(found):
+        graph, _ = graph_of(cuda)
+        found.take()
+        for _ in range(30):
+            graph(torch.zeros(()))
+        taken = found.take()
+    assert taken["pilot"] == pytest.approx(60.0) and taken["quiz"] == pytest.approx(30.0)

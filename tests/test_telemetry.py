@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.sections import section
+from engine.telemetry import flops
 from engine.telemetry import telemetry as subject
 from engine.telemetry.flops import FlopCounter, FlopRate
 from engine.telemetry.meter import Meter
@@ -139,6 +140,44 @@ def test_energy_of_the_phase_before_is_not_this_ones(telemetry, clock):
         a_round(telemetry, clock)
         telemetry.sampler.windows = [Window(joules=400.0, seconds=4.0)]  # three of them before the phase
         assert telemetry.values(1.0)["joules_per_step"] == 100.0
+
+
+def test_no_joules_are_lost_between_payments(telemetry, clock):
+    """Samples lag behind: what a payment does not cover is covered by the next one."""
+    costs, covered = Costs(), 0.0
+    with telemetry.phase(costs):
+        for paid_until in (0.8, 2.1, 2.9, 4.0):  # of the seconds 1, 2, 3, 4; 100 W
+            a_round(telemetry, clock)
+            end = min(paid_until, clock.now)
+            telemetry.sampler.windows = [Window(joules=100.0 * (end - covered), seconds=end - covered)]
+            telemetry.values(1.0)
+            covered = end
+    assert costs.joules == pytest.approx(400.0)
+
+
+def test_host_memory_is_never_the_devices(telemetry, clock, monkeypatch):
+    monkeypatch.setattr(
+        telemetry.meter, "peak", lambda: 7
+    )  # a device whose allocator counts, and no section was watched
+    costs = Costs()
+    with telemetry.phase(costs):
+        telemetry.sampler.windows = [Window(resident={"other": 10**9})]
+        a_round(telemetry, clock)
+    assert costs.memory == {}
+
+
+def test_operations_that_no_formula_fits_are_no_reason_to_stop(telemetry, clock, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a shape that the formula does not know")
+
+    monkeypatch.setitem(flops.FORMULAS, torch.ops.aten.mm, refuse)
+    costs = Costs()
+    with telemetry.phase(costs):
+        with telemetry.counting():
+            found = torch.eye(3) @ torch.ones(3, 3)
+        a_round(telemetry, clock)
+        assert "flops_per_second" not in telemetry.values(1.0)
+    assert torch.equal(found, torch.ones(3, 3)) and costs.flops is None
 
 
 def test_switched_off_it_counts_tokens_and_makes_no_thread(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine import native
+from engine import choices, native
 from engine.allocator import keep_freed_memory
 from engine.config import Config
 from engine.console import Console
@@ -34,9 +34,9 @@ def run(given: Options, console: Console) -> None:
     if given.budget is not None:
         raise UserError("--gpu-memory says what fits by --estimate; add it, or leave --gpu-memory out.")
     output = OutputDirectory(given.output, "profile", resume=False)
-    task, student, teachers, device, asked = Subject.of(given, console)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a CUDA device, and there is none; --estimate needs none.")
+    task, student, teachers, _, asked = Subject.of(given, console)
+    device = choices.settle_device(given.config, console.say)
+    asked = [replace(each, precision=given.config.run.precision) for each in asked]
     asked, models = varied(given.config, asked), [student, *teachers]
     if device.type == "cpu":
         if all(model.source.kind == "embedded" for model in models):

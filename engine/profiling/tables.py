@@ -153,7 +153,9 @@ def caption(found: dict[str, Any]) -> str:
         + (f"teachers: {teachers}; " if teachers else "")
         + f"student: {_model(models['student'])}. Times are those of the median of {found['steps']} steps, without the wait for "
         "data; memory is the most that torch's allocator had given out at once, and what the ledger of tensors saw of it was "
-        f"within {100 * apart:.1f} %. {device['name']}{threads}, torch {found['versions']['torch']}, "
+        f"within {100 * apart:.1f} %. "
+        + ("Steps run eagerly, without CUDA graphs. " if device["device"] != "cpu" else "")
+        + f"{device['name']}{threads}, torch {found['versions']['torch']}, "
         f"Python {found['versions']['python']}."
     )
 

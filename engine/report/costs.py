@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
@@ -127,5 +128,5 @@ def _weighted(run: Run, phase: str | None, key: str) -> float | None:
 
 def _before(run: Run, phase: str | None, steps: Iterable[float]) -> list[float]:
     """The step of the logging record before each of `steps`; 0 before the first."""
-    logged = [0.0, *(r["step"] for r in run.records if r["phase"] == phase and "lr" in r)]
-    return [max((s for s in logged if s < step), default=0.0) for step in steps]
+    logged = sorted([0.0, *(r["step"] for r in run.records if r["phase"] == phase and "lr" in r)])
+    return [logged[max(0, bisect_left(logged, step) - 1)] for step in steps]

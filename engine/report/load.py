@@ -121,7 +121,7 @@ def _run(folder: Path, names: set[str]) -> Run:
         if shape is list and key in summary:
             summary[key] = summary[key] or []
     if not all(
-        isinstance(entry, dict) for entry in [*summary.get("teachers", []), *summary.get("phases", {}).values()]
+        isinstance(entry, dict) for entry in [*summary.get("teachers", []), *(summary.get("phases") or {}).values()]
     ):
         raise UserError(f"{folder / 'summary.json'} is damaged: its teachers or phases are not what a run writes; run it again.")  # fmt: skip
     summary = {key: value for key, value in summary.items() if value is not None or key not in SHAPES}

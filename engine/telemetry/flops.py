@@ -26,12 +26,14 @@ class FlopCounter(TorchDispatchMode):
     again, as fused attention does in its backward, counts again.
 
     It is torch's FlopCounterMode without its hooks on modules, which checkpointed layers do not take. `products` are those
-    with weights, `attention` those of every example by itself.
+    with weights, `attention` those of every example by itself. `complete` turns False where an operation's formula does not
+    take its arguments: a figure is not worth a run.
     """
 
     def __init__(self):
         super().__init__()
         self.products = self.attention = 0
+        self.complete = True
 
     @property
     def total(self) -> int:
@@ -41,7 +43,11 @@ class FlopCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in FORMULAS:
-            count = FORMULAS[packet](*args, **(kwargs or {}), out_val=out)
+            try:
+                count = FORMULAS[packet](*args, **(kwargs or {}), out_val=out)
+            except Exception:  # noqa: BLE001 - whatever it is, the operation itself was done
+                self.complete = False
+                return out
             if packet in PRODUCTS:
                 self.products += count
             else:

@@ -67,7 +67,7 @@ class Meter:
         self._since = now
 
 
-@dataclass
+@dataclass(eq=False)
 class _Recording:
     """The marks of a captured step: events that every replay sets anew."""
 
@@ -80,6 +80,8 @@ class _Recording:
             for (before, _), (event, name) in zip(self.marks, self.marks[1:], strict=False):
                 found[name] = found.get(name, 0.0) + before.elapsed_time(event) / 1000
         except RuntimeError:  # a replay is on its way: what the one before it took is as good
+            return self.seconds
+        if min(found.values(), default=0.0) < 0:  # some events are of a replay on its way, some of the one before it
             return self.seconds
         self.seconds = found
         return found
@@ -141,9 +143,12 @@ class CudaMeter(Meter):
         event.record()
         self._marks.append((event, name))
         if len(self._marks) > MOST_MARKS:
-            middle = next(i for i in range(MOST_MARKS // 2, 0, -1) if not isinstance(self._marks[i], _Recording))
-            self._marks[middle][0].synchronize()  # sync: the device is not thousands of marks behind
-            self._settle(middle + 1)
+            middle = next(
+                (i for i in range(MOST_MARKS // 2, 0, -1) if not isinstance(self._marks[i], _Recording)), None
+            )
+            if middle is not None:
+                self._marks[middle][0].synchronize()  # sync: the device is not thousands of marks behind
+                self._settle(middle + 1)
 
     def _watch(self, name: str) -> None:
         self.memory[name] = max(self.memory.get(name, 0), self._read_peak())
@@ -158,9 +163,10 @@ class CudaMeter(Meter):
     def _settle(self, count: int) -> None:
         """Book the first `count` marks, the last of which has been reached; it stays, the time after it begins there."""
         marks, before, replays = self._marks[:count], None, []
+        inside = {id(m): m.read() for m in dict.fromkeys(m for m in marks if isinstance(m, _Recording))}
         for mark in marks:
             if isinstance(mark, _Recording):
-                replays.append(mark)
+                replays.append(inside[id(mark)])
                 continue
             event, name = mark
             if before is not None:
@@ -169,10 +175,10 @@ class CudaMeter(Meter):
             before, replays = event, []
         self._marks = [marks[-1], *self._marks[count:]]
 
-    def _book(self, span: float, name: str, replays: list[_Recording]) -> None:
+    def _book(self, span: float, name: str, replays: list[dict[str, float]]) -> None:
         inside: dict[str, float] = {}
-        for recording in replays:
-            for section, seconds in recording.read().items():
+        for replay in replays:
+            for section, seconds in replay.items():
                 inside[section] = inside.get(section, 0.0) + seconds
         known = sum(inside.values())
         scale = min(1.0, span / known) if known else 0.0

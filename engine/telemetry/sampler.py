@@ -98,7 +98,6 @@ class Sampler:
         library: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.cause: str | None = None
         self.device: dict[str, Any] | None = None
         self.cpu_seconds = 0.0  # of one core, spent in the thread
         self._section, self._clock = section, clock
@@ -110,13 +109,19 @@ class Sampler:
         self._pid, self._closed = os.getpid(), False
         self._folded, self._resident = _Folded(), {}
         self._sample, self._host_due, self._device_due = 0, clock(), clock()
-        self._host = Host()
+        causes = []
+        try:
+            self._host: Host | None = Host()
+        except Exception as error:  # noqa: BLE001 - the device's figures can be had without
+            self._host = None
+            causes.append(f"no telemetry of the host: {type(error).__name__}: {error}")
         try:
             self._open(device, library)
         except Unavailable as error:
-            self.cause = f"no NVML: {error}"
+            causes.append(f"no NVML: {error}")
         except Exception as error:  # noqa: BLE001 - a broken installation must not keep a run from training
-            self.cause = f"no NVML: {type(error).__name__}: {error}"
+            causes.append(f"no NVML: {type(error).__name__}: {error}")
+        self.cause = "; ".join(causes) or None
 
     def _open(self, device: torch.device, library) -> None:
         if device.type != "cuda":
@@ -164,7 +169,7 @@ class Sampler:
             return Window()
         try:
             self._look_at_host()
-            busy = self._host.cpu()
+            busy = None if self._host is None else self._host.cpu()
         except Exception as error:  # noqa: BLE001 - the device's figures go on
             self.cause, busy = f"no telemetry: {type(error).__name__}: {error}", None
         with self._lock:
@@ -210,6 +215,8 @@ class Sampler:
         return min(self._device_due, self._clock() + WATCH_INTERVAL) if self._energy.watching else self._device_due
 
     def _look_at_host(self) -> None:
+        if self._host is None:
+            return
         name, resident = self._section(), self._host.resident()
         with self._lock:
             self._folded.add("host/resident", resident)

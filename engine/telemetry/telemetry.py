@@ -106,7 +106,7 @@ class Telemetry:
             return
         window.unpaid_steps += len(batches)
         window.unpaid_examples += examples
-        if window.counter is not None and window.rate is None:
+        if window.counter is not None and window.counter.complete and window.rate is None:
             window.rate = FlopRate(window.counter, shapes)
         if window.rate is not None:
             flops = window.rate.of(shapes)
@@ -120,11 +120,12 @@ class Telemetry:
         if not self.on:
             return
         window, costs, taken, sampled = self._phase, self._phase.costs, self.meter.take(), self.sampler.window()
-        memory = self.meter.memory or sampled.resident
+        memory = sampled.resident if self.meter.peak() is None else self.meter.memory
         for peaks in (window.memory, costs.memory):
             peaks |= {name: max(peak, peaks.get(name, 0)) for name, peak in memory.items()}
         for totals in (window.seconds, window.unpaid, costs.seconds):
             _add(totals, taken)
+        window.uncovered += sum(taken.values())
         window.sampled |= sampled.values
         if sampled.joules is not None:
             self._pay(window, sampled.joules, sampled.seconds)
@@ -150,7 +151,9 @@ class Telemetry:
     def _pay(self, window: _Window, joules: float, seconds: float) -> None:
         """Divide energy by the time of the sections, as if power were constant: counters tell no section's own."""
         costs, total = window.costs, sum(window.unpaid.values())
-        joules *= min(1.0, total / seconds)  # some may be of the phase before, whose end came between two readings
+        # samples lag behind: joules end before `unpaid` does, and the first ones may begin before the phase
+        share = min(1.0, window.uncovered / seconds)
+        joules, window.uncovered = joules * share, window.uncovered - share * seconds
         shares = {name: joules * s / total for name, s in window.unpaid.items()} if total else {}
         training = {name: j for name, j in shares.items() if name not in APART}
         spent, steps, examples = sum(training.values()), window.unpaid_steps, window.unpaid_examples
@@ -183,6 +186,7 @@ class _Window:
     memory: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, float] = field(default_factory=dict)
     # whose energy is not known yet: a counter is slower than a short window
+    uncovered: float = 0.0  # seconds of the phase that no joules cover
     unpaid: dict[str, float] = field(default_factory=dict)
     unpaid_steps: int = 0
     unpaid_examples: int = 0
