@@ -167,10 +167,7 @@ def test_host_memory_is_never_the_devices(telemetry, clock, monkeypatch):
 
 
 def test_operations_that_no_formula_fits_are_no_reason_to_stop(telemetry, clock, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("a shape that the formula does not know")
-
-    monkeypatch.setitem(flops.FORMULAS, torch.ops.aten.mm, refuse)
+    monkeypatch.setitem(flops.OPERANDS, "aten::mm", (0, 7))  # shapes that are not what they should be
     costs = Costs()
     with telemetry.phase(costs):
         with telemetry.counting():
@@ -219,6 +216,35 @@ def test_operations_of_other_shapes_follow_from_one_step():
     rate = FlopRate(one, [(4, 8)])
     for shapes in ([(4, 8)], [(2, 24)], [(7, 5), (3, 40)]):
         assert rate.of(shapes) == pytest.approx(counted(*shapes).total)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_profiler_records_what_the_counter_counts(fused):
+    weight, bias = torch.randn(16, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    x = torch.randn(4, 8, 16, requires_grad=True)
+
+    def step():
+        h = torch.nn.functional.linear(x, weight, bias)
+        if fused:
+            h = torch.nn.functional.scaled_dot_product_attention(*[h.unsqueeze(1)] * 3)
+        (attention(weight, h.reshape(4, 8, 16)) + torch.baddbmm(h.reshape(4, 8, 16), x @ x.mT, x)).sum().backward()
+
+    with FlopCounter() as counter:
+        step()
+    with flops.FlopRecord() as record:
+        step()
+    assert record.complete
+    assert (record.products, record.attention) == (counter.products, counter.attention)
+
+
+def test_a_profiler_that_is_busy_counts_nothing(monkeypatch):
+    def busy(*arguments, **options):
+        raise RuntimeError("a profiler is running")
+
+    monkeypatch.setattr(flops, "profile", busy)
+    with flops.FlopRecord() as record:
+        torch.ones(3, 3) @ torch.ones(3, 3)
+    assert not record.complete
 
 
 def test_the_first_round_is_counted_and_others_follow(telemetry, clock):

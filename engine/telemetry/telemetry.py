@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.sections import listening
-from engine.telemetry.flops import FlopCounter, FlopRate
+from engine.telemetry.flops import FlopRate, FlopRecord
 from engine.telemetry.meter import Meter, meter_of
 from engine.telemetry.sampler import Sampler
 
@@ -91,7 +91,7 @@ class Telemetry:
         window = self._phase
         if not (self.on and self._flops) or window.rate is not None or window.counter is not None:
             return nullcontext()
-        window.counter = FlopCounter()
+        window.counter = FlopRecord()
         return window.counter
 
     def round(self, batches: Shapes, quizzes: Shapes) -> None:
@@ -175,7 +175,7 @@ class _Window:
 
     costs: Costs
     rounds: int = 0
-    counter: FlopCounter | None = None
+    counter: FlopRecord | None = None
     rate: FlopRate | None = None
     # since the last record
     tokens: int = 0
