@@ -70,9 +70,9 @@ def test_drift_begins_with_the_teachers_own_steps(measured):
         assert all(0 < value < 0.1 for value in values) and values[0] < values[-1]
 
 
-@pytest.mark.parametrize("method", ["metadistil", "kd"])
-def test_the_same_bits_without_telemetry(method, data, tmp_path):
-    settings = {"cache_dir": tmp_path / "cache", "method": method, "max_steps": 4}
+@pytest.mark.parametrize("changes", [{}, {"pilot_steps": 2}, {"method": "kd"}], ids=str)
+def test_the_same_bits_without_telemetry(changes, data, tmp_path):
+    settings = {"cache_dir": tmp_path / "cache", "max_steps": 4, **changes}
     on = succeed(data, tmp_path / "on", **settings)
     off = succeed(data, tmp_path / "off", telemetry="off", **settings)
     assert_same_models(on, off)
