@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from engine.sections import section
+
 
 def _shapes(count: Callable[..., int], tensors: int) -> Callable[..., int]:
     return lambda *args, **_: count(*(t.shape for t in args[:tensors]))
@@ -70,6 +72,7 @@ class FlopRecord:
         self.complete = False
         self._profile: profile | None = None
 
+    @section("logging")  # a tenth of a second or two, once a phase
     def __enter__(self) -> FlopRecord:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it would tell of its start and its stop
         try:
@@ -79,6 +82,7 @@ class FlopRecord:
             self._profile = None
         return self
 
+    @section("logging")
     def __exit__(self, *raised: Any) -> None:
         if self._profile is None:
             return
