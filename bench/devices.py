@@ -11,7 +11,8 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from engine.profiling.allocated import allocated
 
 LEAST, MOST = 5, 50  # rounds; three, where one takes seconds
 SAMPLE = 2e-3  # seconds: shorter calls are repeated in a round until it takes so long
@@ -53,15 +54,7 @@ class Host:
         From the events of torch's allocator, which are exact at any size: resident memory also shows what the C library
         keeps of freed blocks, more than twice as much for plain PyTorch at 8 million logits.
         """
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            kept = call()
-        del kept
-        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = highest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            highest = max(highest, now)
-        return highest
+        return allocated(call)
 
     @cached_property
     def rate(self) -> float:

@@ -3,7 +3,7 @@
     with section("quiz"):
         ...
 
-Sections nest, and time belongs to the innermost one. With nobody listening a section costs a tenth of a microsecond. Only
+Sections nest, and time belongs to the innermost one. With nobody listening a section costs 0.2 microseconds. Only
 the thread that trains names sections.
 """
 

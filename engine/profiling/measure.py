@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -21,6 +20,7 @@ from engine.batch import Batch
 from engine.config import Config
 from engine.data.labels import Task
 from engine.methods import METHODS, State
+from engine.profiling.allocated import allocated
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.rehearsal import Rehearsal
 from engine.sections import listening
@@ -168,21 +168,6 @@ class _Named:
 
     def captured(self) -> Callable[[], None]:
         return lambda: None
-
-
-def allocated(step: Callable[[], Any]) -> int:
-    """The most bytes that a step has allocated on the CPU at once, over what was there before: what torch's allocator says.
-
-    It sees what an operation allocates for itself, which the ledger does not.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    now = highest = 0
-    events = (e for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
 
 
 def measure(
