@@ -8,7 +8,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 try:
-    BUILD = runpy.run_path("engine/native_build.py")  # which imports nothing of the engine
+    BUILD = runpy.run_path("engine/params/native_build.py")  # which imports nothing of the engine
 except ImportError:  # an isolated build has no torch to build for: the operations are compiled at their first use
     BUILD = None
 

@@ -27,10 +27,10 @@ from transformers import AutoTokenizer
 from bench.baselines.published_loop import PublishedLoop
 from bench.measure import flops, measure
 from bench.step_cases import LR, SETTINGS, SIZES, Case, Setting, as_dict, engine_step, masters, plain_step
-from engine.meta_step import MetaStep
-from engine.metagrad import STRATEGIES
-from engine.network import Encoder
-from engine.objectives import Objective
+from engine.losses.objectives import Objective
+from engine.meta.meta_step import MetaStep
+from engine.meta.metagrad import STRATEGIES
+from engine.models.network import Encoder
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

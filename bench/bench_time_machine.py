@@ -4,7 +4,7 @@
     pilot       keep every weight, add a step, bring it back: weights and step read, weights and snapshot written, then snapshot
                 read and weights written, 6 x 4 bytes a weight. Who needs more passes is slower by them
 
-    time machine            engine.time_machine over one flat buffer
+    time machine            engine.meta.time_machine over one flat buffer
     time machine, pinned    the same, snapshots in pinned host memory; on CUDA
     time machine, rows      the same, embeddings by the rows that 32 sentences of 128 tokens look up; on a CPU, in a pilot
     one buffer              a plain copy of one flat buffer, and back: what memory gives
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from bench.devices import Host, Run, interleaved
 from bench.step_cases import SIZES, Case, NotCaptured, Setting, engine_step, graph_step, model
 from bench.step_truth import WrongError, deterministic
-from engine.flat import FlatParameters, Rows, Vector
-from engine.time_machine import TimeMachine
+from engine.meta.time_machine import TimeMachine
+from engine.params.flat import FlatParameters, Rows, Vector
 
 CUDA = torch.cuda.is_available()
 BUDGET = 3.0  # seconds of timing, all implementations together
@@ -42,7 +42,7 @@ METAS = [Case("metadistil", 32, 128, 1, precision) for precision in ("fp32", "bf
 
 
 class Machine:
-    """engine.time_machine."""
+    """engine.meta.time_machine."""
 
     def __init__(self, module: nn.Module, store: str = "device", by_rows: bool = False):
         self.module, self.flat = module, FlatParameters(module, 2048 if by_rows else None)

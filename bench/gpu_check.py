@@ -32,7 +32,7 @@ from bench.gpu_tests import gpu_tests
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "gpu-check"
 SECONDS = 460  # in all
-GRAPHS = "tests/test_cuda_graph_gpu.py"
+GRAPHS = "tests/models/test_cuda_graph_gpu.py"
 WRITTEN = (
     "summary.txt",
     "log.txt",
@@ -46,7 +46,7 @@ WRITTEN = (
 LAST = 25.0  # seconds of a part's time in which a benchmark starts no further row
 STOP = 8.0  # seconds that a part has to write its results once it is interrupted
 COMPILE = """
-from engine import native
+from engine.params import native
 found = native.backend()
 print(found)
 assert found.devices >= {devices}, found.why

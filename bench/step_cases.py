@@ -28,12 +28,12 @@ from transformers import (
 from bench.baselines.fine_tuning import PlainFineTuning
 from bench.baselines.published_loop import PlainKD, PublishedLoop
 from engine.batch import Batch
-from engine.cuda_graph import StepGraphs
-from engine.learner import Learner
-from engine.meta_step import MetaStep
+from engine.losses.objectives import Objective
+from engine.meta.meta_step import MetaStep
 from engine.methods import METHODS, State
-from engine.network import Encoder
-from engine.objectives import Objective
+from engine.models.cuda_graph import StepGraphs
+from engine.models.learner import Learner
+from engine.models.network import Encoder
 
 LR = {"lr": 6e-5, "teacher_lr": 1e-5, "pilot_lr": 6e-5}
 SETTINGS = {"temperature": 5.0, "alpha": 0.5}

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.meta_step import MetaStep
-    from engine.network import Network, Outputs
-    from engine.objectives import Objective
+    from engine.losses.objectives import Objective
+    from engine.meta.meta_step import MetaStep
+    from engine.models.network import Network, Outputs
 
 __version__ = "0.1.0"
 __all__ = ["MetaStep", "Network", "Objective", "Outputs"]
 
-_HOMES = {"MetaStep": "meta_step", "Network": "network", "Objective": "objectives", "Outputs": "network"}
+_HOMES = {
+    "MetaStep": "meta.meta_step",
+    "Network": "models.network",
+    "Objective": "losses.objectives",
+    "Outputs": "models.network",
+}
 
 
 def __getattr__(name: str):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from engine import cli
 from engine.config import Config
-from engine.console import Console
 from engine.errors import UserError
-from engine.interrupts import Interrupted, Interrupts
+from engine.run.interrupts import Interrupted, Interrupts
+from engine.screen.console import Console
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,15 +35,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, console: Console, interrupts: Interrupts, started: float, command: str) -> None:
     """`command` is what was typed, and `started` when, on the monotonic clock."""
-    from engine.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
+    from engine.run.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
 
     output = OutputDirectory(config.run.output, config.method.method, config.run.resume)
     config.run.output = str(output.path)
     if output.finished():
         console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")
         return
-    from engine import checkpoint
-    from engine.job import Job  # imports torch and transformers
+    from engine.run import checkpoint
+    from engine.run.job import Job  # imports torch and transformers
 
     saved = output.path / "checkpoint.safetensors"
     if config.run.resume and saved.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import native
+from engine.params import native
 
 # Runs with a cache of their own need not compile the native operations again.
 os.environ.setdefault("METADISTIL_NATIVE_CACHE", str(Path("~/.cache/metadistil-engine/native").expanduser()))
@@ -33,7 +33,7 @@ def compiled():
 def interpreted(monkeypatch):
     """`engine.kernels` computes with Triton's kernels on the CPU."""
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
-        pytest.skip("where there is a GPU, Triton is not interpreted: tests/test_kernels_gpu.py")
+        pytest.skip("where there is a GPU, Triton is not interpreted: tests/kernels/test_kernels_gpu.py")
     monkeypatch.setenv("ENGINE_KERNELS", "triton")
 
 

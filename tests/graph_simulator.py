@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import random_state
+from engine.params import random_state
 
 aten = torch.ops.aten
 # The host would wait for these, or their results' sizes.

@@ -9,15 +9,15 @@ from transformers import (
 )
 
 from engine.batch import Batch
-from engine.cuda_graph import StepGraphs
-from engine.layer_map import freeze_unmapped, layer_map
-from engine.learner import Learner
-from engine.meta_step import MetaStep
+from engine.losses.layer_map import freeze_unmapped, layer_map
+from engine.losses.objectives import Objective
+from engine.losses.teacher_weights import TeacherWeights
+from engine.meta.meta_step import MetaStep
+from engine.meta.reptile import Reptile
 from engine.methods import METHODS, State
-from engine.network import Encoder, Network
-from engine.objectives import Objective
-from engine.reptile import Reptile
-from engine.weights import TeacherWeights
+from engine.models.cuda_graph import StepGraphs
+from engine.models.learner import Learner
+from engine.models.network import Encoder, Network
 
 STEPS, WORDS, CLASSES = 20, 50, 3
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": WORDS}

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from engine.flat import FlatParameters, Rows, Vector
-from engine.time_machine import TimeMachine
+from engine.meta.time_machine import TimeMachine
+from engine.params.flat import FlatParameters, Rows, Vector
 
 
 class Model(nn.Module):

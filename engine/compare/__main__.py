@@ -11,11 +11,11 @@ from engine.compare import options
 from engine.compare.cells import Cells, Stopped
 from engine.compare.grid import Cell, Grid
 from engine.compare.result import collect, described
-from engine.console import Console
 from engine.errors import UserError
-from engine.interrupts import Interrupted, Interrupts
-from engine.output import OutputDirectory
 from engine.report.comparison_tables import console_tables, markdown
+from engine.run.interrupts import Interrupted, Interrupts
+from engine.run.output import OutputDirectory
+from engine.screen.console import Console
 
 DEMONSTRATION = ("Miniature, randomly initialised models or a generated corpus stand in for what could not be had from the "
                  "hub. The figures say nothing about the real models.")  # fmt: skip

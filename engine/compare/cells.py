@@ -14,7 +14,7 @@ import yaml
 
 import engine
 from engine.compare.grid import Cell
-from engine.interrupts import Interrupted, Interrupts
+from engine.run.interrupts import Interrupted, Interrupts
 
 COMMAND = [sys.executable, "-m", "engine.train"]
 POLL = 0.2  # seconds between two looks at whether a signal came

@@ -34,7 +34,7 @@ class Encoding:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
-        """Raises AttributeError for a tokenizer without a fast backend; `engine.models` only loads fast ones."""
+        """Raises AttributeError for a tokenizer without a fast backend; `engine.models.load` only loads fast ones."""
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         for used in ("truncation", "padding"):  # settings that the last call left behind
             content.pop(used, None)

@@ -6,13 +6,13 @@ mapped by setup.py in an installation. The ops know nothing of the engine; that 
 which may be compiled at the first use, they are told here.
 """
 
-from engine import native
 from engine.kernels.ops import backends
 from engine.kernels.ops.backends import backend
 from engine.kernels.ops.fused_linear_kd import fused_linear_kd
 from engine.kernels.ops.kd_loss import kd_loss
 from engine.kernels.ops.meta_cotangent import meta_cotangent
 from engine.kernels.ops.reference import mean_logits
+from engine.params import native
 
 
 def _native() -> tuple[frozenset[str], str]:

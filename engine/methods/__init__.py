@@ -22,7 +22,7 @@ Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  #
 @dataclass(frozen=True)
 class Method:
     """A step, what it needs of its teachers (none, frozen ones, or ones that learn), and of what they learn: a quiz through
-    the meta-gradient, or the student's weights (engine.reptile)."""
+    the meta-gradient, or the student's weights (engine.meta.reptile)."""
 
     step: Step
     teachers: Literal["none", "frozen", "learning"]

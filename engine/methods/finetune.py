@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.losses.objectives import Objective
 from engine.methods.state import State
-from engine.network import Outputs
-from engine.objectives import Objective
+from engine.models.network import Outputs
 from engine.sections import section
 
 

@@ -1,6 +1,6 @@
 """Knowledge distillation from frozen teachers (Hinton et al. 2015; with several teachers, MTN-KD).
 
-Their answers come with the batch where they were kept (`engine.answers`), and are computed where they were not.
+Their answers come with the batch where they were kept (`engine.run.answers`), and are computed where they were not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.methods.state import State
-from engine.network import Network, Outputs
+from engine.models.network import Network, Outputs
 from engine.sections import section
 
 

@@ -1,7 +1,7 @@
 """The meta-teacher of Meta-KD (Pan et al., ACL 2021): L = mean_i t_i [CE_i + lambda DA_i] over examples of all domains.
 
-t_i is the example's typicality (engine.prototypes), CE_i its cross-entropy, DA_i that of the domain classifier
-(engine.domain_head): on the example's domain, whose gradient is reversed on its way into the encoder, or on the domain of a
+t_i is the example's typicality (engine.run.prototypes), CE_i its cross-entropy, DA_i that of the domain classifier
+(engine.losses.domain_head): on the example's domain, whose gradient is reversed on its way into the encoder, or on the domain of a
 random other example of the batch.
 """
 
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.losses.objectives import Objective
 from engine.methods.finetune import train
 from engine.methods.state import State
-from engine.network import Outputs
-from engine.objectives import Objective
+from engine.models.network import Outputs
 
 
 def step(weight: float, shuffled: bool) -> Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]:

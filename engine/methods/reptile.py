@@ -1,7 +1,7 @@
 """ReptileDistil (Ma et al., COLING 2022), with any number of teachers.
 
 A batch: the student takes one AdamW step from the frozen teachers, every teacher takes an AdamW step towards the student's
-moved weights (engine.reptile), the student is rewound and takes its real step on the same batch from the updated teachers.
+moved weights (engine.meta.reptile), the student is rewound and takes its real step on the same batch from the updated teachers.
 """
 
 from __future__ import annotations

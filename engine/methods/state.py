@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.learner import Learner
-from engine.meta_step import MetaStep
-from engine.micro_batches import Part, parts
-from engine.network import Network
-from engine.objectives import Objective
+from engine.losses.objectives import Objective
+from engine.meta.meta_step import MetaStep
+from engine.meta.micro_batches import Part, parts
+from engine.models.learner import Learner
+from engine.models.network import Network
 
 
 @dataclass

@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 
-from engine.console import Console
 from engine.errors import UserError
 from engine.profiling import options
+from engine.screen.console import Console
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,12 +17,12 @@ from transformers import (
     RobertaConfig,
 )
 
-from engine.choices import layer_numbers
 from engine.config import Config
 from engine.data.labels import Task
 from engine.errors import UserError
 from engine.hub import Hub
-from engine.models import ModelSource, configuration_of, keep_layers
+from engine.models.load import ModelSource, configuration_of, keep_layers
+from engine.run.choices import layer_numbers
 
 # What the hub's config.json of each alias says of sizes; tests hold the numbers of parameters against the published ones.
 PUBLISHED: dict[str, PretrainedConfig] = {

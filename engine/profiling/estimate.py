@@ -4,7 +4,7 @@
     found.tensors, found.reserve, found.total, found.categories
 
 Peaks of tensors agree with what torch's CPU allocator counts in the same steps, mostly to 0.2 %, at worst 5 % too high
-(checkpointed layers: autograd adds gradients in place, unless tensors are fake); tests/test_estimate.py. The reserve is
+(checkpointed layers: autograd adds gradients in place, unless tensors are fake); tests/profiling/test_estimate.py. The reserve is
 assumed, item by item, and says so. No figure was measured on a GPU.
 """
 
@@ -30,7 +30,7 @@ CONTEXT = 600 * MIB  # CUDA's own, with the kernels of torch and cuBLAS that are
 CUBLAS = 32 * MIB  # what torch gives cuBLAS on a Hopper GPU; 8 elsewhere
 PROCESS = 600 * MIB  # Python with torch and transformers, measured on x86 Linux with torch 2.13
 FRAGMENTS = 0.05  # of the tensors: what an allocator holds in gaps
-# Numbers of the same meta-gradient first: finite differences are approximate, first_order is biased (engine.metagrad)
+# Numbers of the same meta-gradient first: finite differences are approximate, first_order is biased (engine.meta.metagrad)
 RANK = {"exact": 0, "double_backward": 0, "finite_difference": 1, "first_order": 2}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from engine.console import Console
-from engine.output import OutputDirectory
 from engine.profiling import options
 from engine.profiling.estimate import Estimate, Found, Setting, cheapest, estimate, search, wider
 from engine.profiling.options import Options
 from engine.profiling.subject import Subject
+from engine.run.output import OutputDirectory
+from engine.screen.console import Console
 
 GIB = 2**30
 # short, so that the table goes into 80 columns

@@ -23,10 +23,10 @@ from engine.methods import METHODS, State
 from engine.profiling.allocated import allocated
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.rehearsal import Rehearsal
+from engine.run.trainer import Phase, Progress
 from engine.sections import listening
 from engine.telemetry.flops import FlopCounter
 from engine.telemetry.meter import meter_of
-from engine.trainer import Phase, Progress
 
 WARM = 2  # steps before anything is read: they make gradients, moments and snapshots, and tune kernels
 POINTS = 600  # of a timeline

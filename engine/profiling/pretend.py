@@ -9,7 +9,7 @@ engine's own steps run in a second for models of any size, in no memory. What th
     unique                 as many values as there can be
     random numbers         no weights are drawn; generators of a GPU have a state that means nothing
     streams                there are none, and copies to pinned memory are copies
-    engine.native          its kernels for CUDA, which write in place and allocate nothing, are taken to be compiled
+    engine.params.native          its kernels for CUDA, which write in place and allocate nothing, are taken to be compiled
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import native
+from engine.params import native
 from engine.profiling.ledger import in_backward
 
 aten = torch.ops.aten

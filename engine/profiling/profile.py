@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 
-from engine import choices, native
-from engine.allocator import keep_freed_memory
 from engine.config import Config
-from engine.console import Console
 from engine.errors import UserError
 from engine.methods import METHODS
-from engine.output import OutputDirectory
+from engine.params import native
 from engine.profiling import tables
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.estimate import Setting
@@ -23,6 +20,10 @@ from engine.profiling.options import Options
 from engine.profiling.subject import Subject
 from engine.report.summary import git_commit, hardware, versions
 from engine.report.units import BYTES, TIME, quantity
+from engine.run import choices
+from engine.run.allocator import keep_freed_memory
+from engine.run.output import OutputDirectory
+from engine.screen.console import Console
 
 # settings that a step's cost depends on, and that no row has of its own
 SHARED = ("method", "pilot_steps", "quiz_batches", "pilot_optimizer", "teacher_params", "independent_masks", "optimizer",

@@ -1,4 +1,4 @@
-"""A run in small: the stages of engine.stages on models and batches at hand, a few steps of each, under a ledger.
+"""A run in small: the stages of engine.run.stages on models and batches at hand, a few steps of each, under a ledger.
 
 Nothing is trained for its result and no data is read, so it serves fake models (engine.profiling.estimate) as well as real
 ones, which is how the estimate is checked.
@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import choices, matching
 from engine.batch import Batch
 from engine.config import Config
 from engine.data.labels import Task
 from engine.errors import UserError
-from engine.learner import Learner
 from engine.methods import METHODS, State
-from engine.network import Encoder, Network
+from engine.models.learner import Learner
+from engine.models.network import Encoder, Network
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.ledger import Ledger
-from engine.stages import Stages
-from engine.teachers import Member, Teacher
+from engine.run import choices, matching
+from engine.run.stages import Stages
+from engine.run.teachers import Member, Teacher
+from engine.run.trainer import Phase, Plan, Progress
 from engine.telemetry.flops import FlopCounter
-from engine.trainer import Phase, Plan, Progress
 
 STEPS = 2  # the first makes what stays: gradients, moments, snapshots
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from engine.console import Console
 from engine.data.labels import Task
 from engine.errors import UserError
 from engine.hub import Hub
@@ -14,6 +13,7 @@ from engine.methods import METHODS
 from engine.profiling.blueprints import Blueprint, blueprints
 from engine.profiling.estimate import Setting, settings
 from engine.profiling.options import Options
+from engine.screen.console import Console
 
 MINIATURES = (
     "The figures are of miniature models and say nothing about the real ones; leave --source embedded out for those."

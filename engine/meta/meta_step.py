@@ -1,0 +1,282 @@
+"""The meta-step for any modules: pilot, quiz, meta-gradient to every teacher, rewind, real step.
+
+    step = MetaStep(student, [teacher], Objective(temperature=4.0), student_optimizer=..., teacher_optimizers=[...])
+    losses = step([(x, y)], [(x_quiz, y_quiz)])
+
+The engine's own `metadistil` is this object, given the encoders of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.batch import Batch
+from engine.losses.objectives import Objective
+from engine.losses.teacher_weights import TeacherWeights
+from engine.meta.metagrad import STRATEGIES, Kept, Meta, Problem
+from engine.meta.pilot import SGD, AdamW, FirstAdamW, Pilot
+from engine.meta.reptile import Reptile
+from engine.meta.time_machine import Store, TimeMachine
+from engine.models.checkpointing import CHOICES, REFUSED
+from engine.models.learner import Learner
+from engine.models.network import Network
+from engine.sections import section
+
+
+class MetaStep:
+    """One round of MetaDistil (Zhou, Xu and McAuley, ACL 2022), teachers' logits averaged before the softmax.
+
+    `student` and `teachers` are modules that map `batch.inputs` to logits [B, C] (or to logits and features, or to an
+    object with `.logits`), or `Network`s that say how a module reads a batch. The student's and teachers' trainable
+    weights are flattened in place: `state_dict` stays as it was, but move modules to their device before. Batches are
+    `(inputs, labels)` pairs or objects with `.inputs` and `.labels`.
+
+    objective          the loss of student and teachers; `Objective()` is KL at temperature 5 and cross-entropy, half each
+    student_optimizer, teacher_optimizers
+                       torch's, each over its module's parameters; whoever schedules them calls their schedulers. Without
+                       them only `meta_gradient` can be used
+    max_grad_norm      clips the student's and every teacher's gradient to this norm before their steps; None leaves it
+    pilot_lr, pilot_optimizer
+                       the pilot's step: "sgd", or "adamw" from the moments of `student_optimizer`
+    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.meta.metagrad); or a `Reptile`
+                       (engine.meta.reptile), which needs no quizzes and has a pilot step of its own
+    teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
+                       meta-gradient at `weights_lr` (AdamW on their logarithms)
+    teacher_alpha      adds to every teacher's gradient that of its own loss, `objective` with the student as its teacher and
+                       this `alpha`: teacher_alpha soft(teacher, student) + (1 - teacher_alpha) hard; None adds nothing
+    checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
+    independent_masks  new dropout masks for the real step, instead of the pilot's
+    micro_batch_size   examples that go through the models at once; gradients are those of the whole batch
+    store              where snapshots are kept: "device", or "pinned" host memory
+
+    A step puts the student in train mode and the teachers in eval mode, and leaves them so.
+
+    Raises ValueError for settings that do not fit; UserError in a step whose model has no forward-mode derivatives.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | Network,
+        teachers: Sequence[nn.Module | Network],
+        objective: Objective | None = None,
+        *,
+        student_optimizer: Optimizer | None = None,
+        teacher_optimizers: Sequence[Optimizer] = (),
+        pilot_lr: float = 1e-3,
+        pilot_optimizer: str = "sgd",
+        strategy: str | Reptile = "exact",
+        teacher_weights: Sequence[float] | str | None = None,
+        weights_lr: float = 0.01,
+        teacher_alpha: float | None = None,
+        checkpointing: str = "none",
+        independent_masks: bool = False,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        store: Store = "device",
+    ):
+        student, teachers = _network(student, "student"), [_network(t, f"teacher {k}") for k, t in enumerate(teachers)]
+        if len(teacher_optimizers) not in (0, len(teachers)):
+            raise ValueError(f"got {len(teacher_optimizers)} optimizers for {len(teachers)} teachers.")
+        if not student.trainable():
+            raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
+                             "student.requires_grad_().")  # fmt: skip
+        _check_apart([student, *teachers])
+        for optimizer, network in zip([student_optimizer, *teacher_optimizers], [student, *teachers], strict=False):
+            if optimizer is not None:
+                _check_optimizer(optimizer, network)
+        learner = student if student_optimizer is None else Learner(student, student_optimizer, None, max_grad_norm)
+        learners = [Learner(t, o, None, max_grad_norm) for t, o in zip(teachers, teacher_optimizers, strict=False)]
+        weights = TeacherWeights.of(teacher_weights, len(teachers), student.flat.weights)
+        network = None if weights is None else Network(weights, name="teacher weights")
+        if weights is not None and weights.learned:
+            learners.append(Learner(network, torch.optim.AdamW(weights.parameters(), lr=weights_lr, weight_decay=0.0)))
+        for each in (student, *teachers):
+            each.flatten()
+        self._set_up(
+            learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
+            checkpointing, independent_masks, micro_batch_size, store, teacher_alpha,
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
+        objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str | Reptile = "exact",
+        checkpointing: str = "none", independent_masks: bool = False, micro_batch_size: int | None = None,
+        store: Store = "device", teacher_alpha: float | None = None,
+    ) -> MetaStep:  # fmt: skip
+        """From learners that bring their schedules; `learners` are those of the teachers and of learned `weights`."""
+        step = cls.__new__(cls)
+        step._set_up(
+            student, teachers, learners, weights, objective, pilot_lr, pilot_optimizer, strategy, checkpointing,
+            independent_masks, micro_batch_size, store, teacher_alpha,
+        )  # fmt: skip
+        return step
+
+    def _set_up(
+        self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
+        objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str | Reptile, checkpointing: str,
+        independent_masks: bool, micro_batch_size: int | None, store: Store, teacher_alpha: float | None,
+    ) -> None:  # fmt: skip
+        if not teachers:
+            raise ValueError("a meta-step needs at least one teacher; got none.")
+        self.quizzed = not isinstance(strategy, Reptile)
+        if self.quizzed:
+            _choice("strategy", strategy, STRATEGIES)
+            _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+        elif teacher_alpha is not None:
+            raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
+        if checkpointing in REFUSED:
+            raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
+        _choice("checkpointing", checkpointing, CHOICES)
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}; it must be at least 1, or None.")
+        self.learner = student if isinstance(student, Learner) else None
+        self.learners, self.independent_masks = list(learners), independent_masks
+        network = student.network if isinstance(student, Learner) else student
+        pilot = self._pilot("first" if isinstance(strategy, Reptile) else pilot_optimizer, pilot_lr, network)
+        keep = strategy != "double_backward" and not independent_masks
+        self.problem = Problem(
+            network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
+            keep and self.learner is not None, micro_batch=micro_batch_size,
+            own=None if teacher_alpha is None else replace(objective, alpha=teacher_alpha, feature_loss="none"),
+        )  # fmt: skip
+        self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
+        if isinstance(strategy, Reptile):
+            strategy.check(self.problem)
+
+    def _pilot(self, kind: str, lr: float, network: Network) -> Pilot:
+        if kind == "sgd":
+            return SGD(lr)
+        if self.learner is None:
+            raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
+        if kind == "adamw":
+            return AdamW(lr, network.flat, self.learner.optimizer)
+        return FirstAdamW(lr, network.flat, self.learner.optimizer, self.learner.max_grad_norm)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """[K] of the teachers, on their device; None where their logits are simply averaged."""
+        network = self.problem.weights
+        return None if network is None else network.module().detach()
+
+    def __call__(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
+        """Pilot, quiz, a step of every teacher, and the student's real steps; device scalars `loss`, `pilot_loss`, `quiz_loss`.
+
+        The student is put in train mode, the teachers in eval mode, with gradient. Where there is no quiz (`Reptile`),
+        `quizzes` may be empty, and there is no `quiz_loss`; with `teacher_alpha` there is a `teacher_loss`, the teachers' mean.
+        """
+        taught = {id(learner.network) for learner in self.learners}
+        if self.learner is None or not all(id(teacher) in taught for teacher in self.problem.teachers):
+            raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
+        batches, quizzes = _batches(batches), _batches(quizzes) if self.quizzed else []
+        learners = [self.learner, *self.learners]
+        for learner in learners:  # whatever a training before it left there is none of this step's
+            learner.network.flat.clear_gradients()
+        try:
+            meta = self._meta(batches, quizzes)
+        except BaseException:
+            for learner in learners:  # half a meta-gradient is none
+                learner.network.flat.clear_gradients()
+            raise
+        for learner in self.learners:
+            learner.update()
+        real = [self._real(batch, meta, j) for j, batch in enumerate(batches)]
+        return {"loss": torch.stack(real).mean(), **_losses(meta)}
+
+    def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
+        """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
+        return _losses(self._meta(_batches(batches), _batches(quizzes) if self.quizzed else []))
+
+    def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
+        self.problem.student.module.train()
+        for teacher in self.problem.teachers:
+            teacher.module.eval()
+        return self.strategy(self.problem, batches, quizzes)
+
+    @section("real step")
+    def _real(self, batch: Batch, meta: Meta, number: int) -> Tensor:
+        """The student's step on `batch` from the updated teachers, with the pilot's dropout masks unless independent."""
+        student, problem, losses, weights = self.learner, self.problem, [], self.weights
+        for part, masks in zip(problem.parts(batch), meta.masks[number], strict=True):
+            with section("teacher forward"), torch.no_grad():
+                taught = [teacher(part.batch) for teacher in problem.teachers]
+            if meta.kept is not None:
+                outputs, lookups = _resumed(problem.student, meta.kept)
+            elif self.independent_masks:
+                outputs, lookups = student.forward(part.batch)
+            else:
+                with masks.again():
+                    outputs, lookups = student.forward(part.batch, repeated=True)
+            loss, slopes = part.objective.slopes(outputs, taught, part.batch.labels, weights)
+            student.backward(outputs.given(), slopes, lookups)
+            losses.append(loss)
+        student.update()
+        return torch.stack(losses).sum()
+
+
+def _resumed(network: Network, kept: Kept):
+    """The pilot's forward stands for the real one: same weights, batch and masks. Buffers are set to what it left."""
+    with torch.no_grad():
+        for buffer, value in zip(network.module.buffers(), kept.buffers, strict=True):
+            buffer.data.copy_(value)
+    return kept.outputs, kept.lookups
+
+
+def _losses(meta: Meta) -> dict[str, Tensor]:
+    found = {"pilot_loss": meta.pilot_loss, "quiz_loss": meta.quiz_loss, "teacher_loss": meta.teacher_loss}
+    return {name: loss for name, loss in found.items() if loss is not None}
+
+
+def _network(given: nn.Module | Network, name: str) -> Network:
+    return given if isinstance(given, Network) else Network(given, name=name)
+
+
+def _batches(given: Sequence[Any]) -> list[Any]:
+    """Raises ValueError for what is not a list of batches."""
+    if isinstance(given, Tensor | dict) or not isinstance(given, Sequence) or not given:
+        raise ValueError("batches and quizzes are lists of one batch or more, each (inputs, labels) or with .inputs and "
+                         f".labels; got {type(given).__name__}{'' if given is None or len(given) else ' of nothing'}.")  # fmt: skip
+    return [_batch(each) for each in given]
+
+
+def _batch(given: Any) -> Any:
+    if hasattr(given, "labels"):
+        return given
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(f"a batch is (inputs, labels) or has .inputs and .labels; got {type(given).__name__}.")
+    return Batch(labels=given[1], inputs=given[0])
+
+
+def _check_optimizer(optimizer: Optimizer, network: Network) -> None:
+    """Raises ValueError where an optimizer does not step just the trainable weights of its module."""
+    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in network.trainable().items() if id(p) not in theirs]
+    if missing or len(theirs) > len({id(p) for p in network.module.parameters()}):
+        raise ValueError(
+            f"the optimizer of the {network.name} does not step {', '.join(missing[:3]) or 'its weights alone'}; give each "
+            "module the optimizer of its own weights, in the same order.")  # fmt: skip
+
+
+def _check_apart(networks: Sequence[Network]) -> None:
+    """Raises ValueError where two networks share a trained weight, or one has weights that cannot be stepped."""
+    owner: dict[int, str] = {}
+    for network in networks:
+        for name, p in network.trainable().items():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{name} of the {network.name} is {p.dtype}; keep weights in float32 (.float()) and use "
+                                 "autocast in the forward.")  # fmt: skip
+            if id(p) in owner:
+                raise ValueError(f"the {owner[id(p)]} and the {network.name} share the weight {name}; give each a copy "
+                                 "(copy.deepcopy).")  # fmt: skip
+        owner |= {id(p): network.name for p in network.trainable().values()}
+
+
+def _choice(name: str, given: str, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}.")

@@ -1,0 +1,176 @@
+"""GLUE's tasks by name: columns, splits, order of labels and metrics, from the hub and from local files."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from data_helpers import load, numbered, refused, texts, write
+from run_helpers import metrics, succeed, summary
+from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
+
+from engine.data.glue import METRICS, task_of
+from engine.embedded import generate
+from engine.report.tables import closing_table
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+
+# As the benchmark's data set on the hub has them: columns of text, names of labels, further columns and splits.
+TWO = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "sst2": (("sentence",), ("negative", "positive"), "accuracy"),
+    "cola": (("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    "mrpc": (TWO, ("not_equivalent", "equivalent"), "f1"),
+    "rte": (TWO, ENTAILMENT, "accuracy"),
+    "stsb": (TWO, (), "pearson"),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate"), "f1"),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy"),
+    "qnli": (("question", "sentence"), ENTAILMENT, "accuracy"),
+    "wnli": (TWO, ENTAILMENT[::-1], "accuracy"),
+}
+
+
+def on_the_hub(name):
+    columns, names, _ = TASKS[name]
+    label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
+    features = {column: datasets.Value("string") for column in columns}
+    features = datasets.Features({**features, "label": label, "idx": datasets.Value("int32")})
+
+    def make(part, count, labelled=True):
+        labels = [(i % len(names) if names else i % 21 / 4) if labelled else -1 for i in range(count)]
+        rows = {column: [f"{part} {column} {i}" for i in range(count)] for column in columns}
+        return datasets.Dataset.from_dict(rows | {"label": labels, "idx": list(range(count))}, features=features)
+
+    splits = {"train": make("t", 600), "validation": make("v", 60), "test": make("x", 40, labelled=False)}
+    if name == "mnli":
+        splits = {"train": splits["train"]}
+        for which in ("matched", "mismatched"):
+            splits |= {f"validation_{which}": make(which, 60), f"test_{which}": make("x", 40, labelled=False)}
+    return datasets.DatasetDict(splits)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_of_the_hub(name, loaded):  # noqa: F811
+    columns, names, metric = TASKS[name]
+    loaded.answer = on_the_hub(name)
+    splits = from_hub(name, train_size=100)
+    assert loaded.calls == [(("nyu-mll/glue", name), False)]
+    assert splits.task.label_names == names and splits.task.metric == metric == METRICS[name]
+    assert splits.task.kind == ("classification" if names else "regression") and splits.task.pair == (len(columns) == 2)
+    first = "matched" if name == "mnli" else "v"
+    assert len(splits.validation) == 60 and splits.validation.features["label"].dtype == (
+        "int64" if names else "float64"
+    )
+    for row in splits.validation:
+        i = int(row["text"].split()[-1])
+        assert row["text"] == f"{first} {columns[0]} {i}"
+        assert len(columns) == 1 or row["pair"] == f"{first} {columns[1]} {i}"
+        assert row["label"] == (i % len(names) if names else i % 21 / 4)
+    assert all(text.startswith("t ") for text in splits.test["text"])  # the benchmark's has no labels
+    line = splits.notes[-1]
+    of = f" of {names[1]!r}" if metric == "f1" else ""
+    assert line.endswith(f"; metric {metric}{of} (GLUE's for {name}).")
+    unused = "nyu-mll/glue:mnli: not used are test_matched, validation_mismatched, test_mismatched."
+    assert (unused in splits.notes) == (name == "mnli")
+
+
+def test_every_task_is_known():
+    assert TASKS.keys() == METRICS.keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        ("cola", "cola"), ("SST-2", "sst2"), ("nyu-mll/glue:mrpc", "mrpc"), ("user/cola", None), ("user/name:cola", None),
+        ("nyu-mll/glue", None), ("set/cola", "cola"), ("./set/STS-B/", "stsb"), ("./gone/cola", None), ("colas", None),
+        ("set/cola/train.tsv", None), ("", None),
+    ],
+)  # fmt: skip
+def test_which_task_data_is(tmp_path, monkeypatch, data, task):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cola", "STS-B"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    assert task_of(data) == task
+
+
+# Local files
+
+
+def folder(tmp_path, name, rows, header="sentence1\tsentence2\tlabel"):
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "train.tsv", rows, header)
+    return tmp_path / name
+
+
+def test_a_folder_named_as_a_task_has_its_metric(tmp_path):
+    path = folder(tmp_path, "cola", numbered(60), "sentence\tlabel")
+    splits = load(path)
+    assert splits.task.metric == "matthews" and splits.notes[-1].endswith("; metric matthews (GLUE's for cola).")
+    assert load(path / "train.tsv").task.metric == "accuracy"
+    splits = load(path, metric="f1")
+    assert splits.task.metric == "f1" and splits.notes[-1].endswith("; metric f1 of '1'.")
+    numbers = [f"row {i}\t{i / 8}" for i in range(60)]
+    assert load(folder(tmp_path, "mrpc", numbers, "sentence\tlabel")).task.metric == "pearson"  # F1 does not fit
+
+
+def test_other_data_says_and_changes_nothing(tmp_path):
+    splits = load(folder(tmp_path, "reviews", numbered(60), "sentence\tlabel"))
+    assert splits.task.metric == "accuracy" and "metric" not in splits.notes[-1]
+
+
+@pytest.mark.parametrize(("name", "word"), [("mrpc", "equivalent"), ("qqp", "duplicate")])
+def test_f1_is_of_the_benchmarks_class_whatever_the_alphabet_says(tmp_path, name, word):
+    rows = [f"a {i}\tb {i}\t{f'not_{word}' if i % 3 else word}" for i in range(60)]
+    assert load(folder(tmp_path, name, rows)).task.label_names == (f"not_{word}", word)
+    assert load(folder(tmp_path, "pairs", rows)).task.label_names == (word, f"not_{word}")
+    write(tmp_path / name / "train.tsv", [row.replace(word, "alike") for row in rows], "sentence1\tsentence2\tlabel")
+    assert load(tmp_path / name).task.label_names == ("alike", "not_alike")
+
+
+def test_files_that_are_not_used_are_named(tmp_path):
+    path = folder(tmp_path, "mnli", [f"a {i}\tb {i}\t{i % 3}" for i in range(90)], "premise\thypothesis\tlabel")
+    for name in ("dev_matched", "dev_mismatched"):
+        write(path / f"{name}.tsv", [f"{name} {i}\tb {i}\t{i % 3}" for i in range(9)], "premise\thypothesis\tlabel")
+    (path / "SOURCE.md").write_text("where it comes from")
+    splits = load(path)
+    assert f"{path}: not used are dev_mismatched.tsv." in splits.notes
+    assert {text.split()[0] for text, _ in texts(splits.validation)} == {"dev_matched"}
+
+
+@pytest.mark.parametrize(("metric", "task"), [("pearson", "auto"), ("spearman", "auto"), ("accuracy", "regression")])
+def test_a_metric_of_another_kind(tmp_path, metric, task):
+    message = refused(write(tmp_path / "a.tsv", numbered(60)), metric=metric, task=task)
+    assert message.startswith(f"--metric {metric} is a metric of a ") and "use " in message
+
+
+@pytest.mark.parametrize(("name", "text", "metric"), [("cola", "sentence", "matthews"), ("mrpc", "sentence1 + sentence2", "f1"),
+                                                      ("rte", "premise + hypothesis", "accuracy")])  # fmt: skip
+def test_real_data(name, text, metric):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no folder {name} beside the repository, under shared/data")
+    splits = load(REAL / name)
+    assert splits.task.metric == metric and f"text {text}, label label, 2 classes" in splits.notes[-1]
+
+
+# Whole runs
+
+
+def test_the_metric_chooses_the_weights_and_heads_the_table(tmp_path, cache):
+    """Teachers that were chosen by another metric are not reused."""
+    path = folder(tmp_path, "cola", [f"{t}\t{label}" for t, label in generate(200, 0)], "sentence\tlabel")
+    by = {}
+    for metric in ("auto", "accuracy"):
+        out = succeed(path, tmp_path / metric, method="kd", metric=metric, eval_steps=1, lr=0.003)
+        by[metric] = summary(out)
+        assert [t["origin"] for t in by[metric]["teachers"]] == ["fine-tuned"]
+        name = "matthews" if metric == "auto" else metric
+        rows = [row for row in metrics(out) if f"validation/{name}" in row and row["phase"] == "kd"]
+        best = max(rows, key=lambda row: row[f"validation/{name}"])
+        assert by[metric]["metric"] == name and by[metric]["student"]["best_step"] == best["step"]
+        assert by[metric]["student"][name] == by[metric]["metrics"]["test"][name]
+        table, value = closing_table(by[metric]), by[metric]["student"][name]
+        assert table["title"] == f"{name}{' in %' if metric == 'accuracy' else ''}, {path}"
+        assert table["rows"][-1][3] == (f"{100 * value:.2f}" if metric == "accuracy" else f"{value:.4f}")
+    assert by["auto"]["settings"]["metric"] == "auto"
+    again = succeed(path, tmp_path / "again", method="kd", metric="matthews", eval_steps=1)
+    assert [t["origin"] for t in summary(again)["teachers"]] == ["reused"]

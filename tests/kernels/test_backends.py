@@ -1,0 +1,164 @@
+"""Which kernels serve a device, and what is said of it."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
+from engine.kernels.ops import backends
+from engine.params import native
+
+pytest.importorskip("triton")
+
+SETTINGS = {"temperature": 2.0, "alpha": 0.3}
+x = torch.zeros(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def undecided(monkeypatch, caplog):
+    """As in a new process."""
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    backends._decide.cache_clear()
+    caplog.set_level(logging.INFO, "engine.kernels")
+    yield
+    backends._decide.cache_clear()
+
+
+def without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+def library(monkeypatch, *devices, why="there is no compiler"):
+    monkeypatch.setattr(backends, "native", lambda: (frozenset(devices), why))
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "devices", "name", "why"),
+    [
+        ("cuda", None, [], "triton", "the usual one"),
+        ("cuda", "", [], "triton", "the usual one"),
+        ("cuda", "auto", [], "triton", "the usual one"),
+        ("cuda", "triton", [], "triton", "because ENGINE_KERNELS says so"),
+        ("cuda", "reference", ["cpu"], "reference", "because ENGINE_KERNELS says so"),
+        ("cpu", None, ["cpu"], "cpp", "the usual one"),
+        ("cpu", None, ["cpu", "cuda"], "cpp", "the usual one"),
+        ("cpu", "cpp", ["cpu"], "cpp", "because ENGINE_KERNELS says so"),
+        ("cpu", "reference", ["cpu"], "reference", "because ENGINE_KERNELS says so"),
+        ("cpu", None, [], "reference", "because there is no compiler"),
+        ("mps", None, ["cpu"], "reference", "the usual one"),
+        ("meta", "reference", [], "reference", "because ENGINE_KERNELS says so"),
+    ],
+)
+def test_choice(device, choice, devices, name, why, monkeypatch, caplog):
+    library(monkeypatch, *devices)
+    if choice is not None:
+        monkeypatch.setenv(backends.VARIABLE, choice)
+    found = backends.backend(device)
+    assert found.name == name
+    assert why in found.why
+    assert backends.backend(device) == found
+    (record,) = caplog.records
+    assert record.getMessage() == f"kernels on {device}: {name}, {found.why}"
+    assert record.levelno == logging.INFO
+
+
+def test_cuda_without_triton_is_worth_a_warning(monkeypatch, caplog):
+    without_triton(monkeypatch)
+    assert backends.backend("cuda").name == "reference"
+    assert "triton is not installed" in backends.backend("cuda").why
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    backends.backend("cuda")
+    assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO], "who asks for it knows"
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "says"),
+    [
+        ("cpu", "Triton", "ENGINE_KERNELS is 'Triton'; it must be one of auto, triton, cpp, reference"),
+        ("cpu", "cuda", "ENGINE_KERNELS is 'cuda'; it must be one of"),
+        ("cpu", "cpp", "ENGINE_KERNELS is 'cpp', but there is no compiler; with auto"),
+        ("cuda", "cpp", "ENGINE_KERNELS is 'cpp', but the C.. kernels do not serve cuda"),
+        ("meta", "cpp", "ENGINE_KERNELS is 'cpp', but the C.. kernels do not serve meta"),
+        ("meta", "triton", "ENGINE_KERNELS is 'triton', but triton does not serve meta"),
+    ],
+)
+def test_refusals(device, choice, says, monkeypatch):
+    library(monkeypatch)
+    monkeypatch.setenv(backends.VARIABLE, choice)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            backends.backend(device)
+
+
+def test_triton_that_is_not_installed_is_refused(monkeypatch):
+    without_triton(monkeypatch)
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="triton is not installed"):
+        kd_loss(x, [x], **SETTINGS)
+
+
+@pytest.mark.parametrize("choice", ["none", "cpp"])
+def test_every_function_refuses_a_bad_choice(choice, monkeypatch):
+    library(monkeypatch)
+    monkeypatch.setenv(backends.VARIABLE, choice)
+    for call in (
+        lambda: kd_loss(x, [x], **SETTINGS),
+        lambda: meta_cotangent(x, [x], x, **SETTINGS),
+        lambda: fused_linear_kd(x, x, [x], [x], **SETTINGS),
+    ):
+        with pytest.raises(ValueError, match=f"ENGINE_KERNELS is '{choice}'"):
+            call()
+
+
+def test_without_a_library_the_reference_computes(monkeypatch, caplog):
+    library(monkeypatch, why="there are no native operations, because they do not compile")
+    student = torch.randn(2, 3, requires_grad=True)
+    assert kd_loss(student, [x], **SETTINGS).grad_fn is not None
+    assert fused_linear_kd(student, x, [x], [x], **SETTINGS).isfinite()
+    assert [r.getMessage() for r in caplog.records] == [
+        "kernels on cpu: reference, because there are no native operations, because they do not compile"
+    ]
+
+
+def test_the_package_says_where_the_library_is(monkeypatch):
+    monkeypatch.setattr(native, "_chosen", native.Backend("torch", "because METADISTIL_NATIVE=torch says so"))
+    devices, why = backends.native()
+    assert not devices
+    assert why == "there are no native operations, because METADISTIL_NATIVE=torch says so"
+    monkeypatch.setattr(native, "_chosen", native.Backend("just in time", "", frozenset({"cpu"})))
+    assert backends.native()[0] == {"cpu"}
+
+
+def test_only_a_backend_with_ops_is_a_module(monkeypatch):
+    library(monkeypatch)
+    with pytest.raises(ValueError, match="the reference has no ops"):
+        backends.module("cpu")
+    library(monkeypatch, "cpu")
+    backends._decide.cache_clear()
+    assert backends.module("cpu") is torch.ops.metadistil
+
+
+def test_triton_on_a_cpu_wants_its_interpreter():
+    """Which it looks for when it is imported, hence in a process of its own."""
+    script = """
+import torch
+from engine.kernels import kd_loss
+x = torch.zeros(2, 3)
+try:
+    kd_loss(x, [x], temperature=2.0, alpha=0.3)
+except ValueError as error:
+    print("ValueError:", error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"ENGINE_KERNELS": "triton", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    arguments = [sys.executable, "-c", script]
+    done = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ValueError: ENGINE_KERNELS is 'triton', but triton does not serve cpu")
+    assert "on a CPU its interpreter does, with TRITON_INTERPRET=1" in done.stdout

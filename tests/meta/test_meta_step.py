@@ -1,0 +1,315 @@
+"""The meta-step for any modules: one step is the same whichever strategy takes it, and what does not fit is said."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine import MetaStep, Network, Objective, Outputs
+from engine.meta.metagrad import STRATEGIES
+
+ROOT = Path(__file__).parents[2]
+# Two steps of Adam, which divides by the gradient's own size, on weights of size 1
+TOLERANCE = 1e-9
+
+
+def cnn(seed, width=4, dropout=0.2):
+    torch.manual_seed(seed)
+    module = nn.Sequential(
+        nn.Conv2d(1, width, 3, bias=False), nn.BatchNorm2d(width), nn.Tanh(), nn.Flatten(), nn.Dropout(dropout),
+        nn.Linear(4 * width, 3),
+    )  # fmt: skip
+    return module.double()
+
+
+def data(seed, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, 1, 4, 4, generator=generator, dtype=torch.float64),
+            torch.randint(3, (size,), generator=generator))  # fmt: skip
+
+
+def meta_step(teachers=2, **settings):
+    student, models = cnn(0), [cnn(k + 1, width=5) for k in range(teachers)]
+    return MetaStep(
+        student, models, Objective(temperature=2.0), pilot_lr=0.2,
+        student_optimizer=torch.optim.AdamW(student.parameters(), lr=1e-2),
+        teacher_optimizers=[torch.optim.AdamW(m.parameters(), lr=1e-2) for m in models], **settings,
+    )  # fmt: skip
+
+
+def weights(step):
+    networks = [step.problem.student, *step.problem.teachers]
+    return [t.detach().clone() for n in networks for t in [*n.module.parameters(), *n.module.buffers()]]
+
+
+def run(step, pilots=1, steps=2):
+    torch.manual_seed(9)
+    values = [step([data(10 * i + j) for j in range(pilots)], [data(100 + i), data(200 + i)]) for i in range(steps)]
+    return values, weights(step), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("pilots", [1, 2])
+@pytest.mark.parametrize("settings", [
+    {}, {"independent_masks": True}, {"pilot_optimizer": "adamw"}, {"teacher_weights": "learned"},
+    {"teacher_weights": [1, 3], "checkpointing": "both"}, {"store": "pinned", "max_grad_norm": None},
+], ids=str)  # fmt: skip
+def test_a_step_is_the_same_by_either_exact_strategy(settings, pilots):
+    """Losses, weights, buffers and random numbers: `exact` reuses the pilot's forward, `double_backward` repeats it."""
+    first, second = (run(meta_step(strategy=s, **settings), pilots) for s in ("exact", "double_backward"))
+    assert torch.equal(first[2], second[2])
+    for a, b in zip(first[0], second[0], strict=True):
+        assert a.keys() == b.keys() == {"loss", "pilot_loss", "quiz_loss"}
+        assert all(abs(a[n] - b[n]) < TOLERANCE and not a[n].requires_grad for n in a)
+    assert max((a - b).abs().max() for a, b in zip(first[1], second[1], strict=True)) < TOLERANCE
+
+
+def test_masks_are_the_pilots_unless_independent():
+    shared, independent = run(meta_step()), run(meta_step(independent_masks=True))
+    assert not torch.equal(shared[2], independent[2])
+    assert shared[0][0]["pilot_loss"] == independent[0][0]["pilot_loss"]
+    assert shared[0][0]["loss"] != independent[0][0]["loss"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_meta_gradient_alone(strategy):
+    """Needs no optimizers, adds to `.grad`, and leaves the student as it was."""
+    student, teacher = cnn(0), cnn(1)
+    step = MetaStep(student, [teacher], pilot_lr=0.2, strategy=strategy)
+    before = weights(step)
+    values = step.meta_gradient([data(0)], [data(1)])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(step), strict=True))
+    assert values.keys() == {"pilot_loss", "quiz_loss"} and all(p.grad is None for p in student.parameters())
+    once = [p.grad.clone() for p in teacher.parameters()]
+    assert any(g.abs().max() > 1e-6 for g in once)
+    with pytest.raises(ValueError, match="student_optimizer and teacher_optimizers"):
+        step([data(0)], [data(1)])
+    teacher.zero_grad()
+    torch.manual_seed(3)
+    step.meta_gradient([data(0)], [data(1)])
+    single = [p.grad.clone() for p in teacher.parameters()]
+    torch.manual_seed(3)
+    step.meta_gradient([data(0)], [data(1)])
+    assert all(torch.equal(2 * a, p.grad) for a, p in zip(single, teacher.parameters(), strict=True))
+
+
+def test_learned_weights_move_and_stay_a_mean():
+    step = meta_step(teacher_weights="learned", weights_lr=0.1)
+    assert torch.allclose(step.weights, torch.full((2,), 0.5, dtype=torch.float64))
+    run(step, steps=3)
+    assert (step.weights - 0.5).abs().max() > 0.01
+    assert step.weights.sum() == pytest.approx(1.0) and not step.weights.requires_grad
+    assert meta_step().weights is None
+    assert torch.allclose(meta_step(teacher_weights=[1, 3]).weights, torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
+def test_networks_say_how_a_batch_is_read():
+    """A batch of any kind, features for a feature loss, an object with `.logits`."""
+
+    class Reading(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.inner, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            state = torch.tanh(self.inner(x))
+            return self.out(state), state.unsqueeze(1)
+
+    class Batch:
+        def __init__(self, seed):
+            generator = torch.Generator().manual_seed(seed)
+            self.rows, self.labels = torch.randn(5, 4, generator=generator), torch.randint(3, (5,), generator=generator)
+
+    def call(module, batch):
+        return Outputs(*module(batch.rows))
+
+    found = {}
+    for strategy in ("exact", "double_backward"):
+        teacher = Reading(1)
+        objective = Objective(feature_loss="patient", beta=10.0)
+        step = MetaStep(Network(Reading(0), call), [Network(teacher, call)], objective, strategy=strategy, pilot_lr=0.1)
+        step.meta_gradient([Batch(0)], [Batch(1)])
+        found[strategy] = torch.cat([p.grad.flatten() for p in teacher.parameters()])
+    assert found["exact"].norm() > 0
+    torch.testing.assert_close(found["exact"], found["double_backward"], rtol=1e-4, atol=1e-8)
+
+
+def test_a_users_own_steps_go_between():
+    """Plain backward and optimizer steps on the flattened modules, and a scheduler: nothing of it is disturbed."""
+    step = meta_step(teachers=1)
+    student, (teacher,) = step.problem.student.module, (t.module for t in step.problem.teachers)
+    plain = copy.deepcopy(student)
+    run(step, steps=1)
+    teacher_before = copy.deepcopy(teacher.state_dict())
+    x, y = data(5)
+    student.load_state_dict(plain.state_dict())
+    for module in (student, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        torch.manual_seed(4)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module.train()(x), y).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), plain.parameters(), strict=True))
+    run(step, steps=1)  # goes on
+    assert any(not torch.equal(a, teacher_before[n]) for n, a in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"teachers": 0}, "at least one teacher"),
+    ({"strategy": "implicit"}, "strategy is 'implicit'; it must be one of exact"),
+    ({"pilot_optimizer": "lion"}, "pilot_optimizer is 'lion'; it must be one of sgd, adamw"),
+    ({"checkpointing": "selective"}, "'selective' is refused"),
+    ({"checkpointing": "all"}, "checkpointing is 'all'"),
+    ({"store": "disk"}, "store is 'disk'"),
+    ({"teacher_weights": [1.0]}, "give 2 positive numbers"),
+    ({"teacher_weights": [1.0, -1.0]}, "give 2 positive numbers"),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        meta_step(**settings)
+
+
+def test_a_frozen_student_is_refused():
+    with pytest.raises(ValueError, match="requires_grad_"):
+        MetaStep(cnn(0).requires_grad_(False), [cnn(1)])
+
+
+def test_an_unknown_student_optimizer_is_refused_for_an_adamw_pilot():
+    student, teacher = cnn(0), cnn(1)
+    with pytest.raises(ValueError, match="SGD's update is not known.*--pilot-optimizer sgd"):
+        MetaStep(student, [teacher], pilot_optimizer="adamw",
+                 student_optimizer=torch.optim.SGD(student.parameters(), lr=0.1))  # fmt: skip
+    with pytest.raises(ValueError, match="give student_optimizer"):
+        MetaStep(student, [teacher], pilot_optimizer="adamw")
+
+
+def test_the_number_of_optimizers_is_checked():
+    student, teacher = cnn(0), cnn(1)
+    with pytest.raises(ValueError, match="2 optimizers for 1 teachers"):
+        MetaStep(student, [teacher], teacher_optimizers=[torch.optim.SGD(teacher.parameters())] * 2)
+
+
+def test_the_package_offers_its_classes():
+    assert engine.MetaStep is MetaStep
+    with pytest.raises(AttributeError, match="Metastep"):
+        engine.Metastep  # noqa: B018
+
+
+def test_the_readmes_example_distils_digits(capsys):
+    """scikit-learn's digits: two teachers of 32 channels, a student of four."""
+    pytest.importorskip("sklearn")
+    code = re.search(r"<!-- example: digits -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert names["accuracy"](names["student"]) > 0.88
+    assert all(names["accuracy"](teacher) > 0.92 for teacher in names["teachers"])
+    assert "quiz loss" in capsys.readouterr().out
+
+
+def test_what_a_training_before_left_in_grad_is_not_stepped():
+    """The last `backward()` of a teacher's own training is no part of the meta-gradient; nor is half of one."""
+    clean, dirty = meta_step(), meta_step()
+    for module in (dirty.problem.student.module, *(t.module for t in dirty.problem.teachers)):
+        for p in module.parameters():
+            p.grad = torch.full_like(p, 7.0)
+    expected, got = run(clean, steps=1), run(dirty, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(expected[1], got[1], strict=True))
+    (x, y), quiz = data(0), [data(1)]
+    before = weights(clean)
+    with pytest.raises(IndexError):
+        clean([(x, y)], [*quiz, (x, y + 7)])  # no such class
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(clean), strict=True))
+    assert all(p.grad.abs().max() == 0 for t in clean.problem.teachers for p in t.module.parameters())
+
+
+def test_optimizers_belong_to_their_modules():
+    student, models = cnn(0), [cnn(1), cnn(2)]
+    optimizers = [torch.optim.AdamW(m.parameters()) for m in models]
+    with pytest.raises(ValueError, match="optimizer of the teacher 0 does not step"):
+        MetaStep(student, models, teacher_optimizers=optimizers[::-1])
+    with pytest.raises(ValueError, match="optimizer of the student does not step"):
+        MetaStep(student, models, student_optimizer=optimizers[0], teacher_optimizers=optimizers)
+    step = MetaStep(
+        student, models, teacher_weights="learned", student_optimizer=torch.optim.AdamW(student.parameters())
+    )
+    with pytest.raises(ValueError, match="teacher_optimizers"):
+        step([data(0)], [data(1)])
+
+
+def test_models_are_apart_and_in_full_precision():
+    with pytest.raises(ValueError, match="share the weight"):
+        MetaStep(cnn(0), [teacher := cnn(1), teacher])
+    student = cnn(0)
+    with pytest.raises(ValueError, match="student and the teacher 0 share"):
+        MetaStep(student, [student])
+    with pytest.raises(ValueError, match="bfloat16; keep weights in float32"):
+        MetaStep(cnn(0).bfloat16(), [cnn(1)])
+
+
+@pytest.mark.parametrize(("batches", "message"), [
+    ([], "of nothing"), (data(0)[0], "got Tensor"), ({"x": 1}, "got dict"), ([data(0)[0]], "got Tensor"), ([{"x": 1}], "got dict"),
+    (data(0), "got Tensor"),
+], ids=["empty", "tensor", "dict", "list of tensors", "list of dicts", "a pair"])  # fmt: skip
+def test_batches_are_lists_of_pairs(batches, message):
+    step = meta_step()
+    for pair in ((batches, [data(1)]), ([data(1)], batches)):
+        with pytest.raises(ValueError, match=message):
+            step(*pair)
+
+
+@pytest.mark.parametrize("settings", [
+    {"soft_loss": "kl_div"}, {"feature_loss": "pkd"}, {"temperature": 0.0}, {"alpha": 7.0}, {"beta": -1.0},
+    {"alpha": float("nan")},
+], ids=str)  # fmt: skip
+def test_an_objective_that_does_not_exist_is_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Objective(**settings)
+
+
+def test_logits_and_labels_do_not_broadcast():
+    logits, one = torch.randn(4, 3), torch.randn(4, 1)
+    for soft_loss in ("kl", "mse_prob", "mse_logits"):
+        with pytest.raises(ValueError, match="must agree"):
+            Objective(soft_loss).distil(Outputs(logits), [Outputs(one)], torch.zeros(4, dtype=torch.int64))
+    regression, labels = Objective("mse_logits", regression=True), torch.randn(4)
+    assert torch.equal(regression.hard(one, labels), regression.hard(one, labels[:, None]))
+
+
+class SometimesDeeper(nn.Module):
+    """A layer that every forward takes or leaves, as LayerDrop does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.extra, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = nn.functional.dropout(torch.tanh(self.inner(x)), 0.3, self.training)
+        if not self.training or torch.rand([]) < 0.5:
+            x = torch.tanh(self.extra(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_student_that_drops_layers_by_chance(seed):
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(5, 4, generator=generator), torch.randint(3, (5,), generator=generator)) for _ in range(2)]
+    found = {}
+    for strategy in ("exact", "double_backward"):
+        teacher = SometimesDeeper()
+        step = MetaStep(SometimesDeeper(), [teacher], strategy=strategy, pilot_lr=0.1)
+        torch.manual_seed(seed)
+        step.meta_gradient(batches[:1], batches[1:])
+        found[strategy] = torch.cat([p.grad.flatten() for p in teacher.parameters()])
+    torch.testing.assert_close(found["exact"], found["double_backward"], rtol=1e-4, atol=1e-8)

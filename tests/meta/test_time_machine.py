@@ -1,0 +1,446 @@
+"""A rewound module is the same to the last bit, and so is a gradient from a graph that was kept over an excursion."""
+
+import copy
+
+import pytest
+import torch
+from time_machine_helpers import (
+    BUFFERS,
+    FROZEN,
+    Model,
+    differing,
+    everything,
+    ids,
+    make,
+    pilot,
+    random_step,
+    shadowed,
+)
+from torch import nn
+from torch.func import functional_call
+
+from engine.meta.time_machine import TimeMachine
+from engine.params.flat import FlatParameters
+from engine.params.optim import FlatAdamW
+from engine.params.random_state import RandomState
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = [pytest.mark.gpu, NO_GPU]
+PLACES = [("cpu", "device"), ("cpu", "pinned"), *(pytest.param("cuda", s, marks=GPU) for s in ("device", "pinned"))]
+everywhere = pytest.mark.parametrize(("device", "store"), PLACES)
+tables = pytest.mark.parametrize("table_rows", [1, 99], ids=["rows", "dense"])  # tables by rows, or there are none
+
+
+# Excursions
+
+
+@everywhere
+@tables
+def test_excursion_comes_back_bit_exact(table_rows, device, store):
+    module, flat, machine = make(table_rows, store, device)
+    before = everything(module)
+    for _ in range(2):  # the storage is used again
+        with machine.excursion():
+            for name in range(3):
+                pilot(module, flat, machine, name, seed=name)
+            assert differing(before, everything(module)) == before.keys() - FROZEN
+        assert differing(before, everything(module)) == set()
+
+
+@everywhere
+def test_excursion_comes_back_when_the_body_raises(device, store):
+    module, flat, machine = make(1, store, device)
+    before = everything(module)
+    with pytest.raises(ZeroDivisionError), machine.excursion():
+        pilot(module, flat, machine, 0)
+        with machine.perturbed(random_step(flat, 1), torch.tensor(0.1, device=device)):
+            raise ZeroDivisionError
+    assert differing(before, everything(module)) == set()
+
+
+def test_excursion_without_a_step_takes_back_the_buffers():
+    module, flat, machine = make()
+    before = everything(module)
+    with machine.excursion():
+        module(ids(flat))
+        assert differing(before, everything(module)) == BUFFERS
+    assert differing(before, everything(module)) == set()
+
+
+@everywhere
+@tables
+def test_not_a_number_does_not_survive_a_rewind(table_rows, device, store):
+    module, flat, machine = make(table_rows, store, device)
+    before = everything(module)
+    with machine.excursion():
+        machine.advance(random_step(flat, 0, whole=True).scaled(float("nan")), 1.0)
+        assert all(p.isnan().all() for p in flat.parameters.values())
+        with machine.perturbed(random_step(flat, 1), torch.tensor(1.0, device=device)):
+            pass
+    assert differing(before, everything(module)) == set()
+
+
+def test_excursions_in_excursions():
+    module, flat, machine = make()
+    states = []
+    with machine.excursion():
+        for name in (0, 1):  # the same names on both floors
+            states.append(everything(module))
+            machine.advance(random_step(flat, name), 0.1, name)
+        states.append(everything(module))
+        with machine.excursion():
+            for name in (1, 0, 1, 2):
+                pilot(module, flat, machine, name)
+        assert differing(states[2], everything(module)) == set()
+        with pytest.raises(KeyError):
+            machine.rewind(2)
+        machine.rewind(1)
+        assert differing(states[1], everything(module)) == set()
+    assert differing(states[0], everything(module)) == set()
+    with pytest.raises(KeyError):
+        machine.rewind(0)
+
+
+def test_excursion_from_among_snapshots():
+    """What was taken before is there behind it, also where the body took the same names; in the body it is out of reach."""
+    module, flat, machine = make()
+    states = []
+    for name in ("a", "b"):
+        states.append(everything(module))
+        machine.advance(random_step(flat, len(states)), 0.1, name)
+    here = everything(module)
+    with machine.excursion():
+        machine.advance(random_step(flat, 3), 0.1, "b")
+        with pytest.raises(ValueError, match="'a' was taken before this excursion"):
+            machine.rewind("a")
+        machine.advance(random_step(flat, 4), 0.1, "a")
+        machine.advance(random_step(flat, 5), 0.1, "a")
+    assert differing(here, everything(module)) == set()
+    for name, state in (("b", states[1]), ("a", states[0])):
+        machine.rewind(name)
+        assert differing(state, everything(module)) == set()
+
+
+# Steps and snapshots
+
+
+@everywhere
+@tables
+@pytest.mark.parametrize("scale", [-0.3, "scalar"])
+def test_advance_adds_to_the_trainable_weights(scale, table_rows, device, store):
+    """One rounding of the product and one of the sum; a GPU may fuse them."""
+    module, flat, machine = make(table_rows, store, device)
+    before, step = everything(module), random_step(flat, 3)
+    versions = [p._version for p in module.parameters()]
+    factor = torch.tensor(-0.3, device=device)
+    machine.advance(step, factor if scale == "scalar" else scale)
+    moved = dict(flat.views(step.dense, flat.dense_names))
+    moved |= {t.name: part.dense(t.weight) for t, part in zip(flat.tables, step.tables, strict=True)}
+    same = torch.equal if device == "cpu" else torch.allclose
+    for name, now in everything(module).items():
+        if name in moved:
+            assert same(now, before[name] + factor * moved[name]), name
+            still = (moved[name] == 0).all(-1) if moved[name].ndim == 2 else moved[name] == 0
+            assert torch.equal(now[still], before[name][still])
+        else:
+            assert torch.equal(now, before[name]), name
+    assert versions == [p._version for p in module.parameters()]
+
+
+@tables
+def test_whole_tables_move_too(table_rows):
+    """A step of AdamW, or the gradient of a table that is also used whole."""
+    module, flat, machine = make(table_rows)
+    before, step = everything(module), random_step(flat, 3, whole=True)
+    with machine.excursion():
+        machine.advance(random_step(flat, 4), 0.1, 0)
+        between = everything(module)
+        machine.advance(step, 0.1, 1)
+        for table, part in zip(flat.tables, step.tables, strict=True):
+            assert torch.equal(table.weight, between[table.name] + torch.tensor(0.1) * part)
+        machine.advance(random_step(flat, 5), 0.1, 2)
+        machine.rewind(1)
+        assert differing(between, everything(module)) == set()
+    assert differing(before, everything(module)) == set()
+
+
+@everywhere
+@tables
+@pytest.mark.parametrize("order", [(0,), (2, 1, 0), (1, 1, 0, 0), (2, 0), (0, 0), (1,), (2, 2, 1)], ids=str)
+def test_any_snapshot_that_still_stands_can_be_rewound_to(order, table_rows, device, store):
+    """Of the tables each holds only the rows of its own step, so the later ones must be undone first."""
+    module, flat, machine = make(table_rows, store, device)
+    states = []
+    for name in range(3):
+        states.append(everything(module))
+        machine.advance(random_step(flat, 10 + name), 0.1, name)
+    for name in order:
+        machine.rewind(name)
+        assert differing(states[name], everything(module)) == set()
+        for later in range(name + 1, 3):
+            with pytest.raises(KeyError):
+                machine.rewind(later)
+        assert differing(states[name], everything(module)) == set()
+
+
+def test_unknown_names():
+    _, flat, machine = make()
+    with pytest.raises(KeyError):
+        machine.rewind()
+    machine.snapshot("a")
+    with pytest.raises(KeyError):
+        machine.rewind("b")
+    with machine.perturbed(random_step(flat, 0), torch.tensor(0.1)):
+        pass
+    assert list(machine._stack) == ["a"]
+
+
+@everywhere
+@tables
+def test_a_snapshot_holds_everything(table_rows, device, store):
+    """Writes by an optimizer, which reach every row and are known to autograd, are undone as well."""
+    module, flat, machine = make(table_rows, store, device)
+    before = everything(module)
+    machine.snapshot()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    module(ids(flat)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.words.weight, before["words.weight"])
+    machine.rewind()
+    assert differing(before, everything(module)) == BUFFERS
+
+
+def test_a_name_taken_again_stands_for_the_later_time():
+    module, flat, machine = make()
+    first = everything(module)
+    machine.advance(random_step(flat, 0), 0.1, "a")
+    machine.advance(random_step(flat, 1), 0.1, "b")
+    machine.advance(random_step(flat, 2), 0.1, "c")
+    later = everything(module)
+    machine.advance(random_step(flat, 3), 0.1, "b")
+    machine.rewind("b")
+    assert differing(later, everything(module)) == set()
+    machine.advance(random_step(flat, 4), 0.1, "b")
+    machine.rewind("a")  # over the rows that the first "b" moved
+    assert differing(first, everything(module)) == set()
+
+
+def test_a_name_taken_over_and_over_needs_no_more_memory():
+    module, flat, machine = make()
+    storage = set()
+    for name in ("a", "b"):
+        machine.advance(random_step(flat, 0), 0.1, name)
+    for seed in range(20):
+        machine.advance(random_step(flat, seed), 0.1, "b")
+        storage |= {snapshot.dense.data_ptr() for snapshot in machine._stack.values()}
+    assert len(storage) == 2
+    before = everything(module)
+    with machine.excursion():
+        for seed in range(20):
+            machine.advance(random_step(flat, seed), 0.1, "b")
+            storage |= {snapshot.dense.data_ptr() for snapshot in machine._stack.values()}
+    assert len(storage) == 4  # of before, for what the excursion comes back to, and for the latest
+    assert differing(before, everything(module)) == set()
+
+
+@everywhere
+@tables
+def test_perturbed_goes_along_and_comes_back_bit_for_bit(table_rows, device, store):
+    """As finite differences do: in an excursion, after a step and a rewind, one within the other."""
+    module, flat, machine = make(table_rows, store, device)
+    start = everything(module)
+    with machine.excursion():
+        machine.advance(random_step(flat, 0), 0.1, 0)
+        machine.rewind(0)
+        machine.advance(random_step(flat, 1), 0.1, 1)
+        before, scale = everything(module), torch.tensor(0.3, device=device)
+        for step in (random_step(flat, 2), random_step(flat, 3, whole=True)):
+            with machine.perturbed(step, scale):
+                there = everything(module)
+                assert differing(before, there) == before.keys() - FROZEN - BUFFERS
+                with pytest.raises(ZeroDivisionError), machine.perturbed(random_step(flat, 4), -scale):
+                    assert differing(there, everything(module))
+                    raise ZeroDivisionError
+                assert differing(there, everything(module)) == set()
+            assert differing(before, everything(module)) == set()
+        machine.rewind(0)
+        assert differing(start, everything(module)) == set()
+
+
+def test_stores():
+    with pytest.raises(ValueError, match="store is 'host'; it must be device or pinned"):
+        TimeMachine(FlatParameters(Model()), "host")
+
+
+def test_on_a_cpu_pinned_is_device():
+    results = []
+    for store in ("device", "pinned"):
+        module, flat, machine = make(1, store)
+        machine.advance(random_step(flat, 0), 0.1, 0)
+        machine.advance(random_step(flat, 1), 0.1, 1)
+        results.append([everything(module)])
+        for name in (1, 0):
+            machine.rewind(name)
+            results[-1].append(everything(module))
+    assert all(differing(a, b) == set() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("store", [pytest.param(s, marks=GPU) for s in ("device", "pinned")])
+def test_on_a_gpu_nothing_waits_and_nothing_is_overwritten_too_early(store):
+    """Sizes for which a copy is still under way when the next operation is given."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 4096)).cuda()
+    flat = FlatParameters(module)
+    machine, step = TimeMachine(flat, store), random_step(flat, 0)
+    before = flat.weights.clone()
+
+    def go():
+        with machine.excursion():
+            for name in range(3):
+                machine.advance(step, 0.1, name)
+            for name in (2, 1, 0):
+                machine.rewind(name)
+
+    go()  # allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            go()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(flat.weights, before)
+
+
+# What depends on the weights
+
+
+def torch_adamw(flat):
+    return torch.optim.AdamW(flat.parameters.values(), lr=0.05, weight_decay=0.1)
+
+
+def momentum(flat):
+    return torch.optim.SGD(flat.parameters.values(), lr=0.05, momentum=0.9)
+
+
+class Counting(torch.optim.SGD):
+    """State that is no tensor, as some optimizers' step counts."""
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = self.state[p].get("step", 0) + 1
+                with torch.no_grad():
+                    p.mul_(1 - 0.01 * self.state[p]["step"])
+
+
+def counting(flat):
+    return Counting(flat.parameters.values(), lr=0.05)
+
+
+def flat_adamw(flat):
+    return FlatAdamW(flat, lr=0.05, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("make_optimizer", [torch_adamw, flat_adamw, momentum, counting])
+def test_the_optimizer_is_rewound(make_optimizer, steps):
+    """Also to having no state; a run with an excursion in it goes on as one without."""
+    results = []
+    for excursion in (True, False):
+        module, flat, _ = make()
+        optimizer = make_optimizer(flat)
+        machine = TimeMachine(flat, optimizer=optimizer)
+
+        def train(seed, module=module, flat=flat, optimizer=optimizer):
+            torch.manual_seed(seed)
+            module(ids(flat, seed)).square().mean().backward()
+            flat.gradients  # noqa: B018  (takes in what autograd left)
+            optimizer.step()
+            flat.clear_gradients()
+
+        for step in range(steps):
+            train(step)
+        state = copy.deepcopy(optimizer.state_dict())
+        if excursion:
+            with pytest.raises(ZeroDivisionError), machine.excursion():
+                machine.snapshot()
+                train(7)
+                train(8)
+                raise ZeroDivisionError
+            now = optimizer.state_dict()
+            assert now["state"].keys() == state["state"].keys() and bool(state["state"]) == bool(steps)
+            for number, entries in state["state"].items():
+                assert entries.keys() == now["state"][number].keys()
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(now["state"][number][k])) for k, v in entries.items())  # fmt: skip
+        for step in range(steps, steps + 3):
+            train(step)
+        results.append(everything(module))
+    assert differing(*results) == set()
+
+
+@everywhere
+@tables
+def test_the_shadow_follows_every_write(table_rows, device, store):
+    module, flat, machine = make(table_rows, store, device, low_precision=True)
+    assert flat.shadow.dtype == torch.bfloat16 and shadowed(flat)
+    before = flat.weights.clone()
+    with machine.excursion():
+        for name in range(3):
+            machine.advance(random_step(flat, name, whole=name == 1), 0.1, name)
+            assert shadowed(flat)
+        for name in (2, 0):
+            machine.rewind(name)
+            assert shadowed(flat)
+        with machine.perturbed(random_step(flat, 4), torch.tensor(0.2, device=device)):
+            assert shadowed(flat)
+        assert shadowed(flat)
+        machine.snapshot("all")
+        machine.advance(random_step(flat, 5), 0.1, "last")
+        machine.rewind("all")
+        assert shadowed(flat)
+        machine.advance(random_step(flat, 5), 0.1, "last")
+    assert shadowed(flat) and torch.equal(flat.weights, before)
+
+
+@tables
+@pytest.mark.parametrize("low_precision", [False, True], ids=["fp32", "bf16"])
+def test_a_kept_graph_outlives_an_excursion(low_precision, table_rows):
+    """What the real step takes over from the pilot: a backward after the rewind, on leaves that were written to."""
+    module, flat, machine = make(table_rows, low_precision=low_precision, batch_norm=not low_precision)
+    leaves = flat.leaves(low_precision)
+
+    def forward():
+        frozen = {"norm.bias": module.norm.bias.to(next(iter(leaves.values())).dtype)}
+        with flat.lookups() as lookups:
+            return functional_call(module, {**leaves, **frozen}, (ids(flat),)).float().square().mean(), lookups
+
+    def backward(loss, lookups):
+        vector = flat.gradients_of([loss], None, leaves, lookups, retain_graph=True)
+        return [vector.dense, *(t for part in vector.tables for t in part)]
+
+    kept = forward()
+    first = backward(*kept)
+    with machine.excursion():
+        for name in range(2):
+            machine.advance(random_step(flat, name), 0.1, name)
+            inside = backward(*forward())
+        flat.leaves(low_precision)  # asked for in between, as every forward does
+    second = backward(*kept)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[:1], inside[:1], strict=True))
+
+
+def test_random_state_replays_dropout():
+    module, flat, _ = make()
+    x = ids(flat)
+    state = RandomState([p.device for p in module.parameters()])
+    first, other = module(x), module(x)
+    assert not torch.equal(first, other)
+    after = torch.get_rng_state()
+    state.restore()
+    assert torch.equal(module(x), first)
+    assert torch.equal(module(x), other)
+    assert torch.equal(torch.get_rng_state(), after)
+    state.restore()  # it can be used again
+    assert torch.equal(module(x), first)

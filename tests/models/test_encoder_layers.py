@@ -1,0 +1,80 @@
+"""Sums over all tokens in bf16 training on a CPU: as good as their terms."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+from engine.batch import Batch
+from engine.losses.objectives import Objective
+from engine.models.learner import Learner
+from engine.models.load import encoder_layers
+from engine.models.network import Encoder
+
+WIDTH, WORDS = 64, 300
+SUMS = ("LayerNorm", "layer_norm", "position", "token_type")  # gradients that are sums over all tokens, and no products
+
+
+def model(family):
+    torch.manual_seed(0)
+    if family == "bert":
+        sizes = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 3}
+        return BertForSequenceClassification(
+            BertConfig(vocab_size=WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+        )
+    sizes = {"dim": WIDTH, "n_heads": 4, "hidden_dim": 128, "n_layers": 3}
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=WORDS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **sizes)
+    )
+
+
+def gradients(family, precision):
+    """By name, at 2,048 tokens."""
+    network = Encoder("model", model(family).train(), "words", precision)
+    learner = Learner.adamw(network, lr=1e-3, steps=1, warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0)
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, WORDS, (32, 64), generator=random)
+    batch = Batch(
+        torch.randint(2, (32,), generator=random), {"words": {"input_ids": ids, "attention_mask": ids * 0 + 1}}
+    )
+    outputs, lookups = learner.forward(batch)
+    loss = Objective().hard(outputs.logits, batch.labels)
+    learner.backward([loss], None, lookups)
+    return {name: p.grad.clone() for name, p in network.flat.parameters.items()}
+
+
+def apart(family):
+    """Relative errors of gradients in bf16: the greatest of sums over tokens, and of matrix products, which are summed in
+    float32. Gradients that are mere rounding (an attention key's bias has none) do not count."""
+    exact, found = gradients(family, "fp32"), gradients(family, "bf16")
+    most = max(g.norm() for g in exact.values())
+    errors = {n: ((found[n] - g).norm() / g.norm()).item() for n, g in exact.items() if g.norm() > 1e-6 * most}
+    sums = {n: e for n, e in errors.items() if any(kind in n for kind in SUMS)}
+    assert len(sums) >= 9
+    return max(sums.values()), max(e for n, e in errors.items() if n not in sums)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_sums_over_tokens_are_as_good_as_products(family):
+    sums, products = apart(family)
+    assert sums < 1.2 * products
+
+
+@pytest.mark.parametrize("what", ["_norm", "_embed"])
+def test_torch_sums_in_bf16(what, monkeypatch):
+    """What the functions of this engine are for; where torch does better, they can go."""
+    monkeypatch.setattr(encoder_layers, what, lambda module, x: type(module).forward(module, x))
+    sums, products = apart("bert")
+    assert sums > 3 * products
+
+
+def test_float32_goes_through_torch(monkeypatch):
+    """Not a bit is different where nothing has to be."""
+    expected = gradients("bert", "fp32")
+    for what in ("_norm", "_embed"):
+        monkeypatch.setattr(encoder_layers, what, lambda module, x: type(module).forward(module, x))
+    assert all(torch.equal(g, expected[n]) for n, g in gradients("bert", "fp32").items())

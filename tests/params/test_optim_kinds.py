@@ -1,0 +1,480 @@
+"""The kinds of AdamW take one optimizer's steps; a step is clipped and skipped on the device."""
+
+import copy
+import os
+import signal
+
+import fake_apex
+import pytest
+import torch
+from device_helpers import NoReading
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_helpers import assert_same_models, flags, sentences, succeed, table, weights
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from engine.losses.objectives import Objective
+from engine.meta.meta_step import MetaStep
+from engine.meta.time_machine import TimeMachine
+from engine.models.network import Network
+from engine.params import optim
+from engine.params.flat import FlatParameters
+from engine.params.native import Backend
+from engine.params.optim import adamw, step
+from engine.run import checkpoint
+from engine.telemetry.monitor import Monitor
+from engine.train import main
+
+KINDS = ("flat", "torch", "apex")
+LR, DECAY = 0.02, 0.1
+# Of a weight of size 1 after 20 steps, against float64. float32: 6e-8 a step of the weight itself, and 1 - 0.999^t, of which
+# apex's float32 power has 3e-5 of its size in the first step: 1.5e-5 of a step of 0.02.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def apex_everywhere(monkeypatch):
+    """A stand-in, also without CUDA."""
+    monkeypatch.setattr(optim, "check", lambda kind, device: None)
+    monkeypatch.setattr(optim, "_fused_adam", lambda: fake_apex.FusedAdam)
+
+
+class Weights(nn.Module):
+    def __init__(self, shapes, dtype=torch.float32, seed=0):
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.all = nn.ParameterList(torch.randn(s, generator=random, dtype=torch.float64).to(dtype) for s in shapes)
+
+
+SHAPES = [(3,), (4, 5), (17,), (2, 3, 2), (1, 1)]
+
+
+class Setting:
+    """Weights of some shapes with an optimizer; `train` takes steps on gradients that depend on the step's number only."""
+
+    def __init__(self, kind, shapes=SHAPES, dtype=torch.float32, decay=DECAY, lr=LR, low_precision=False):
+        self.flat = FlatParameters(Weights(shapes, dtype))
+        if low_precision:
+            self.flat.leaves(low_precision=True)
+        self.optimizer = adamw(kind, self.flat, lr, decay)
+        self.schedule = LambdaLR(self.optimizer, factor)
+
+    def gradients(self, number):
+        """By name, float64: of sizes from 1e-3 to 1e3."""
+        random = torch.Generator().manual_seed(1000 + number)
+        return {
+            name: torch.randn(p.shape, generator=random, dtype=torch.float64)
+            * 10 ** (3 * torch.rand((), generator=random))
+            for name, p in self.flat.parameters.items()
+        }
+
+    def feed(self, number):
+        for name, view in self.flat.views(self.flat.gradients).items():
+            view.copy_(self.gradients(number)[name])
+
+    def train(self, numbers, clip=None, found_inf=None):
+        for number in numbers:
+            self.feed(number)
+            step(self.optimizer, self.flat, clip, found_inf)
+            self.flat.clear_gradients()
+            self.schedule.step()
+
+    def tensors(self):
+        """Everything that a step may move, copied."""
+        found = [self.flat.weights, *([] if self.flat.shadow is None else [self.flat.shadow])]
+        states = [self.optimizer.state.get(p, {}) for p in self.flat.parameters.values()]
+        found += [state[key] for state in states for key in sorted(state)]
+        return [t.clone() for t in found] + [c.clone() for c in self.counts()]
+
+    def counts(self):
+        """Of the groups, where the groups count."""
+        return [group["step"] for group in self.optimizer.param_groups if "step" in group]
+
+
+def factor(number):
+    return (number + 1) / 3 if number < 3 else 0.93**number
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def by_hand(setting, steps, decay, clip=1.0):
+    """The weights by name after AdamW's steps as the paper writes them, in float64."""
+    found = {}
+    for name, p in Weights(
+        [p.shape for p in setting.flat.parameters.values()], setting.flat.weights.dtype
+    ).named_parameters():
+        w = p.detach().double()
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        for t in range(1, steps + 1):
+            g, lr = clip * setting.gradients(t - 1)[name], LR * factor(t - 1)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            move = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            w = w - lr * (move + (decay * w if w.ndim >= 2 else 0))
+        found[name] = w
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    decay=st.sampled_from([0.0, 0.5]),
+    clip=st.sampled_from([None, 0.3]),
+)
+def test_twenty_steps_are_adamws(kind, shapes, dtype, decay, clip):
+    setting = Setting(kind, shapes, dtype, decay)
+    setting.train(range(20), None if clip is None else torch.tensor(clip))
+    assert {str(g["lr"].dtype) for g in setting.optimizer.param_groups if torch.is_tensor(g["lr"])} <= {"torch.float32"}
+    expected = by_hand(setting, 20, decay, 1.0 if clip is None else float(torch.tensor(clip)))
+    # apex's rate is float32 whatever the weights are: 6e-8 of it, over 20 steps of less than its size
+    tolerance = 20 * LR * 6e-8 if kind == "apex" and dtype == torch.float64 else TOLERANCE[dtype]
+    for name, p in setting.flat.parameters.items():
+        assert (p - expected[name]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_and_settings(kind):
+    optimizer = Setting(kind, lr=0.5).optimizer
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == DECAY}
+        assert group["lr"] == pytest.approx(0.5 / 3)
+    assert len(Setting(kind, [(3,)]).optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="'lion'; it must be one of flat, torch, apex"):
+        adamw("lion", FlatParameters(Weights(SHAPES)), LR, DECAY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rate_that_is_a_tensor_is_the_one_that_is_read(kind):
+    flat = FlatParameters(Weights(SHAPES))
+    rate = torch.tensor(0.0)
+    optimizer = adamw(kind, flat, rate, DECAY)
+    assert all(group["lr"] is rate for group in optimizer.param_groups)
+    for value, moves in ((0.0, False), (LR, True)):
+        rate.fill_(value)
+        before = flat.weights.clone()
+        flat.gradients.fill_(1.0)
+        step(optimizer, flat)
+        assert torch.equal(flat.weights, before) != moves
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_schedule_gives_the_same_bits_with_rates_that_are_tensors(dtype):
+    """0.02 is no float32: rounded before the schedule's factor and after it would be rounded twice."""
+    number, tensor = Setting("flat", dtype=dtype), Setting("flat", dtype=dtype)
+    tensor.optimizer = adamw("flat", tensor.flat, LR, DECAY)
+    optim._rates_as_tensors(tensor.optimizer, LR, dtype)
+    tensor.schedule = LambdaLR(tensor.optimizer, factor)
+    held = [group["lr"] for group in tensor.optimizer.param_groups]
+    for number_of_step in range(20):
+        for each in (number, tensor):
+            each.train([number_of_step])
+        assert torch.equal(number.flat.weights, tensor.flat.weights), number_of_step
+    assert all(group["lr"] is lr for group, lr in zip(tensor.optimizer.param_groups, held, strict=True))
+    assert held[0] is not held[1] and float(held[0]) == float(torch.tensor(LR * factor(20), dtype=dtype))
+
+
+# Skipping and clipping
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("found", [1.0, 2.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("before", [0, 3])
+def test_found_inf_moves_nothing(kind, found, before):
+    """Not the weights, their shadow, the moments or the counts, also several times in turn; what comes next is as without."""
+    setting, control = (Setting(kind, low_precision=True) for _ in range(2))
+    for each in (setting, control):
+        each.train(range(before))
+    # what a first step makes of nothing is zero
+    kept = setting.tensors() if before else None
+    weights = setting.flat.weights.clone()
+    for number in (50, 51):
+        setting.feed(number)
+        setting.flat.gradients[2] = float("nan")
+        step(setting.optimizer, setting.flat, torch.tensor(float("nan")), torch.tensor(found))
+        setting.flat.clear_gradients()
+        assert torch.equal(setting.flat.weights, weights)
+        assert torch.equal(setting.flat.shadow, weights.bfloat16())
+        if before:
+            assert same(setting.tensors(), kept)
+        else:
+            assert not any(t.any() for t in setting.tensors()[2:])
+    for each, clip in ((setting, 0.5), (control, 0.5)):
+        each.train(range(before, before + 3), torch.tensor(clip), torch.tensor(0.0))
+    assert same(setting.tensors(), control.tensors())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_finding_inf_is_a_step(kind):
+    one, other = Setting(kind), Setting(kind)
+    one.train(range(4))
+    other.train(range(4), torch.tensor(1.0), torch.tensor(0.0))
+    assert same(one.tensors(), other.tensors())
+    assert not torch.equal(one.flat.weights, Setting(kind).flat.weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_is_clipping_by_hand(kind):
+    """torch's kernel divides by the reciprocal: two roundings of 6e-8 in a gradient, which Adam's step divides out."""
+    clip = torch.tensor(0.37)
+    one, other = Setting(kind), Setting(kind)
+    for number in range(5):
+        one.train([number], clip)
+        other.feed(number)
+        other.flat.gradients.mul_(clip)
+        step(other.optimizer, other.flat)
+        other.flat.clear_gradients()
+        other.schedule.step()
+    if kind == "torch":
+        torch.testing.assert_close(one.flat.weights, other.flat.weights, rtol=0, atol=5 * LR * 2.4e-7)
+    else:
+        assert same(one.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_to_nothing_is_a_step_from_zero(kind):
+    setting = Setting(kind)
+    setting.train(range(2), torch.tensor(0.0))
+    matrices = [n for n, p in setting.flat.parameters.items() if p.ndim >= 2]
+    for name, p in setting.flat.parameters.items():
+        assert p.isfinite().all()
+        start = Weights(SHAPES).get_parameter(name)
+        assert torch.equal(p, start) != (name in matrices)  # which decay
+
+
+def test_a_strangers_optimizer_is_clipped_and_kept_finite():
+    setting, control = Setting("flat"), Setting("flat")
+    for each in (setting, control):
+        each.optimizer = torch.optim.SGD(each.flat.parameters.values(), lr=0.1, momentum=0.9)
+    setting.feed(0)
+    step(setting.optimizer, setting.flat, torch.tensor(0.25), torch.tensor(0.0))
+    control.feed(0)
+    control.flat.gradients.mul_(0.25)
+    control.optimizer.step()
+    assert torch.equal(setting.flat.weights, control.flat.weights)
+    for each in (setting, control):
+        each.flat.gradients.zero_()
+    setting.flat.gradients[0] = float("nan")
+    step(setting.optimizer, setting.flat, torch.tensor(float("nan")), torch.tensor(1.0))
+    control.optimizer.step()  # from gradients of 0: the momentum goes on
+    assert torch.equal(setting.flat.weights, control.flat.weights)
+
+
+def test_another_fused_optimizer_of_torch_is_held_back_too():
+    setting = Setting("flat")
+    setting.optimizer = torch.optim.SGD(setting.flat.parameters.values(), lr=0.1, fused=True)
+    before = setting.flat.weights.clone()
+    setting.feed(0)
+    step(setting.optimizer, setting.flat, torch.tensor(0.5), torch.tensor(1.0))
+    assert torch.equal(setting.flat.weights, before)
+    setting.feed(0)
+    expected = before - 0.1 * 0.5 * setting.flat.gradients
+    step(setting.optimizer, setting.flat, torch.tensor(0.5), torch.tensor(0.0))
+    torch.testing.assert_close(setting.flat.weights, expected)
+    assert not hasattr(setting.optimizer, "found_inf") and not hasattr(setting.optimizer, "grad_scale")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sgd"])
+def test_a_step_reads_nothing(kind, monkeypatch):
+    monkeypatch.setattr("engine.params.native._chosen", Backend("torch", "for this test"))
+    setting = Setting("flat" if kind == "sgd" else kind, low_precision=True)
+    if kind == "sgd":
+        setting.optimizer = torch.optim.SGD(setting.flat.parameters.values(), lr=0.1)
+    clip, found = torch.tensor(0.5), torch.tensor(0.0)
+    for number in range(2):
+        setting.feed(number)
+        with NoReading():
+            step(setting.optimizer, setting.flat, clip, found)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+        clip.item()
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_going_on_from_a_checkpoint(kind, at, tmp_path):
+    """Bit for bit, counts of groups too; rates that are tensors stay the tensors that schedules and graphs hold."""
+    whole, again = Setting(kind), Setting(kind)
+    whole.train(range(at))
+    checkpoint.save(tmp_path / "c.safetensors", checkpoint.optimizer_tensors(whole.optimizer), {})
+    again.train(range(60, 62))  # whatever it did before
+    held = [group["lr"] for group in again.optimizer.param_groups]
+    again.flat.weights.copy_(whole.flat.weights)
+    checkpoint.restore_optimizer(again.optimizer, checkpoint.load(tmp_path / "c.safetensors")[0])
+    for group, lr in zip(again.optimizer.param_groups, held, strict=True):
+        assert group["lr"] is lr or not torch.is_tensor(lr)
+        again_lr = LR * factor(at)
+        group["lr"].fill_(again_lr) if torch.is_tensor(lr) else group.update(lr=again_lr)
+    again.schedule.last_epoch = at
+    for each in (whole, again):
+        each.train(range(at, at + 3))
+    assert same(whole.tensors(), again.tensors())
+    assert [int(c) for c in again.counts()] == ([at + 3] * 2 if kind == "apex" else [])
+    if kind == "torch":
+        assert all(group["fused"] for group in again.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_groups_count_comes_back_as_what_it_was(capturable):
+    def make():
+        flat = FlatParameters(Weights(SHAPES))
+        return flat, fake_apex.FusedAdam(flat.parameters.values(), lr=0.1, capturable=capturable)
+
+    (flat, optimizer), (_, new), (other, used) = make(), make(), make()
+    empty = checkpoint.optimizer_tensors(optimizer)
+    for each, o, steps in ((flat, optimizer, 3), (other, used, 5)):
+        for _ in range(steps):
+            each.gradients.fill_(1.0)
+            o.step()
+    saved = checkpoint.optimizer_tensors(optimizer)
+    for each in (new, used):
+        checkpoint.restore_optimizer(each, saved)
+        (count,) = [group["step"] for group in each.param_groups]
+        assert torch.is_tensor(count) == capturable and count == 3
+        if capturable:
+            assert count.dtype == torch.int32 and count.shape == (1,) and count is not optimizer.param_groups[0]["step"]
+    checkpoint.restore_optimizer(used, empty)
+    assert not used.state and int(used.param_groups[0].get("step", 0)) == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("flat", "torch"), ("torch", "flat")])
+def test_a_checkpoint_of_one_kind_is_one_of_the_other(first, second):
+    one, other = Setting(first, dtype=torch.float64), Setting(second, dtype=torch.float64)
+    one.train(range(4))
+    other.train(range(4))
+    fresh = Setting(second, dtype=torch.float64)
+    fresh.flat.weights.copy_(one.flat.weights)
+    checkpoint.restore_optimizer(fresh.optimizer, copy.deepcopy(checkpoint.optimizer_tensors(one.optimizer)))
+    for group in fresh.optimizer.param_groups:
+        group["lr"] = LR * factor(4)
+    fresh.schedule.last_epoch = 4
+    for each in (one, fresh, other):
+        each.train(range(4, 8))
+    torch.testing.assert_close(fresh.flat.weights, one.flat.weights, rtol=0, atol=TOLERANCE[torch.float64])
+    torch.testing.assert_close(fresh.flat.weights, other.flat.weights, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_excursion_is_undone(kind, before):
+    """With the counts of groups, which stay the tensors that they were."""
+    setting, control = Setting(kind), Setting(kind)
+    for each in (setting, control):
+        each.train(range(before))
+    counts, kept = setting.counts(), setting.tensors()
+    machine = TimeMachine(setting.flat, optimizer=setting.optimizer)
+    with machine.excursion():
+        machine.snapshot()
+        setting.feed(50)
+        step(setting.optimizer, setting.flat)
+        assert not same(setting.tensors(), kept)
+    setting.flat.clear_gradients()
+    assert same(setting.tensors(), kept) and all(a is b for a, b in zip(setting.counts(), counts, strict=True))
+    for each in (setting, control):
+        each.train(range(before, before + 2))
+    assert same(setting.tensors(), control.tensors())
+
+
+# A whole round
+
+
+def classifier(seed, width):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).double()
+
+
+def draw(random):
+    return torch.randn(6, 4, generator=random).double(), torch.randint(3, (6,), generator=random)
+
+
+@pytest.mark.parametrize("pilot", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["torch", "apex"])
+def test_rounds_of_metadistil_are_those_of_the_flat_kind(kind, pilot):
+    """In float64, where the kinds differ by two roundings to float32, 6e-8 each: of the clipping factor, and of apex's rate."""
+    results = []
+    for each in ("flat", kind):
+        student, teacher = Network(classifier(0, 5), name="student"), Network(classifier(1, 8), name="teacher")
+        meta_step = MetaStep(
+            student, [teacher], Objective(temperature=3.0), student_optimizer=adamw(each, student.flat, LR, DECAY),
+            teacher_optimizers=[adamw(each, teacher.flat, LR, DECAY)], max_grad_norm=0.02, pilot_optimizer=pilot, pilot_lr=0.1,
+        )  # fmt: skip
+        random = torch.Generator().manual_seed(3)
+        losses = [meta_step([draw(random)], [draw(random)])["loss"] for _ in range(4)]
+        results.append(torch.cat([student.flat.weights, teacher.flat.weights, torch.stack(losses)]))
+    assert (results[0] - results[1]).abs().max() < 4 * LR * 1.2e-7
+
+
+# Whole runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "apex"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(kind, tmp_path, monkeypatch, capsys):
+    """Counts and moments come back with the checkpoint; teachers that another kind prepared are not taken."""
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(optim, "check", lambda kind, device: None)
+    data = table(tmp_path / "d.tsv", sentences())
+    settings = {"optimizer": kind, "max_steps": 8, "log_steps": 1, "checkpoint_steps": 100}
+    flat = succeed(data, tmp_path / "flat", **settings | {"optimizer": "flat"})
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "adamw", lambda kind, *rest: made.append(kind) or adamw(kind, *rest))
+        whole = succeed(data, tmp_path / "whole", **settings)
+    assert made == [kind] * 3  # the teacher prepared, the student, the teacher that learns
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
+
+    log = Monitor.log
+
+    def stopping(self, name, at, values):
+        log(self, name, at, values)
+        if name == "metadistil" and at == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "log", stopping)
+        assert main(flags(data, tmp_path / "run", **settings)) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert main(["--resume", "--output", str(tmp_path / "run"), "--optimizer", "flat"]) == 2
+    assert f"--optimizer flat (was {kind})" in capsys.readouterr().err
+    assert main(["--resume", "--output", str(tmp_path / "run")]) == 0
+    assert_same_models(tmp_path / "run", whole)
+    ours, theirs = weights(flat / "student"), weights(whole / "student")
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ours:  # 12 steps of 1e-3 and less, half a dozen roundings of 6e-8 in each gradient
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["flat", "torch"])
+def test_on_a_gpu_the_rate_lies_there(kind):
+    """And steps are those of the CPU, and captured in a graph they go on as they do without."""
+    on_cpu, on_gpu = Setting(kind), Setting(kind)
+    on_gpu.flat = FlatParameters(Weights(SHAPES).cuda())
+    on_gpu.optimizer = adamw(kind, on_gpu.flat, LR, DECAY)
+    on_gpu.schedule = LambdaLR(on_gpu.optimizer, factor)
+    assert all(group["lr"].is_cuda for group in on_gpu.optimizer.param_groups)
+    clip, found = torch.tensor(0.5), torch.tensor(0.0)
+    on_cpu.train(range(20), clip, found)
+    clip, found = clip.cuda(), found.cuda()
+    on_gpu.train(range(3), clip, found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(on_gpu.optimizer, on_gpu.flat, clip, found)
+    for number in range(3, 20):
+        on_gpu.feed(number)
+        graph.replay()
+        on_gpu.schedule.step()
+    assert (on_gpu.flat.weights.cpu() - on_cpu.flat.weights).abs().max() < 2 * TOLERANCE[torch.float32]

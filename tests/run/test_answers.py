@@ -1,0 +1,395 @@
+"""Answers of frozen teachers, kept: what a live teacher says but for rounding, computed once, and whole or not at all."""
+
+import copy
+import errno
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from engine.batch import Batch
+from engine.data.batches import evaluation_batches, training_rows
+from engine.data.buckets import Buckets
+from engine.data.encode import EncodedSplit, Encoding
+from engine.data.splits import content_hash
+from engine.embedded import build, generate
+from engine.errors import UserError
+from engine.losses.objectives import Objective
+from engine.methods import METHODS, State
+from engine.models.compiling import CompiledLayers
+from engine.models.features import InnerStates
+from engine.models.learner import Learner
+from engine.models.network import Encoder, Network
+from engine.run.answers import answers_of
+from engine.run.evaluation import EVALUATION_BATCH
+from engine.screen.console import Console
+
+ROWS, CPU = 150, torch.device("cpu")
+# Largest difference of a logit or a state, of values below 4, that another padding and another batch make: 8 units in the
+# last place of float32 and one of bf16, whose results are rounded once more. Seen were 7e-7 and 2^-8.
+TOLERANCE = {"fp32": 8 * 2**-22, "bf16": 2**-6}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    sentences = [text for text, _ in generate(3 * ROWS, seed=3)]
+    return [" ".join(sentences[3 * i : 3 * i + 1 + i % 3]) for i in range(ROWS)]
+
+
+@pytest.fixture(scope="module")
+def split(texts, tmp_path_factory):
+    """In two encodings; the second one cuts at 12 tokens, so that most examples are of one length in it."""
+    dataset = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(ROWS)]})
+    encodings = [Encoding.of(build(alias, texts, 2, 0)[1], n) for alias, n in (("bert", 64), ("roberta", 12))]
+    return EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path_factory.mktemp("tokens"))
+
+
+def teacher_of(split, texts, precision="fp32", features=()) -> Encoder:
+    """Logits of about 1, and dropout, which must not show."""
+    module, _ = build("bert", texts, 2, 0)
+    torch.nn.init.normal_(module.classifier.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    module.dropout.p = 0.5
+    module.train()
+    network = Encoder("bert", module, split.tables[0].encoding.key, precision)
+    network.inner = InnerStates(first=features)
+    return network
+
+
+@pytest.fixture
+def teacher(split, texts):
+    return teacher_of(split, texts)
+
+
+@pytest.fixture
+def keep(split, tmp_path):
+    """`keep(teacher)`: its answers, from `tmp_path` where they are there."""
+    console = Console(width=200)
+    return lambda teacher, content="these examples": answers_of(teacher, split, content, CPU, tmp_path, console)
+
+
+class Refused(Exception):
+    pass
+
+
+def forbid(teacher: Encoder) -> Encoder:
+    """`teacher`, unable to compute anything."""
+
+    def refuse(*_):
+        raise Refused
+
+    teacher.module.register_forward_pre_hook(refuse)
+    return teacher
+
+
+def live(teacher: Encoder, batch: Batch) -> list[torch.Tensor]:
+    with torch.no_grad(), teacher.in_mode(train=False):
+        return teacher(batch).given()
+
+
+def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
+    return len(one) == len(two) and all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("features", [(), (1, 3)], ids=["logits", "features too"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_answers_are_the_teachers_own(precision, features, split, texts, keep):
+    teacher = teacher_of(split, texts, precision, features)
+    random = torch.get_rng_state()
+    kept = keep(teacher)
+    assert torch.equal(torch.get_rng_state(), random) and teacher.module.training
+    assert len(kept) == ROWS and kept.seconds > 0
+    assert [a.shape for a in kept.arrays] == [(ROWS, 2), *([(ROWS, 2, 64)] if features else [])]
+    assert all(a.dtype == np.float32 and not a.flags.writeable for a in kept.arrays)
+    for rows, batch in evaluation_batches(split.only({teacher.encoding}), EVALUATION_BATCH):
+        # the same batches: the same bits
+        assert same([t.numpy() for t in live(teacher, batch)], [a[rows] for a in kept.arrays])
+    largest = 0.0
+    for rows in training_rows(split.widths, 16, 0, 0):  # other batches, padded to other lengths
+        for one, other in zip(live(teacher, split.batch(rows)), kept.arrays, strict=True):
+            largest = max(largest, (one - torch.from_numpy(other[rows])).abs().max().item())
+    assert kept.arrays[0].std() > 0.1
+    assert 0 < largest < TOLERANCE[precision]
+
+
+def test_precision_is_the_training_one(split, texts, keep):
+    kept = [keep(teacher_of(split, texts, precision)).arrays[0] for precision in ("fp32", "bf16")]
+    assert not np.allclose(*kept, rtol=0, atol=TOLERANCE["fp32"])
+
+
+def test_answers_are_computed_once(split, texts, keep, capsys, tmp_path):
+    first = keep(teacher_of(split, texts))
+    said = capsys.readouterr().out
+    assert f"Teacher bert: logits of {ROWS} examples computed in" in said and str(tmp_path) in said
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()}
+    assert {f.name for f in files} == {"logits.npy", "about.json"}
+    again = keep(forbid(teacher_of(split, texts)))
+    assert f"Teacher bert: logits of {ROWS} examples reused" in capsys.readouterr().out
+    assert same(first.arrays, again.arrays) and again.seconds == first.seconds
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()} == files
+
+
+def other_weights(teacher):
+    teacher.module.bert.encoder.layer[0].output.dense.bias.data[0] += 1e-3
+
+
+def other_precision(teacher):
+    teacher.precision = "bf16"
+
+
+def other_features(teacher):
+    teacher.inner = InnerStates(first=(2,))
+
+
+def other_layers(teacher):
+    teacher.compiled = CompiledLayers("eager")
+
+
+@pytest.mark.parametrize("change", [other_weights, other_precision, other_features, other_layers, None])
+def test_other_answers_have_another_name(change, split, texts, keep):
+    keep(teacher_of(split, texts, features=(1,)))
+    teacher = teacher_of(split, texts, features=(1,))
+    if change is not None:
+        change(teacher)
+    with pytest.raises(Refused):
+        keep(forbid(teacher), "these examples" if change else "other examples")
+
+
+def test_other_tokens_widths_and_threads_have_another_name(split, texts, keep, monkeypatch, tmp_path):
+    keep(teacher_of(split, texts))
+    changed = copy.copy(split)
+    table = copy.copy(split.tables[0])
+    changed.tables = [table]
+    teacher = forbid(teacher_of(split, texts))
+    table.buckets = Buckets(np.array([32, 64]), 64)
+    with pytest.raises(Refused):
+        answers_of(teacher, changed, "these examples", CPU, tmp_path, Console())
+    table.buckets, table.encoding = split.tables[0].buckets, replace(table.encoding, key="other")
+    teacher.encoding = "other"
+    with pytest.raises(Refused):
+        answers_of(teacher, changed, "these examples", CPU, tmp_path, Console())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(Refused):
+        keep(forbid(teacher_of(split, texts)))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def lose(file):
+    file.unlink()
+
+
+def nonsense(file):
+    file.write_bytes(b"[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, lose, nonsense])
+@pytest.mark.parametrize("name", ["logits.npy", "features.npy", "about.json"])
+def test_damaged_files_are_computed_again(name, damage, split, texts, keep, tmp_path, capsys):
+    first = [a.copy() for a in keep(teacher_of(split, texts, features=(1,))).arrays]
+    (file,) = tmp_path.rglob(name)
+    damage(file)
+    capsys.readouterr()
+    assert same(first, keep(teacher_of(split, texts, features=(1,))).arrays)
+    assert "computed" in (said := capsys.readouterr().out)
+    assert ("what was kept is damaged" in said) == ((name, damage) != ("about.json", lose))
+    assert same(first, keep(forbid(teacher_of(split, texts, features=(1,)))).arrays)
+
+
+def test_an_interruption_leaves_nothing_half_made(split, texts, keep, tmp_path):
+    stopped, calls = teacher_of(split, texts), []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            assert list(tmp_path.rglob("*.partial"))  # it has begun to write
+            raise KeyboardInterrupt
+
+    stopped.module.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        keep(stopped)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()] and stopped.module.training
+    assert len(keep(teacher_of(split, texts))) == ROWS
+
+
+def test_what_a_kill_leaves_is_not_taken(split, texts, keep, tmp_path, monkeypatch):
+    """Killed when only some files have their names: nothing tidies up, and nothing is believed without the last of them."""
+    rename = os.replace
+
+    def rename_then_die(source, target):
+        rename(source, target)
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.answers.os.replace", rename_then_die)
+        with pytest.raises(SystemExit):
+            keep(teacher_of(split, texts, features=(1,)))
+    assert [f.suffix for f in tmp_path.rglob("*") if f.is_file()] == [".npy"]
+    with pytest.raises(Refused):
+        keep(forbid(teacher_of(split, texts, features=(1,))))
+    keep(teacher_of(split, texts, features=(1,)))
+
+
+def test_a_full_disk_is_said_in_a_sentence(teacher, keep, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)  # not every system has it
+    with pytest.raises(
+        UserError, match=r"teacher bert cannot .* \(No space left on device\); give another --cache-dir"
+    ):
+        keep(teacher)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_progress_is_shown_where_it_takes_a_while(teacher, keep, capsys, monkeypatch):
+    keep(teacher, "few")
+    assert "answers of bert: step" not in capsys.readouterr().out
+    monkeypatch.setattr("engine.run.answers.SHOWN", 2)
+    keep(teacher, "many")
+    assert "answers of bert: step 3/3" in capsys.readouterr().out
+
+
+# Batches
+
+
+@pytest.fixture
+def arrays():
+    """Of two teachers; the second one gives features. Each value names its row."""
+    logits = np.arange(ROWS, dtype=np.float32)[:, None] + np.array([0, 0.5], np.float32)
+    return [[logits], [logits * 2, np.repeat(logits[:, None], 3, 1)]]
+
+
+def test_batches_have_the_answers_of_their_rows(split, arrays):
+    batch = split.with_answers(arrays).batch([9, 0, 4])
+    assert [[tuple(t.shape) for t in given] for given in batch.answers] == [[(3, 2)], [(3, 2), (3, 3, 2)]]
+    for given, kept in zip(batch.answers, arrays, strict=True):
+        assert all(torch.equal(t, torch.from_numpy(a[[9, 0, 4]])) for t, a in zip(given, kept, strict=True))
+    assert split.batch([9]).answers == [] and split.with_answers([]).batch([9]).answers == []
+
+
+def test_batches_are_the_ones_that_the_teachers_would_read(split, arrays):
+    """Also where the student alone is read from them, whose encoding would be grouped otherwise."""
+    key = split.tables[1].encoding.key
+    whole, part = split.with_answers(arrays), split.with_answers(arrays).only({key})
+    assert training_rows(part.widths, 8, 0, 0) == training_rows(split.widths, 8, 0, 0)
+    assert training_rows(part.widths, 8, 0, 0) != training_rows(split.only({key}).widths, 8, 0, 0)
+    assert np.array_equal(part.lengths, split.lengths)
+    one, other = whole.batch([5, 6]), part.batch([5, 6])
+    assert other.inputs.keys() == {key} and len(other.answers) == 2
+    assert all(torch.equal(t, other.inputs[key][n]) for n, t in one.inputs[key].items())
+
+
+def test_a_batch_moves_with_its_answers(split, arrays):
+    moved = split.with_answers(arrays).batch([3, 1]).to(torch.device("meta"))
+    assert [[tuple(t.shape) for t in given] for given in moved.answers] == [[(2, 2)], [(2, 2), (2, 3, 2)]]
+    assert {t.device.type for given in moved.answers for t in given} == {"meta"}
+    assert moved.labels.device.type == "meta"
+    assert {t.device.type for v in moved.inputs.values() for t in v.values()} == {"meta"}
+
+
+def test_a_batch_is_pinned_with_its_answers(split, arrays, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t + 1)
+    batch = split.with_answers(arrays).batch([3, 1])
+    copied = batch.pin()
+    assert len(pinned) == 1 + sum(map(len, batch.inputs.values())) + 3
+    for given, after in zip(batch.answers, copied.answers, strict=True):
+        assert all(torch.equal(t + 1, p) for t, p in zip(given, after, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_answers_on_a_gpu(split, texts, tmp_path):
+    teacher, cuda = teacher_of(split, texts, "bf16", (1,)), torch.device("cuda")
+    teacher.module.to(cuda)
+    kept = answers_of(teacher, split, "these examples", cuda, tmp_path, Console())
+    pinned = split.with_answers([kept.arrays]).batch([3, 1]).pin()
+    assert all(t.is_pinned() for t in pinned.answers[0])
+    batch = pinned.to(cuda)
+    for one, other in zip(live(teacher, batch), batch.answers[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE["bf16"])
+    teacher.move("cpu")
+    assert teacher.flat.weights.device == CPU
+
+
+def test_a_moved_network_is_flattened_again(split, texts):
+    teacher = teacher_of(split, texts, "bf16")
+    teacher.module.classifier.bias = torch.nn.Parameter(torch.zeros(2), requires_grad=False)  # never written to
+    before = teacher.flat
+    live(teacher, split.batch([0]))  # makes bf16 copies of what is trained and what is not
+    teacher.move("meta")
+    assert teacher.flat is not before
+    teacher.flat.check()
+    copies = {**teacher.leaves(), **teacher._frozen_copies()}
+    assert "classifier.bias" in copies and len(copies) == len(list(teacher.module.parameters()))
+    assert {t.device.type for t in copies.values()} == {"meta"}
+
+
+# The step
+
+
+class Pair(torch.nn.Module):
+    """Logits and features [B, layers, H] of vectors."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features, self.out, self.drop = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), torch.nn.Dropout(0.3)
+
+    def forward(self, x):
+        states = torch.tanh(self.features(x))
+        return self.drop(self.out(states)), states.view(-1, 2, 3)
+
+
+@pytest.mark.parametrize("features", ["none", "patient"])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.8, 0.2])], ids=["equal", "weighted"])
+def test_kd_from_answers_is_kd_from_their_teachers(weights, features):
+    """Bit for bit, where the answers are those of the same batch."""
+    torch.manual_seed(5)
+    batches = [Batch(torch.randint(3, (8,)), torch.randn(8, 4)) for _ in range(4)]
+    teachers, recorded = [Network(Pair(1)), Network(Pair(2))], []
+    for teacher in teachers:
+        teacher.module.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+
+    def run(batches, teachers):
+        student = Learner.constant(Network(Pair(0)), 0.05)
+        state = State(student, Objective(feature_loss=features), teachers, weights)
+        torch.manual_seed(6)
+        losses = [METHODS["kd"].step(state, [batch])["loss"] for batch in batches]
+        return student.network.flat.weights, torch.stack(losses)
+
+    taught, losses = run(batches, teachers)
+    assert recorded == [False] * 8
+    answered = [Batch(b.labels, b.inputs, [live(t, b) for t in teachers]) for b in batches]
+    assert torch.equal(run(answered, [])[0], taught) and torch.equal(run(answered, [])[1], losses)
+    teachers = [forbid(t) for t in teachers]  # none is evaluated where there are answers
+    assert torch.equal(run(answered, teachers)[0], taught)
+    swapped = [Batch(b.labels, b.inputs, b.answers[::-1]) for b in answered]
+    # each has its own weight; of equal ones only the order of a sum of two changes
+    assert torch.allclose(run(swapped, [])[0], taught, atol=1e-6) == (weights is None)
+
+
+def test_about_says_what_the_files_are_of(teacher, keep, tmp_path):
+    keep(teacher)
+    (file,) = tmp_path.rglob("about.json")
+    about = json.loads(file.read_text())
+    assert about["teacher"] == "bert" and about["examples"] == ROWS and about["seconds"] > 0

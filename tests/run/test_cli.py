@@ -1,0 +1,149 @@
+"""Flags, YAML and `engine.config` are one thing in three forms."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+from run_helpers import ROOT, flags, sentences, succeed, table, weights
+
+from engine import cli
+from engine.config import Config
+from engine.errors import UserError
+
+OPTIONS = {f.name: (f, get_type_hints(section.default_factory)[f.name])
+           for section in fields(Config) for f in fields(section.default_factory)}  # fmt: skip
+
+
+def other_value(name: str):
+    """A valid value of a setting that is not its default."""
+    option, kind = OPTIONS[name]
+    if kind is bool:
+        return not option.default
+    if type(None) in get_args(kind):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if choices := get_args(kind):
+        return next(choice for choice in choices if choice != option.default)
+    if kind is str:
+        return "0,1" if name == "student_layers" else f"other {name}"
+    low, high = option.metadata["minimum"], option.metadata["maximum"]
+    value = (low or 0) + (7 if kind is int else 0.125)
+    return kind(min(value, high) if high is not None else value)
+
+
+def printed(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.parse([*words, "--print_config"])
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_every_setting_is_a_flag_with_help_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, (option, _) in OPTIONS.items():
+        assert f"--{name.replace('_', '-')}" in text
+        # the terminal's width breaks lines, also at hyphens
+        assert option.metadata["help"].replace(" ", "").replace("-", "") in text.replace(" ", "").replace("-", ""), name
+        assert len(option.metadata["help"]) > 15
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_flag_and_yaml_set_it(name, tmp_path):
+    value = other_value(name)
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({name: value}))
+    if name == "resume":  # needs a run; tests/run/test_train.py
+        return
+    flag = f"--{name.replace('_', '-')}"
+    by_flag = cli.parse([flag] if value is True else [flag, str(value)])
+    by_file = cli.parse(["--config", str(file)])
+    assert by_flag == by_file
+    assert by_flag.to_flat() == Config().to_flat() | {name: value}
+    assert type(by_flag.to_flat()[name]) is type(value)
+
+
+def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("epochs: 7\nlr: 1e-3\n")
+    for words in (["--config", str(file), "--epochs", "2"], ["--epochs", "2", f"--config={file}"]):
+        config = cli.parse(words)
+        assert (config.optim.epochs, config.optim.lr) == (2, 1e-3), words
+
+
+def test_no_flags_are_the_defaults():
+    assert cli.parse([]) == Config()
+
+
+def test_printed_config_is_read_back_as_the_same(capsys, tmp_path):
+    words = []
+    for name in OPTIONS:
+        if name not in ("resume", "retrain_teachers", "independent_masks", "cache_teacher_logits", "compile"):
+            words += [f"--{name.replace('_', '-')}", str(other_value(name))]
+    words.append("--retrain-teachers")
+    file = tmp_path / "c.yaml"
+    file.write_text(printed(capsys, *words))
+    assert cli.parse(["--config", str(file)]) == cli.parse(words)
+
+
+def test_dump_is_read_back_and_names_no_output(tmp_path):
+    config = cli.parse(["--lr", "6e-5", "--student-layers", "1", "--label-column", "no", "--output", "x"])
+    file = tmp_path / "c.yaml"
+    file.write_text(cli.dump(config))
+    again = cli.parse(["--config", str(file)])
+    assert again.run.output is None
+    again.run.output = "x"
+    assert again == config
+
+
+@pytest.mark.parametrize("word", ["1", "null", "yes", "1e3", "[a]", "~", "a: b", "2024-01-01"])
+def test_text_is_taken_literally(word):
+    """A column or a directory may have a name that YAML would read as something else."""
+    assert cli.parse(["--data", word]).data.data == word
+    # where there is a "not given", null and ~ are how one goes back to it
+    assert cli.parse(["--label-column", word]).data.label_column == (None if word in ("null", "~") else word)
+
+
+def test_defaults_are_in_range():
+    for section in fields(Config):
+        section.default_factory()
+
+
+@pytest.mark.parametrize("name", [n for n, (o, _) in OPTIONS.items() if o.metadata["minimum"] is not None])
+def test_the_range_is_closed_and_checked(name):
+    option, _ = OPTIONS[name]
+    low, high = option.metadata["minimum"], option.metadata["maximum"]
+    Config.from_flat({name: low})
+    for value in [low - 1, float("nan"), *([] if high is None else [high + 1])]:
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is .*; it must be "):
+            Config.from_flat({name: value})
+
+
+def test_parsing_imports_no_torch():
+    script = "import sys; from engine import cli; cli.parse(['--lr', '1']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not {"torch", "transformers", "datasets", "numpy"} & set(done.stdout.split())
+
+
+def test_config_of_a_run_repeats_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    data = table(tmp_path / "d.tsv", sentences())
+    first = succeed(data, tmp_path / "first", seed=3)
+    assert cli.parse(["--config", str(first / "config.yaml")]).optim.lr is not None  # what was chosen is recorded
+    from engine.train import main
+
+    assert main(["--config", str(first / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    one, two = weights(first / "student"), weights(tmp_path / "again" / "student")
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+
+
+def test_the_module_answers_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.train", *flags("none.tsv")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,197 @@
+"""Prototypes, typicality and expertise (methods 6) against the sums that they are written as; mean states and their cache."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.encode import EncodedSplit, Encoding
+from engine.data.splits import content_hash
+from engine.embedded import generate
+from engine.embedded.models import build
+from engine.losses.domain_head import DomainHead
+from engine.models.features import attach
+from engine.models.network import Encoder
+from engine.run.prototypes import expertise, kept_states, mean_states, prototypes, typicality
+
+CPU, ROWS = torch.device("cpu"), 40
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def examples(seed, n=30, domains=3, classes=2, width=4, missing=None):
+    """States, domains, labels; no example of `missing`, a (domain, class)."""
+    generator = torch.Generator().manual_seed(seed)
+    ks = torch.randint(domains, (n,), generator=generator)
+    ys = torch.randint(classes, (n,), generator=generator)
+    if missing is not None:
+        ys[(ks == missing[0]) & (ys == missing[1])] = (missing[1] + 1) % classes
+    return torch.randn(n, width, generator=generator, dtype=torch.float64), ks, ys
+
+
+@pytest.mark.parametrize("missing", [None, (1, 0)], ids=["all there", "a domain without a class"])
+def test_prototypes_and_typicality_are_the_written_ones(missing):
+    h, ks, ys = examples(0, missing=missing)
+    p = prototypes(h, ks, ys, 3, 2)
+    assert p.shape == (3, 2, 4)
+    groups = {}
+    for k in range(3):
+        for m in range(2):
+            members = [h[i] for i in range(30) if ks[i] == k and ys[i] == m]
+            if members:
+                groups[k, m] = (sum(members) / len(members)).tolist()
+                torch.testing.assert_close(p[k, m], torch.tensor(groups[k, m], dtype=torch.float64))
+            else:
+                assert (k, m) == missing and not p[k, m].any()
+    assert len(groups) == 6 - (missing is not None)
+    got = typicality(h, ks, ys, p, 0.6, 0.15)
+    for i in range(30):
+        k, m = int(ks[i]), int(ys[i])
+        t = 0.6 * cosine(groups[k, m], h[i].tolist())
+        t += 0.15 * sum(cosine(groups[o, m], h[i].tolist()) for o in range(3) if o != k and (o, m) in groups)
+        assert got[i].item() == pytest.approx(t, abs=1e-12)
+
+
+def test_a_domain_that_prototypes_do_not_know():
+    """Examples of a domain held out: only the others' prototypes tell about them."""
+    h, ks, ys = examples(1)
+    seen = ks != 2
+    p = prototypes(h[seen], ks[seen], ys[seen], 3, 2)
+    assert not p[2].any()
+    t = typicality(h[~seen], ks[~seen], ys[~seen], p, 0.6, 0.15)
+    for i, (state, m) in enumerate(zip(h[~seen], ys[~seen].tolist(), strict=True)):
+        assert t[i].item() == pytest.approx(
+            0.15 * sum(cosine(p[o, m].tolist(), state.tolist()) for o in (0, 1)), abs=1e-12
+        )
+
+
+def test_sizes():
+    """On the prototype of both of two domains, as typical as can be; the teacher certain, undecided, certainly wrong."""
+    h, ks, ys = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), torch.tensor([0, 0])
+    p = prototypes(h, ks, ys, 2, 2)
+    assert typicality(h, ks, ys, p, 0.5, 0.5).tolist() == pytest.approx([1, 1])
+    assert typicality(-h, ks, ys, p, 0.5, 0.5).tolist() == pytest.approx([-1, -1])
+    logits = torch.tensor([[50.0, 0.0], [0.0, 0.0], [-50.0, 0.0]])
+    w = expertise(torch.ones(3), logits, torch.zeros(3, dtype=torch.int64))
+    assert w.tolist() == pytest.approx([2 / 2, 2 / (math.exp(0.25) + 1), 2 / (math.e + 1)])
+    assert w[0] > w[1] > w[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000), n=st.integers(1, 25), domains=st.integers(2, 4), classes=st.integers(2, 4),
+    own=st.floats(0, 1), scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)  # fmt: skip
+def test_ranges(seed, n, domains, classes, own, scale):
+    """With weights that sum to one, |t| <= 1 whatever the states' size, and so 0 <= w <= 1; no example by chance nan."""
+    h, ks, ys = examples(seed, n, domains, classes)
+    p = prototypes(h * scale, ks, ys, domains, classes)
+    t = typicality(h * scale, ks, ys, p, own, (1 - own) / (domains - 1))
+    assert t.isfinite().all() and (t.abs() <= 1 + 1e-9).all()
+    generator = torch.Generator().manual_seed(seed)
+    logits = 20 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    w = expertise(t, logits, ys)
+    assert (w >= -1e-9).all() and (w <= 1 + 1e-9).all() and w.isfinite().all()
+    order = torch.randperm(n, generator=generator)  # examples count one by one, in whatever order
+    torch.testing.assert_close(expertise(t[order], logits[order], ys[order]), w[order])
+    again = typicality(h[order] * scale, ks[order], ys[order], p, own, (1 - own) / (domains - 1))
+    torch.testing.assert_close(again, t[order])
+
+
+# Mean states
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [text for text, _ in generate(ROWS, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def make_split(texts, tmp_path_factory):
+    columns = {"text": texts, "label": [i % 2 for i in range(ROWS)], "domain": [i % 3 for i in range(ROWS)]}
+    dataset, folder = Dataset.from_dict(columns), tmp_path_factory.mktemp("tokens")
+    encodings = [Encoding.of(build("bert", texts, 2, 0)[1], 64)]
+    return lambda buckets=16: EncodedSplit(dataset, encodings, content_hash(dataset), folder, buckets)
+
+
+@pytest.fixture(scope="module")
+def split(make_split):
+    return make_split()
+
+
+@pytest.fixture(scope="module")
+def built(texts):
+    return build("bert", texts, 2, 0)[0]
+
+
+@pytest.fixture
+def network(split, built):
+    """With dropout, which must not show."""
+    module = copy.deepcopy(built)
+    for m in module.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.5
+    return Encoder("bert", module.train(), split.tables[0].encoding.key)
+
+
+def test_mean_states_are_the_plain_models(split, network, texts):
+    """One text at a time, so that there is no padding; in the split's order, dropout off, modes and states put back."""
+    got = mean_states(network, split, CPU)
+    assert network.module.training and not network.inner and got.shape == (ROWS, 64) and not got.requires_grad
+    tokenizer = split.tables[0].encoding.tokenizer
+    network.module.eval()
+    for text, h in zip(texts, got, strict=True):
+        with torch.no_grad():
+            out = network.module(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+        # fp32 in another order, 4 layers deep
+        torch.testing.assert_close(h, out.hidden_states[-1][0].mean(0), rtol=0, atol=1e-5)
+
+
+def test_mean_states_are_the_encoders_own(split, network):
+    attach(network.module, "domain", DomainHead(64, 3, True, 0))
+    with pytest.raises(AssertionError, match="before a domain head"):
+        mean_states(network, split, CPU)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How often states were computed."""
+    from engine.run import prototypes as module
+
+    found = []
+    monkeypatch.setattr(module, "mean_states", lambda *given: found.append(1) or mean_states(*given))
+    return found
+
+
+def test_states_are_kept(split, network, tmp_path, passes):
+    first = kept_states(network, split, "these", CPU, tmp_path / "deep" / "states")
+    again = kept_states(network, split, "these", CPU, tmp_path / "deep" / "states")
+    assert len(passes) == 1 and torch.equal(first, again) and torch.equal(first, mean_states(network, split, CPU))
+
+
+@pytest.mark.parametrize("change", ["content", "weights", "precision", "widths"])
+def test_other_states_have_another_name(change, split, make_split, network, tmp_path, passes):
+    kept_states(network, split, "these", CPU, tmp_path)
+    if change == "weights":
+        with torch.no_grad():
+            next(network.module.parameters())[0, 0] += 1e-6
+    network.precision = "bf16" if change == "precision" else "fp32"
+    other = make_split(1) if change == "widths" else split
+    kept_states(network, other, "those" if change == "content" else "these", CPU, tmp_path)
+    assert len(passes) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "half"], ids=["empty", "text", "half"])
+def test_damaged_files_are_computed_again(damage, split, network, tmp_path, passes):
+    whole = kept_states(network, split, "these", CPU, tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "half" else damage)
+    assert torch.equal(kept_states(network, split, "these", CPU, tmp_path), whole) and len(passes) == 2
+    assert torch.equal(kept_states(network, split, "these", CPU, tmp_path), whole) and len(passes) == 2
