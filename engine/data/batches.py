@@ -13,7 +13,7 @@ import torch
 from engine.batch import Batch
 
 if TYPE_CHECKING:
-    from engine.data.encode import EncodedSplit
+    from engine.data.encoded import EncodedSplit
 
 AHEAD = 3  # batches that wait for the consumer
 

@@ -12,18 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from engine.data.encoding import Encoding
+from engine.data.token_table import TokenTable
 from engine.data.words import special_ids, words_of
 from engine.errors import UserError
-
-if TYPE_CHECKING:
-    from engine.data.encode import Encoding, TokenTable
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # what a SplitMix64 stream is stepped by
 OTHER = np.uint64(0xD1B54A32D192ED03)  # sets an example's replacements apart from its words

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
 
+from engine.data.encoding import Encoding
 from engine.data.token_files import Chunk, load, save
-
-if TYPE_CHECKING:
-    from engine.data.encode import Encoding
 
 
 def words_of(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> np.ndarray:
     """[tokens] int32, memory-mapped: the number of each token's word in its example, -1 where it is none.
 
-    The tokens are those of `engine.data.encode.encode` with the same arguments; words are what the tokenizer splits a text
+    The tokens are those of `engine.data.encoding.encode` with the same arguments; words are what the tokenizer splits a text
     into before it looks for pieces. Special tokens are none, and a word is none that the vocabulary knows only in part.
     Raises UserError where they cannot be written to `cache`.
     """

@@ -8,7 +8,8 @@ Measured on two CPU cores, one thread, torch 2.13, fp32, batch 32; validation ac
     tinybert fine-tuned, 3 epochs                               89.6 85.1
     distilbert, MetaDistil from two teachers, 3 epochs          92.8
 
-This package imports neither torch nor transformers; `build` does when it is called.
+Imports neither torch nor transformers, before `build` is called, and nothing of the engine but the files directly in it.
+Another miniature is an alias in `defaults.py` and its configuration in `models.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.embedded.corpus import SIZES, generate, splits
-from engine.embedded.defaults import DEFAULTS
+from engine.embedded.defaults import ALIASES, DEFAULTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ALIASES = ("bert", "roberta", "distilbert", "tinybert")
 
 __all__ = ["ALIASES", "DEFAULTS", "SIZES", "build", "generate", "splits"]
 

@@ -5,6 +5,8 @@ Measured on the embedded corpus: see the table in `engine/embedded/__init__.py`.
 
 from __future__ import annotations
 
+ALIASES = ("bert", "roberta", "distilbert", "tinybert")
+
 DEFAULTS: dict[str, object] = {
     # ten to twenty times the 6e-5 of the published models, because these start from random weights
     "lr": 1e-3,

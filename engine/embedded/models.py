@@ -31,7 +31,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from engine.embedded import ALIASES
+from engine.embedded.defaults import ALIASES
 from engine.errors import UserError
 
 MAX_LENGTH = 128

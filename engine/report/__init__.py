@@ -6,4 +6,7 @@ words, units, costs, settings    what is said of them
 charts, style, svg               how it is drawn
 comparison_tables, comparison_plot
 pages                            puts pages together and writes them
+
+Imports data, telemetry and what stands below them, never run. Another chart is a function of curves.py, another kind of page a
+file beside run_page.py and its row in pages.py.
 """

@@ -22,7 +22,7 @@ import transformers
 
 from engine import __version__
 from engine.data.batches import evaluation_batches
-from engine.data.encode import EncodedSplit
+from engine.data.encoded import EncodedSplit
 from engine.errors import UserError
 from engine.models.load import content_hash
 from engine.models.network import Encoder

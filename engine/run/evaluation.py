@@ -14,7 +14,7 @@ from torchmetrics.functional import (
 )
 
 from engine.data.batches import evaluation_batches
-from engine.data.encode import EncodedSplit
+from engine.data.encoded import EncodedSplit
 from engine.data.splits import Task
 from engine.models.features import InnerStates
 from engine.models.network import Network

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine import __version__
 from engine.data.batches import evaluation_batches
-from engine.data.encode import EncodedSplit
+from engine.data.encoded import EncodedSplit
 from engine.errors import UserError
 from engine.models.features import EXTRAS, InnerStates
 from engine.models.load import content_hash

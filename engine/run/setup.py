@@ -11,7 +11,8 @@ import torch
 
 from engine import kernels
 from engine.config import Config
-from engine.data.encode import EncodedSplits, Encoding
+from engine.data.encoded import EncodedSplits
+from engine.data.encoding import Encoding
 from engine.data.noise import Noise
 from engine.data.splits import load_splits
 from engine.errors import UserError

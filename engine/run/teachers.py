@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine import __version__
 from engine.config import Config
-from engine.data.encode import EncodedSplits
+from engine.data.encoded import EncodedSplits
 from engine.data.splits import Task
 from engine.errors import UserError
 from engine.losses.domain_head import DomainHead, widen

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import RunConfig
 from engine.data.batches import TrainingBatches
-from engine.data.encode import EncodedSplit
+from engine.data.encoded import EncodedSplit
 from engine.data.splits import Task
 from engine.errors import UserError
 from engine.methods import Method, State

@@ -13,9 +13,11 @@ from run_helpers import succeed, summary
 
 from engine.data.batches import QuizBatches, TrainingBatches, evaluation_batches, training_rows
 from engine.data.buckets import Buckets
-from engine.data.encode import EncodedSplit, EncodedSplits, Encoding, TokenTable, encode
+from engine.data.encoded import EncodedSplit, EncodedSplits
+from engine.data.encoding import Encoding, encode
 from engine.data.splits import Splits, content_hash
 from engine.data.token_files import Tokens
+from engine.data.token_table import TokenTable
 from engine.embedded import build, generate
 from engine.embedded.models import train_bpe, train_wordpiece
 
@@ -187,7 +189,7 @@ def test_damaged_tokens_are_made_again(dataset, tokenizers, tmp_path):
 def test_a_split_that_is_tokenised_in_parts(dataset, tokenizers, tmp_path, monkeypatch):
     encoding, content = Encoding.of(tokenizers["wordpiece"], 64), content_hash(dataset)
     whole = encode(dataset, encoding, content, tmp_path / "whole")
-    monkeypatch.setattr("engine.data.encode.TOKENIZED_AT_ONCE", 7)
+    monkeypatch.setattr("engine.data.encoded.TOKENIZED_AT_ONCE", 7)
     parts = encode(dataset, encoding, content, tmp_path / "parts")
     assert all(np.array_equal(getattr(whole, name), getattr(parts, name)) for name in ("ids", "offsets", "types"))
 

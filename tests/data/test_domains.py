@@ -16,7 +16,8 @@ from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
 from engine.batch import Batch
 from engine.data.cut import Pool
-from engine.data.encode import EncodedSplit, Encoding
+from engine.data.encoded import EncodedSplit
+from engine.data.encoding import Encoding
 from engine.data.splits import content_hash
 from engine.embedded import generate
 from engine.embedded.models import train_bpe, train_wordpiece

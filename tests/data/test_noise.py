@@ -13,7 +13,8 @@ from run_helpers import assert_same_models, flags, metrics, run_signalled, sente
 from engine import train
 from engine.batch import Batch
 from engine.data.batches import QuizBatches, TrainingBatches, evaluation_batches, training_rows
-from engine.data.encode import EncodedSplit, Encoding
+from engine.data.encoded import EncodedSplit
+from engine.data.encoding import Encoding
 from engine.data.noise import GOLDEN, Noise, Reader, _mixed
 from engine.data.splits import content_hash
 from engine.data.words import _number, special_ids, words_of

@@ -14,7 +14,8 @@ from datasets import Dataset
 from engine.batch import Batch
 from engine.data.batches import evaluation_batches, training_rows
 from engine.data.buckets import Buckets
-from engine.data.encode import EncodedSplit, Encoding
+from engine.data.encoded import EncodedSplit
+from engine.data.encoding import Encoding
 from engine.data.splits import content_hash
 from engine.embedded import build, generate
 from engine.errors import UserError

@@ -9,7 +9,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.encode import EncodedSplit, Encoding
+from engine.data.encoded import EncodedSplit
+from engine.data.encoding import Encoding
 from engine.data.splits import content_hash
 from engine.embedded import generate
 from engine.embedded.models import build

@@ -1,97 +1,23 @@
-"""From text to token ids to batches: every split once per tokenizer, cached on disk by content and read memory-mapped."""
+"""Splits in every encoding that a run's models read, and batches of their rows."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from engine.batch import Batch
 from engine.config import DataConfig, OptimConfig
 from engine.data.buckets import Buckets
+from engine.data.encoding import Encoding, encode
 from engine.data.noise import Noise
 from engine.data.splits import Splits, content_hash
-from engine.data.token_files import Chunk, Tokens, load, save
-
-TOKENIZED_AT_ONCE = 1000  # texts
-
-
-@dataclass
-class Encoding:
-    """A tokenizer and its identity; models whose tokenizers agree in content share one."""
-
-    key: str
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
-        """Raises AttributeError for a tokenizer without a fast backend; `engine.models.load` only loads fast ones."""
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        for used in ("truncation", "padding"):  # settings that the last call left behind
-            content.pop(used, None)
-        identity = json.dumps([content, max_length, tokenizer.pad_token_id], sort_keys=True)
-        return cls(hashlib.sha256(identity.encode()).hexdigest()[:16], tokenizer, max_length)
-
-    def tokenized(self, dataset: Dataset) -> Iterator[BatchEncoding]:
-        """`dataset` (text, optional pair), some texts at a time: token ids, and types where there is a pair."""
-        for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
-            rows = dataset[start : start + TOKENIZED_AT_ONCE]
-            yield self.tokenizer(
-                rows["text"], rows.get("pair"), truncation=True, max_length=self.max_length,
-                return_token_type_ids="pair" in rows or None, return_attention_mask=False,
-            )  # fmt: skip
-
-
-class TokenTable:
-    """The tokens of n examples in one encoding, and the widths that batches of them are padded to."""
-
-    def __init__(
-        self, encoding: Encoding, tokens: Tokens, buckets: int, batch_size: int, training: np.ndarray | None = None
-    ):
-        """At most `buckets` widths, planned for batches of `training`, the training set's lengths; without it, of these."""
-        self.encoding, self.tokens = encoding, tokens
-        # the same mapped memory as plain arrays, which take 3 us less to index
-        self._ids, self._starts = np.asarray(tokens.ids), np.asarray(tokens.offsets)
-        self._types = None if tokens.types is None else np.asarray(tokens.types)
-        self._positions = np.arange(encoding.max_length)
-        self.lengths = np.diff(self._starts)  # [n]
-        self.training = self.lengths if training is None else training
-        self.buckets = Buckets.of(self.training, encoding.max_length, buckets, batch_size)
-
-    def pad(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask (and token_type_ids) of `rows`, each [B, L] int64, L the bucket of the longest."""
-        lengths = self.lengths[rows]
-        positions = self._positions[: self.buckets(lengths.max())]  # [L]
-        mask = positions < lengths[:, None]  # [B, L]
-        # behind an example stand the next one's tokens, and behind the last one nothing: `clip` keeps reading in bounds
-        source, hole = self._starts[rows][:, None] + positions, ~mask
-        out = {"input_ids": _gather(self._ids, source, hole, self.encoding.tokenizer.pad_token_id)}
-        out["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        if self._types is not None:
-            out["token_type_ids"] = _gather(self._types, source, hole, 0)
-        return out
-
-    def beside(self, values: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
-        """`values` [tokens], which go with the tokens of the mapped files, of `rows`: [B, L] as `pad` lays them out."""
-        lengths = self.lengths[rows]
-        positions = self._positions[: self.buckets(lengths.max())]
-        found = values.take(self._starts[rows][:, None] + positions, mode="clip")
-        return np.where(positions < lengths[:, None], found, padding)
-
-
-def _gather(values: np.ndarray, source: np.ndarray, hole: np.ndarray, padding: int) -> torch.Tensor:
-    out = values.take(source, mode="clip").astype(np.int64)
-    out[hole] = padding
-    return torch.from_numpy(out)
+from engine.data.token_table import TokenTable
 
 
 class EncodedSplit:
@@ -212,17 +138,3 @@ class EncodedSplits:
             training = None if i < len(splits.train) else encoded[0]
             encoded.append(EncodedSplit(dataset, encodings, content, cache, buckets, batch_size, training))
         return cls(encoded[:-3], *encoded[-3:], hashes)
-
-
-def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> Tokens:
-    """`dataset` (text, optional pair) as token ids. `content` identifies its rows; the result is reused from `cache`.
-
-    Raises UserError where it cannot be written there.
-    """
-    folder = cache / f"{content[:16]}-{encoding.key}"
-    return load(folder, len(dataset)) or save(folder, _tokenize(dataset, encoding))
-
-
-def _tokenize(dataset: Dataset, encoding: Encoding) -> Iterator[Chunk]:
-    for done in encoding.tokenized(dataset):
-        yield done["input_ids"], done.get("token_type_ids")

@@ -1,0 +1,57 @@
+"""From text to token ids: every text once per tokenizer, cached on disk by content and read memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from engine.data.token_files import Chunk, Tokens, load, save
+
+TOKENIZED_AT_ONCE = 1000  # texts
+
+
+@dataclass
+class Encoding:
+    """A tokenizer and its identity; models whose tokenizers agree in content share one."""
+
+    key: str
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+        """Raises AttributeError for a tokenizer without a fast backend; `engine.models.load` only loads fast ones."""
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for used in ("truncation", "padding"):  # settings that the last call left behind
+            content.pop(used, None)
+        identity = json.dumps([content, max_length, tokenizer.pad_token_id], sort_keys=True)
+        return cls(hashlib.sha256(identity.encode()).hexdigest()[:16], tokenizer, max_length)
+
+    def tokenized(self, dataset: Dataset) -> Iterator[BatchEncoding]:
+        """`dataset` (text, optional pair), some texts at a time: token ids, and types where there is a pair."""
+        for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
+            rows = dataset[start : start + TOKENIZED_AT_ONCE]
+            yield self.tokenizer(
+                rows["text"], rows.get("pair"), truncation=True, max_length=self.max_length,
+                return_token_type_ids="pair" in rows or None, return_attention_mask=False,
+            )  # fmt: skip
+
+
+def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> Tokens:
+    """`dataset` (text, optional pair) as token ids. `content` identifies its rows; the result is reused from `cache`.
+
+    Raises UserError where it cannot be written there.
+    """
+    folder = cache / f"{content[:16]}-{encoding.key}"
+    return load(folder, len(dataset)) or save(folder, _tokenize(dataset, encoding))
+
+
+def _tokenize(dataset: Dataset, encoding: Encoding) -> Iterator[Chunk]:
+    for done in encoding.tokenized(dataset):
+        yield done["input_ids"], done.get("token_type_ids")
