@@ -103,3 +103,13 @@ def assert_same_models(one: Path, two: Path) -> None:
         assert first.keys() == second.keys()
         different = [key for key in first if not torch.equal(first[key], second[key])]
         assert not different, (name, different)
+
+
+def assert_as_if_nothing_had_happened(run: Path, whole: Path) -> None:
+    assert_same_models(run, whole)
+    keys = [[(line["phase"], line["step"], "loss" in line) for line in metrics(r)] for r in (run, whole)]
+    assert keys[0] == keys[1]
+    values = [[line.get("loss") for line in metrics(r)] for r in (run, whole)]
+    assert values[0] == values[1]
+    assert summary(run)["metrics"] == summary(whole)["metrics"]
+    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}

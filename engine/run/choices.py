@@ -13,8 +13,9 @@ from engine.errors import UserError
 from engine.losses.layer_map import LayerMap, layer_map
 from engine.losses.objectives import Objective
 from engine.methods import METHODS
+from engine.models import cuda_graph, precision
 from engine.models.checkpointing import REFUSED, encoder_layers
-from engine.models.load import ModelSource, cuda_graph, precision
+from engine.models.load import ModelSource
 from engine.models.network import Network
 from engine.params import optim
 

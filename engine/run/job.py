@@ -11,8 +11,8 @@ from engine.config import Config
 from engine.data.batches import training_rows
 from engine.errors import UserError
 from engine.methods import METHODS
+from engine.models import teacher_params
 from engine.models.features import detach
-from engine.models.load import teacher_params
 from engine.report import cards, pages, tables
 from engine.report.summary import hardware, peak_memory, summarise
 from engine.report.words import DEMONSTRATION

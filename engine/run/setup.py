@@ -18,8 +18,9 @@ from engine.data.splits import load_splits
 from engine.errors import UserError
 from engine.hub import Hub
 from engine.methods import METHODS
+from engine.models import teacher_params
 from engine.models.compiling import CompiledLayers
-from engine.models.load import ModelSource, content_hash, keep_layers, load_model, resolve_models, teacher_params
+from engine.models.load import ModelSource, content_hash, keep_layers, load_model, resolve_models
 from engine.models.network import Encoder
 from engine.params import native
 from engine.report.words import DEMONSTRATION

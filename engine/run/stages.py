@@ -16,9 +16,9 @@ from engine.losses.teacher_weights import TeacherWeights
 from engine.meta.meta_step import MetaStep
 from engine.meta.reptile import Reptile
 from engine.methods import METHODS, Method, State
+from engine.models import teacher_params
 from engine.models.features import detach
 from engine.models.learner import Learner
-from engine.models.load import teacher_params
 from engine.models.network import Network, describe_attention
 from engine.run import choices
 from engine.run.answers import Answers, answers_of

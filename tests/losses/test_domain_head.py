@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_network import FAMILIES, batch, encoder, plain, tiny
+from small_models import FAMILIES, batch, encoder, plain, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 

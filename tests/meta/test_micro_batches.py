@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_metagrad import Scene, batch, difference
-from test_methods import Setting, apart
+from method_oracle import Setting, apart
+from scenes import Scene, batch, difference
 from torch import nn
 
 from engine import MetaStep, Objective

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from method_oracle import CLASSES, LR, PILOT_LR, TEACHER_LR, TOLERANCE, WORDS, Adam, distillation, make_batch, read
 from run_helpers import metrics, sentences, succeed, table
-from test_methods import CLASSES, LR, PILOT_LR, TEACHER_LR, TOLERANCE, WORDS, Adam, distillation, make_batch, read
 from torch import nn
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig

@@ -4,8 +4,7 @@ finite difference comes to."""
 import pytest
 import torch
 import torch.nn.functional as F
-from run_helpers import metrics, sentences, succeed, summary, table
-from test_methods import (
+from method_oracle import (
     LGTM_PILOT_LR,
     LR,
     TEACHER_ALPHA,
@@ -21,6 +20,7 @@ from test_methods import (
     read,
     real_step,
 )
+from run_helpers import metrics, sentences, succeed, summary, table
 
 from engine.meta.meta_step import MetaStep
 from engine.meta.reptile import Reptile

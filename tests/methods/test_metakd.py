@@ -7,10 +7,20 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from run_helpers import assert_same_models, flags, metrics, run_signalled, sentences, succeed, summary, table, weights
-from test_methods import CLIP, DECAY, LR, TOLERANCE, WARMUP, Adam, apart
-from test_network import PAD, WORDS
-from test_resume import assert_as_if_nothing_had_happened
+from method_oracle import CLIP, DECAY, LR, TOLERANCE, WARMUP, Adam, apart
+from run_helpers import (
+    assert_as_if_nothing_had_happened,
+    assert_same_models,
+    flags,
+    metrics,
+    run_signalled,
+    sentences,
+    succeed,
+    summary,
+    table,
+    weights,
+)
+from small_models import PAD, WORDS
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 

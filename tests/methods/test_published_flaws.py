@@ -13,8 +13,8 @@ import pytest
 import torch
 from data_helpers import load, parts, texts, write
 from run_helpers import sentences, succeed, summary, table, weights
+from small_models import PAD, WORDS
 from test_metakd import model
-from test_network import PAD, WORDS
 from transformers import PreTrainedTokenizerFast
 
 from engine.batch import Batch

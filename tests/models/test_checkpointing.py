@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_metagrad import Scene, batch, difference, encoding, network
+from scenes import Scene, batch, difference, encoding, network
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel

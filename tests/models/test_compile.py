@@ -25,11 +25,11 @@ from engine.errors import UserError
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
 from engine.methods import METHODS, State
+from engine.models import compiling
 from engine.models.checkpointing import checkpointed
 from engine.models.compiling import LARGE, LIMIT, SIZES, CompiledLayers
 from engine.models.features import InnerStates
 from engine.models.learner import Learner
-from engine.models.load import compiling
 from engine.models.network import Encoder
 from engine.models.teacher_params import restrict
 

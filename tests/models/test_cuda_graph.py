@@ -9,8 +9,8 @@ from run_helpers import assert_same_models, metrics, succeed
 from engine import kernels
 from engine.batch import Batch
 from engine.errors import UserError
+from engine.models import cuda_graph
 from engine.models.cuda_graph import StepGraphs
-from engine.models.load import cuda_graph
 from engine.models.network import Network
 from engine.params import optim
 from engine.run import trainer

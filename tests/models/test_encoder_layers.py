@@ -11,8 +11,8 @@ from transformers import (
 
 from engine.batch import Batch
 from engine.losses.objectives import Objective
+from engine.models import encoder_layers
 from engine.models.learner import Learner
-from engine.models.load import encoder_layers
 from engine.models.network import Encoder
 
 WIDTH, WORDS = 64, 300

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_network import FAMILIES, PAD, batch, encoder, plain, tiny
+from small_models import FAMILIES, PAD, batch, encoder, plain, tiny
 from transformers import AutoModelForSequenceClassification
 
 from engine.errors import UserError
@@ -247,7 +247,7 @@ def test_an_error_in_a_forward_leaves_no_trace():
     with network.giving(InnerStates(attention=(0,))), pytest.raises(ZeroDivisionError):
         network(given)
     assert "forward" not in network.module.__dict__ and network.module.config._attn_implementation == "sdpa"
-    from engine.models.load import features
+    from engine.models import features
 
     assert features._found is None and not features._wanted
 

@@ -12,8 +12,8 @@ from engine.data.splits import Task
 from engine.embedded import build
 from engine.errors import UserError
 from engine.hub import Hub
+from engine.models import load as models
 from engine.models.load import ModelSource, content_hash, keep_layers, load_model, resolve_models
-from engine.models.load import load as models
 
 TEXTS = ["the plot was superb", "the soup is awful", "a camera that never fails"]
 TASK = Task("classification", ("negative", "positive"), False)

@@ -4,73 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import CPU, CUDA, TOLERANCE, batch, close, encoder, families, plain, tiny
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
-from engine.batch import Batch
 from engine.embedded import build
 from engine.models.features import InnerStates
 from engine.models.learner import Learner
 from engine.models.network import Encoder, Network, Outputs, attention, attention_mask, describe_attention
 from engine.params.optim import FlatAdamW
-
-# Of logits of size 1. bf16 has 8 bits, and a dozen operations round here; fp32 sums in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
-FAMILIES = ["bert", "roberta", "distilbert"]
-families = pytest.mark.parametrize("family", FAMILIES)
-WORDS, PAD, LONGEST = 30, {"bert": 0, "roberta": 1, "distilbert": 0}, 80
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def tiny(family, kind="sdpa", attention_dropout=0.1):
-    torch.manual_seed(0)
-    common = {"vocab_size": WORDS, "num_labels": 3, "initializer_range": 0.2, "attn_implementation": kind,
-              "max_position_embeddings": LONGEST + 2, "pad_token_id": PAD[family]}  # fmt: skip
-    if family == "distilbert":
-        sizes = {"dim": 8, "hidden_dim": 16, "n_layers": 2, "n_heads": 2, "attention_dropout": attention_dropout}
-        return DistilBertForSequenceClassification(DistilBertConfig(**sizes, **common)).eval()
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "attention_probs_dropout_prob": attention_dropout}  # fmt: skip
-    config, kind = {
-        "bert": (BertConfig, BertForSequenceClassification),
-        "roberta": (RobertaConfig, RobertaForSequenceClassification),
-    }[family]
-    return kind(config(**sizes, **common)).eval()
-
-
-def batch(family, length=9, size=4, seed=0):
-    """Rows of different length, one of a single token; segments, which not every family reads."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([length, 1, *torch.randint(2, length, (size - 2,), generator=generator)])
-    mask = (torch.arange(length) < lengths[:, None]).long()
-    ids = torch.randint(2, WORDS, (size, length), generator=generator)
-    kinds = torch.randint(2, (size, length), generator=generator) if family != "roberta" else torch.zeros_like(ids)
-    inputs = {"input_ids": torch.where(mask == 1, ids, PAD[family]), "attention_mask": mask, "token_type_ids": kinds}
-    return Batch(torch.arange(size) % 3, {"own": inputs, "another": {}})
-
-
-def encoder(family, precision="fp32", **settings):
-    return Encoder(family, tiny(family, **settings), "own", precision)
-
-
-def plain(module, given, family):
-    """What transformers makes of it by itself."""
-    inputs = dict(given.inputs["own"])
-    if family == "distilbert":
-        del inputs["token_type_ids"]
-    return module(**inputs)
-
-
-def close(a, b, dtype):
-    torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=TOLERANCE[dtype])
-
 
 # Attention
 

@@ -13,8 +13,8 @@ from engine.batch import Batch
 from engine.errors import UserError
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
+from engine.models import precision
 from engine.models.learner import Learner
-from engine.models.load import precision
 from engine.models.network import Encoder
 from engine.params.flat import FlatParameters
 

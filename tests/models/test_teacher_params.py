@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors import safe_open
-from test_metagrad import Scene, batch, encoding, network
+from scenes import Scene, batch, encoding, network
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification

@@ -10,7 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import ROOT, assert_same_models, contents, flags, metrics, run_signalled, start, succeed, summary
+from run_helpers import (
+    ROOT,
+    assert_as_if_nothing_had_happened,
+    assert_same_models,
+    contents,
+    flags,
+    metrics,
+    run_signalled,
+    start,
+    succeed,
+)
 
 from engine.train import main
 
@@ -49,16 +59,6 @@ def wait_for(run: Path, process: subprocess.Popen, phase: str, step: int) -> Non
             return
         time.sleep(0.005)
     raise AssertionError(f"{phase} never reached step {step}")
-
-
-def assert_as_if_nothing_had_happened(run: Path, whole: Path) -> None:
-    assert_same_models(run, whole)
-    keys = [[(line["phase"], line["step"], "loss" in line) for line in metrics(r)] for r in (run, whole)]
-    assert keys[0] == keys[1]
-    values = [[line.get("loss") for line in metrics(r)] for r in (run, whole)]
-    assert values[0] == values[1]
-    assert summary(run)["metrics"] == summary(whole)["metrics"]
-    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 # Phase and step at which the process is killed, and flags that differ from LONG. The whole run has a cache of its own, so
