@@ -26,9 +26,11 @@ class BuildNative(build_ext):
             raise CompileError(str(error)) from error
 
 
-# None has an __init__.py. kernels/ must not shadow Hugging Face's package of that name, and is installed under our own
-# name only; csrc/ is what is compiled at a first use. In a checkout links in engine/ lead to the same folders.
-FOLDERS = {"engine.kernels.ops": "kernels", "engine.csrc": "csrc", "engine.csrc.cuda": "csrc/cuda"}
+# Folders that stand beside engine/ and are installed as a part of it; in a checkout, links in engine/ lead to them.
+# kernels/ itself is no package, since it must not hide Hugging Face's package of that name; its folders, one for each op,
+# are. csrc/ is what is compiled at a first use.
+FOLDERS = {f"engine.kernels.ops.{name}": f"kernels/{name}" for name in find_packages("kernels")}
+FOLDERS |= {"engine.csrc": "csrc", "engine.csrc.cuda": "csrc/cuda"}
 
 setup(
     packages=[*find_packages(include=["engine", "engine.*"]), *FOLDERS],

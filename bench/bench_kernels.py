@@ -18,7 +18,7 @@ import torch
 from bench.devices import Host, Run, interleaved
 from bench.kernel_cases import DTYPES, FUSED, LAUNCH, LOGITS, Case, Inputs, fused_runs, logits_runs, operations, traffic
 from bench.kernel_truth import validate
-from engine.kernels.ops import backends
+from engine.kernels.ops.common import backends
 
 CUDA = torch.cuda.is_available()
 BUDGET = 1.5  # seconds for a pass over a case, all implementations together

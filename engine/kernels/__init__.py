@@ -6,12 +6,12 @@ mapped by setup.py in an installation. The ops know nothing of the engine; that 
 which may be compiled at the first use, they are told here.
 """
 
-from engine.kernels.ops import backends
-from engine.kernels.ops.backends import backend
+from engine.kernels.ops.common import backends
+from engine.kernels.ops.common.backends import backend
 from engine.kernels.ops.fused_linear_kd import fused_linear_kd
 from engine.kernels.ops.kd_loss import kd_loss
+from engine.kernels.ops.kd_loss.naive import mean_logits
 from engine.kernels.ops.meta_cotangent import meta_cotangent
-from engine.kernels.ops.reference import mean_logits
 from engine.params import native
 
 

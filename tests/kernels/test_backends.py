@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
-from engine.kernels.ops import backends
+from engine.kernels.ops.common import backends
 from engine.params import native
 
 pytest.importorskip("triton")

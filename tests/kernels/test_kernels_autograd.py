@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from engine.kernels import kd_loss, meta_cotangent
-from engine.kernels.ops import backends
+from engine.kernels.ops.common import backends
 
 SETTINGS = {"temperature": 2.0, "alpha": 0.3}
 LABELS = torch.tensor([1, -100, 0])

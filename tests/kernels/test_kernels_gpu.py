@@ -80,7 +80,8 @@ def test_numbers(rows, classes, dtype, reduction):
 
 def test_every_plan(monkeypatch):
     """All those between which a device may choose."""
-    from engine.kernels.ops import kd_triton, tuning
+    from engine.kernels.ops.common import tuning
+    from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
 
     leaves, labels = inputs(40, 20000, torch.bfloat16, teachers=1)
     wide = [z.detach().double().requires_grad_() for z in leaves]
@@ -199,7 +200,7 @@ def test_nothing_waits_for_the_device(rows, classes, dtype):
 
 def test_a_plan_of_the_file_has_the_same_bits():
     """What one process tuned, the next one takes: a resumed run goes on with the same numbers."""
-    from engine.kernels.ops import tuning
+    from engine.kernels.ops.common import tuning
 
     leaves, labels = inputs(16, 32000, torch.bfloat16)
 

@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
-from engine.kernels.ops import reference
+from engine.kernels.ops.kd_loss import naive as reference
 
 SETTINGS = {"temperature": 2.0, "alpha": 0.3}
 
@@ -214,7 +214,7 @@ def test_fused_under_autocast(backend):
 @pytest.fixture
 def tuning(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from engine.kernels.ops import tuning
+    from engine.kernels.ops.common import tuning
 
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")

@@ -11,9 +11,10 @@ from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, near, plain
 
 pytest.importorskip("triton")
 
-from engine.kernels.ops import kd_triton, tuning
-from engine.kernels.ops.layout import Rows
-from engine.kernels.ops.tuning import Plan
+from engine.kernels.ops.common import tuning
+from engine.kernels.ops.common.layout import Rows
+from engine.kernels.ops.common.tuning import Plan
+from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
 
 # Of rows of 11 classes. Interpreted, a program takes some 10 ms, whatever it has to do.
 PLANS = {

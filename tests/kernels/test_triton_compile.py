@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from engine.kernels.ops import kd_triton, tuning
+from engine.kernels.ops.common import tuning
+from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
 
 
 class Hopper:

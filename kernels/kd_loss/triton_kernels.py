@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.ops.kd_kernels import STATISTICS, kd_first_kernel, kd_second_kernel, scale_kernel
-from engine.kernels.ops.layout import Rows
-from engine.kernels.ops.reference import check_labels
-from engine.kernels.ops.tuning import Plan, choose, plans, resident
+from engine.kernels.ops.common.layout import Rows
+from engine.kernels.ops.common.triton_rows import STATISTICS, kd_first_kernel, kd_second_kernel, scale_kernel
+from engine.kernels.ops.common.tuning import Plan, choose, plans, resident
+from engine.kernels.ops.kd_loss.naive import check_labels
 
 ON_CHIP = 8192  # classes up to which a program keeps whole rows: two tensors of float32 in 32 KiB each
 TILES = 256  # at most, of a row: their statistics are combined in one vector

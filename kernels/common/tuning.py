@@ -111,6 +111,6 @@ def _remember(device: str, known: dict[str, list]) -> None:
 def _file(device: str) -> Path:
     """Of this device, this Triton and these kernels."""
     root = Path(os.environ.get("METADISTIL_CACHE") or "~/.cache/metadistil-engine").expanduser()
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("kd_kernels.py", "tuning.py"))
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("triton_rows.py", "tuning.py"))
     digest = hashlib.sha256(b"\0".join([device.encode(), triton.__version__.encode(), sources])).hexdigest()[:16]
     return root / "kernels" / f"plans-{digest}.json"

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import backends, reference
+from engine.kernels.ops.common import backends
+from engine.kernels.ops.kd_loss import naive as reference
 
 # labels, weights as a tensor, else as numbers, temperature, alpha, ignore_index, reduction
 Settings = tuple[Tensor | None, Tensor | None, list[float], float, float, int, str]

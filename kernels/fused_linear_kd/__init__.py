@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import backends, reference
+from engine.kernels.ops.common import backends
 from engine.kernels.ops.kd_loss import check, split_weights, together
-from engine.kernels.ops.kd_ops import register, save, saved, scaled
+from engine.kernels.ops.kd_loss import naive as reference
+from engine.kernels.ops.kd_loss.op import register, save, saved, scaled
 
 CHUNK = {"cuda": 2**27, "cpu": 2**22}  # logits of a model at a time: 256 MiB in bfloat16, 16 MiB in float32
 BLOCK = 8192  # classes of the weights' gradient that are rounded before they are added up in float32

@@ -81,7 +81,7 @@ def module(device: str) -> ModuleType:
     """What holds `kd_first`, `kd_second` and `kd_cotangent` for this device."""
     name = backend(device).name
     if name == "triton":
-        from engine.kernels.ops import kd_triton
+        from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
 
         return kd_triton
     if name == "cpp":

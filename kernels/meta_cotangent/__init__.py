@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import backends, reference
+from engine.kernels.ops.common import backends
 from engine.kernels.ops.kd_loss import check, split_weights, together
-from engine.kernels.ops.kd_ops import register, save, saved, traced
+from engine.kernels.ops.kd_loss import naive as reference
+from engine.kernels.ops.kd_loss.op import register, save, saved, traced
 
 
 def meta_cotangent(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import backends, kd_ops, reference
+from engine.kernels.ops.common import backends
+from engine.kernels.ops.kd_loss import naive as reference
+from engine.kernels.ops.kd_loss import op as kd_ops
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 REDUCTIONS = ("mean", "sum", "none")
