@@ -254,7 +254,10 @@ class TelemetryConfig(_Section):
         None, "trackers that also get the figures, comma-separated: wandb, mlflow, trackio; each needs its own package, and is "
         "set up by its own environment variables")  # fmt: skip
     metrics_port: int | None = option(
-        None, "serve the newest figures to Prometheus at this port, under /metrics; 0 takes any free port", 0, 65535
+        None,
+        "serve the newest figures to Prometheus at this port, under /metrics; 0 takes any free port; needs prometheus_client",
+        0,
+        65535,
     )
     metrics_host: str = option(
         "127.0.0.1", "where --metrics-port listens; 0.0.0.0 lets every machine that reaches it read"

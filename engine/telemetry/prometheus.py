@@ -1,53 +1,66 @@
-"""A page of the newest measurements that Prometheus, or anybody with a browser, can read while a run trains."""
+"""The newest figures of a run as a page that Prometheus reads while the run trains, served by prometheus_client."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
 import socket
-import socketserver
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from engine.errors import UserError
-from engine.telemetry.exposition import CONTENT_TYPE, Gauges
-from engine.telemetry.sinks import Run
-
-INDEX = b'<!DOCTYPE html><title>metadistil-engine</title><p>Measurements of a run: <a href="/metrics">/metrics</a>\n'
-REQUEST_SECONDS = 5.0  # a client that says nothing for so long is left
+from engine.telemetry.families import LASTING, PREFIX, Sample, sample
+from engine.telemetry.sinks import Run, numbers
 
 
 class Prometheus:
-    """Serves /metrics at `host`:`port` from a daemon thread; port 0 takes any free one.
+    """A sink that serves /metrics at `host`:`port` from a daemon thread; port 0 takes any free one.
 
-    Raises UserError on construction where it cannot be had. What comes between that and `start` is seen by `start`.
+    It is a collector of prometheus_client: a scrape asks it for all figures at once.
+
+    Args:
+        client: the module prometheus_client
+
+    Raises UserError, on construction and again in `start`, where the port or the host cannot be had.
     """
 
     name = "the metrics endpoint"
 
-    def __init__(self, port: int, host: str):
-        self._port, self._host = port, host
-        self._lock = threading.Lock()
-        self._server: _Server | None = None
-        self._listen(port, host).server_close()
+    def __init__(self, client: ModuleType, port: int, host: str):
+        self._client, self._port, self._host = client, port, host
+        self._families = import_module("prometheus_client.core")
+        self._server: Any = None
+        self._run: dict[str, str] = {}
+        self._phase: str | None = None
+        self._newest: dict[Sample, float] = {}  # replaced, never changed: a scrape sees the figures of one record
+        try:  # here too, since models take a while to load before the server starts
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = found[0]
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that wind up do not matter
+                probe.bind(address)
+        except (OSError, UnicodeError) as e:  # UnicodeError: no host can have that name
+            raise self._refusal(e) from e
 
     @property
     def address(self) -> str:
-        """The URL of what is served. For a host that stands for all of the machine's, one that reaches it from here."""
+        """The URL that reaches the page from this machine."""
         host, port = self._server.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
     def start(self, run: Run) -> None:
-        self._gauges = Gauges({"run": run.name, "method": str(run.settings.get("method", ""))})
-        self._server = self._listen(self._port, self._host)
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics endpoint", daemon=True
-        ).start()
+        self._run = {"run": run.name, "method": str(run.settings.get("method", ""))}
+        # Not the client's global registry, which has figures of the Python process, and would keep those of an earlier run.
+        registry = self._client.CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, self._thread = self._client.start_http_server(self._port, self._host, registry)
+        except OSError as e:  # somebody took the port since the construction
+            raise self._refusal(e) from e
+        self._server.handle_error = lambda *_: None  # a client that hung up would leave a traceback on the console
         run.say(f"Metrics: {self.address}")
         if not ipaddress.ip_address(self._server.server_address[0].partition("%")[0]).is_loopback:
             run.warn(
@@ -55,86 +68,41 @@ class Prometheus:
             )
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._gauges.log(phase, step, values)
+        """Take new values. Of a phase that is over only what stays true of it is kept."""
+        newest = dict(self._newest)
+        if phase != self._phase:
+            over = ("phase", self._phase)
+            newest = {which: n for which, n in newest.items() if which.family in LASTING or over not in which.labels}
+            self._phase = phase
+        newest |= {sample(phase, key): n for key, n in {"step": step, **numbers(values)}.items()}
+        self._newest = newest
 
     def rewind(self, phase: str, step: int) -> None:
         """Nothing to forget: a new process has only what it logs itself."""
 
     def close(self, finished: bool) -> None:
+        """Idempotent. Takes up to half a second, the interval at which the server looks whether it is to end."""
         server, self._server = self._server, None
         if server is not None:
             server.shutdown()
             server.server_close()
+            self._thread.join()
 
-    def _text(self) -> bytes:
-        with self._lock:
-            return self._gauges.text().encode()
+    def collect(self) -> Iterator[Any]:
+        """The families of prometheus_client, for its registry; called in the server's threads."""
+        yield self._families.InfoMetricFamily(f"{PREFIX}run", "The run: always 1.", self._run)
+        gauges: dict[str, Any] = {}
+        for (family, help, labels), value in self._newest.items():
+            if family not in gauges:
+                names = [name for name, _ in labels]
+                gauges[family] = self._families.GaugeMetricFamily(PREFIX + family, help, labels=names)
+            gauges[family].add_metric([text for _, text in labels], value)
+        yield from gauges.values()
 
-    def _listen(self, port: int, host: str) -> _Server:
-        try:
-            return _Server(host, port, self._text)
-        except (OSError, UnicodeError) as e:  # UnicodeError: no host can have that name
-            host_is_wrong = isinstance(e, socket.gaierror | UnicodeError) or e.errno == errno.EADDRNOTAVAIL
-            remedy = "another --metrics-host" if host_is_wrong else "another --metrics-port, or 0 for any free one"
-            why = getattr(e, "strerror", None) or "not a name of a host"
-            raise UserError(
-                f"--metrics-port {port} at --metrics-host {host!r} cannot be opened ({why}); give {remedy}."
-            ) from e
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    """Without http.server's own class, which asks the name servers what this machine is called."""
-
-    allow_reuse_address = True  # a port whose last connections are still winding up; never one that is listened on
-    daemon_threads = True
-
-    def __init__(self, host: str, port: int, text: Callable[[], bytes]):
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-        self.text = text
-        self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: socket.socket) -> None:
-        self._open.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """A client that hung up is no business of the run's."""
-
-    def server_close(self) -> None:
-        super().server_close()
-        for request in list(self._open):  # so that no thread waits for a client that says nothing
-            with suppress(OSError):
-                request.shutdown(socket.SHUT_RDWR)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    timeout = REQUEST_SECONDS
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            self._answer(self.server.text(), CONTENT_TYPE)
-        elif path == "/":
-            self._answer(INDEX, "text/html; charset=utf-8")
-        else:
-            self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _answer(self, content: bytes, kind: str) -> None:
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    do_HEAD = do_GET
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Not on the console of a run."""
+    def _refusal(self, error: OSError | UnicodeError) -> UserError:
+        host_is_wrong = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
+        remedy = "another --metrics-host" if host_is_wrong else "another --metrics-port, or 0 for any free one"
+        why = getattr(error, "strerror", None) or "not a name of a host"
+        return UserError(
+            f"--metrics-port {self._port} at --metrics-host {self._host!r} cannot be opened ({why}); give {remedy}."
+        )

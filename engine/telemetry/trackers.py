@@ -37,9 +37,12 @@ def chosen(config: TelemetryConfig) -> list[Sink]:
             raise UserError(
                 f"--report-to has {name!r}; it must be one or more of {', '.join(CLIENTS)}, comma-separated."
             )
-    sinks: list[Sink] = [Background(CLIENTS[name](_client(name))) for name in dict.fromkeys(names)]
+    sinks: list[Sink] = [
+        Background(CLIENTS[name](_client(name, f"--report-to {name}", name))) for name in dict.fromkeys(names)
+    ]
     if config.metrics_port is not None:
-        sinks.append(Prometheus(config.metrics_port, config.metrics_host))
+        client = _client("prometheus_client", "--metrics-port", "'metadistil-engine[prometheus]'")
+        sinks.append(Prometheus(client, config.metrics_port, config.metrics_host))
     elif config.metrics_host != TelemetryConfig.metrics_host:
         raise UserError(
             f"--metrics-host {config.metrics_host} needs --metrics-port; give a port, or 0 for any free one."
@@ -47,17 +50,16 @@ def chosen(config: TelemetryConfig) -> list[Sink]:
     return sinks
 
 
-def _client(name: str) -> ModuleType:
-    spec = importlib.util.find_spec(name)
+def _client(package: str, flag: str, install: str) -> ModuleType:
+    """The package that `flag` needs; `install` is what pip is to be given."""
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:  # without origin: just a folder of that name, as clients leave behind
-        raise UserError(
-            f"--report-to {name} needs the package {name}; install it (pip install {name}), or leave {name} out."
-        )
+        raise UserError(f"{flag} needs the package {package}; install it (pip install {install}), or leave {flag} out.")
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(package)
     except Exception as e:  # broken installations raise anything
         raise UserError(
-            f"--report-to {name}: the package {name} cannot be imported ({cause(e)}); repair it, or leave {name} out.") from e  # fmt: skip
+            f"{flag}: the package {package} cannot be imported ({cause(e)}); repair it, or leave {flag} out.") from e  # fmt: skip
 
 
 class Tracker(Protocol):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -126,14 +127,16 @@ def test_unknown_tracker(clients, given):
         trackers.chosen(TelemetryConfig(report_to=given))
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "just a folder"])
-def test_tracker_that_is_not_installed(monkeypatch, name, found):
+@pytest.mark.parametrize(("config", "flag", "package", "install"), [
+    *((TelemetryConfig(report_to=name), f"--report-to {name}", name, name) for name in NAMES),
+    (TelemetryConfig(metrics_port=0), "--metrics-port", "prometheus_client", "'metadistil-engine[prometheus]'"),
+])  # fmt: skip
+def test_package_that_is_not_installed(monkeypatch, found, config, flag, package, install):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
-    with pytest.raises(
-        UserError, match=rf"^--report-to {name} needs the package {name}; install it \(pip install {name}\)"
-    ):
-        trackers.chosen(TelemetryConfig(report_to=name))
+    said = f"{flag} needs the package {package}; install it (pip install {install}), or leave {flag} out."
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        trackers.chosen(config)
 
 
 def test_tracker_that_cannot_be_imported(clients, tmp_path, monkeypatch):
