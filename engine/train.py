@@ -42,20 +42,11 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
     if output.finished():
         console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")
         return
-    from engine.run import checkpoint
-    from engine.run.job import Job  # imports torch and transformers
+    from engine.run import checkpoint, job  # imports torch and transformers
 
-    saved = output.path / "checkpoint.safetensors"
-    if config.run.resume and saved.exists():
-        checkpoint.check(saved)  # refuses a damaged one before anything is written
-    job = Job(config, console)
-    try:
-        output.create()
-        output.write("config.yaml", cli.dump(config))
-        job.run(output, interrupts)
-        job.close(output, time.monotonic() - started, command)
-    finally:
-        output.close()
+    if config.run.resume and output.checkpoint.exists():
+        checkpoint.check(output.checkpoint)  # refuses a damaged one before anything is written
+    job.run(config, output, console, interrupts, started, command)
 
 
 def _farewell(stop: Interrupted, config: Config | None) -> str:

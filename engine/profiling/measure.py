@@ -23,7 +23,7 @@ from engine.methods import METHODS, State
 from engine.profiling.allocated import allocated
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.rehearsal import Rehearsal
-from engine.run.trainer import Phase, Progress
+from engine.run.phase import Phase, Progress
 from engine.sections import listening
 from engine.telemetry.flops import FlopCounter
 from engine.telemetry.meter import meter_of

@@ -22,6 +22,7 @@ from engine.report.summary import git_commit, hardware, versions
 from engine.report.units import BYTES, TIME, quantity
 from engine.run import choices
 from engine.run.allocator import keep_freed_memory
+from engine.run.machine import suit_threads
 from engine.run.output import OutputDirectory
 from engine.screen.console import Console
 
@@ -39,9 +40,8 @@ def run(given: Options, console: Console) -> None:
     device = choices.settle_device(given.config, console.say)
     asked = [replace(each, precision=given.config.run.precision) for each in asked]
     asked, models = varied(given.config, asked), [student, *teachers]
+    suit_threads(device, [model.source for model in models])
     if device.type == "cpu":
-        if all(model.source.kind == "embedded" for model in models):
-            torch.set_num_threads(1)  # as in training: the miniatures' operations are too small to share
         keep_freed_memory()
     native.prepare(console.say)
     console.say(

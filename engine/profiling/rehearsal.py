@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +21,17 @@ from engine.config import Config
 from engine.data.labels import Task
 from engine.errors import UserError
 from engine.methods import METHODS, State
-from engine.models.learner import Learner
 from engine.models.network import Encoder, Network
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.ledger import Ledger
-from engine.run import choices, matching
+from engine.run import choices
+from engine.run.losses import plan_losses
+from engine.run.members import Member, Models
+from engine.run.phase import Phase, Progress
+from engine.run.resume import Resume
+from engine.run.setup import Setup
 from engine.run.stages import Stages
-from engine.run.teachers import Member, Teacher
-from engine.run.trainer import Phase, Plan, Progress
+from engine.run.teachers import Teacher, fine_tuning
 from engine.telemetry.flops import FlopCounter
 
 STEPS = 2  # the first makes what stays: gradients, moments, snapshots
@@ -55,22 +59,16 @@ class Rehearsal:
     ):  # fmt: skip
         refuse(config)
         self.config, self.device, self.follow, self.acts = config, device, follow, []
+        self.resume = Resume(Path(), identity="")  # no run was interrupted
         if METHODS[config.method.method].teachers == "none":
             teachers = []
         choices.resolve_defaults(config, student.source, [t.source for t in teachers])
-        members = [self._member(each) for each in [student, *teachers]]
-        pupil, *taught = [member.network for member in members]
-        if METHODS[config.method.method].teachers == "learning":
-            choices.check_checkpointing(config.method.checkpointing, pupil, taught)
-        self.task, self.networks = task, [pupil, *taught]
-        self.objective = choices.objective(config, task, _silent)
-        compared = None if self.objective.feature_loss == "none" else matching.match(config, pupil, taught)
-        setup = SimpleNamespace(
-            config=config, device=device, student=members[0], teachers=members[1:], objective=self.objective,
-            matching=compared, given_weights=choices.teacher_weights(config, len(taught)), noise=None,
-            console=SimpleNamespace(say=_silent), encoded=_Encoded(config),
-        )  # fmt: skip
-        self._stages = _Stages(setup, self)
+        member, *members = [self._member(each) for each in [student, *teachers]]
+        models = Models(member, members, encodings=[], compiled=None)
+        self.task, self.networks = task, [member.network, *models.taught()]
+        losses = plan_losses(config, task, member.network, models.taught(), _silent)
+        examples, console = SimpleNamespace(encoded=_Encoded(config), noise=None), SimpleNamespace(say=_silent)
+        self._stages = _Stages(Setup(config, console, device, Path(), models, examples, losses), self)
 
     def _member(self, blueprint: Blueprint) -> Member:
         """Models of as many words are taken to have one tokenizer."""
@@ -83,9 +81,6 @@ class Rehearsal:
         return self.acts
 
     # --- in the trainer's place
-
-    def stands_in(self, phase: str) -> bool:
-        return False
 
     def fit(self, phase: Phase) -> Progress:
         """Some steps of a phase, on batches as long and as large as they can be."""
@@ -147,36 +142,29 @@ def refuse(config: Config) -> None:
                             "data or on a compiler; leave it out.")  # fmt: skip
 
 
+@dataclass
 class _Stages(Stages):
-    """Teachers are prepared without data, a cache or a validation."""
+    """Teachers are prepared without data, a cache or a validation; `kept_answers` are shapes of an example's, by teacher."""
 
-    def __init__(self, setup: Any, trainer: Rehearsal):
-        super().__init__(setup, trainer)
-        self.kept_answers: list[list[torch.Size]] = []
+    kept_answers: list[list[torch.Size]] = field(default_factory=list)
 
-    def _prepare(self, member: Member) -> Teacher:
-        optim, network = self.config.optim, member.network
-        network.module.to(self.device)
+    def prepare(self, member: Member) -> Teacher:
+        config, network, members = self.setup.config, member.network, self.setup.models.teachers
+        network.module.to(self.setup.device)
         if member.trained_head:
             return Teacher(member, "as given", Progress())
-        later = self.setup.teachers[self.setup.teachers.index(member) + 1 :]
+        later = members[members.index(member) + 1 :]
         if any(
             not each.trained_head and _alike(each, member) for each in later
         ):  # which finds this one in its place as well
             network.flatten()
             return Teacher(member, "fine-tuned", Progress())
-        plan = Plan(-(-self.config.data.train_size // optim.batch_size), optim.prepare_epochs)
-        learner = Learner.adamw(
-            network, lr=optim.prepare_lr, steps=plan.steps, warmup_ratio=optim.warmup_ratio,
-            weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm, optimizer=optim.optimizer,
-        )  # fmt: skip
-        state = State(learner, self.setup.objective, micro_batch=optim.micro_batch_size)
-        phase = f"prepare {member.source.name}"
-        self.trainer.fit(Phase(phase, METHODS["finetune"], state, None, None, plan, optim.batch_size, 0))
+        train = self.setup.examples.encoded.train[0]
+        self.trainer.fit(fine_tuning(config, member, self.setup.losses.objective, METHODS["finetune"], train, None))
         network.flat.release_gradients()
         return Teacher(member, "fine-tuned", Progress())
 
-    def _answers(self, teacher: Network) -> Any:
+    def answer(self, teacher: Network) -> Any:
         with torch.no_grad(), teacher.in_mode(train=False):
             given = teacher(self.trainer.batch([teacher], 1)).given()
         self.kept_answers.append([t.shape[1:] for t in given])

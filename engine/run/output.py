@@ -48,6 +48,11 @@ class OutputDirectory:
             raise UserError(
                 f"--output {self.path} is in use; give another directory, or --resume to continue an interrupted run.")  # fmt: skip
 
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the run's checkpoint, there or not."""
+        return self.path / "checkpoint.safetensors"
+
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()
 

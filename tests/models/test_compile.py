@@ -387,7 +387,7 @@ def test_on_a_gpu(family, precision, tolerance):
 def test_the_command(tmp_path, monkeypatch, capsys):
     """What a run with --compile says, and that its students are trained; the backend is exchanged for speed."""
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("engine.run.setup.CompiledLayers", lambda: CompiledLayers("eager"))
+    monkeypatch.setattr("engine.run.members.CompiledLayers", lambda: CompiledLayers("eager"))
     data = table(tmp_path / "d.tsv", sentences())
     run = succeed(data, tmp_path / "run", method="kd", compile=True, teachers="bert", student="tinybert")
     said = " ".join(capsys.readouterr().out.split())

@@ -1,7 +1,5 @@
 """What is restored goes on bit for bit; what cannot be read is said; a plan counts as the loop does."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,8 @@ from engine.errors import UserError
 from engine.models.learner import Learner
 from engine.models.network import Encoder
 from engine.run import checkpoint
-from engine.run.trainer import Plan, Trainer
+from engine.run.phase import Plan, Progress
+from engine.run.trainer import _rounds
 
 
 class Tied(nn.Module):
@@ -182,9 +181,8 @@ class Numbered:
 
 
 def walk(plan, step=0):
-    phase, progress = SimpleNamespace(plan=plan), SimpleNamespace(step=step)
-    run = SimpleNamespace(phase=phase, progress=progress, batches=Numbered(plan.batches))
-    for taken in Trainer._rounds(None, run):
+    progress = Progress(step)
+    for taken in _rounds(Numbered(plan.batches), plan, progress):
         progress.step += len(taken)
         yield taken
 

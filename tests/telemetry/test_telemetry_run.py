@@ -124,7 +124,7 @@ def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_before_telemetry_is_read():
-    from engine.run.trainer import Progress
+    from engine.run.phase import Progress
 
     saved = {"step": 3, "examples": 9, "seconds": 1.0, "skipped": 0, "best_step": 0, "best": {}}
     assert Progress.of(json.loads(json.dumps(saved))).costs.seconds == {}

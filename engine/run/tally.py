@@ -1,0 +1,45 @@
+"""What step functions return, summed on the device and read at logging steps alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.models.learner import Learner
+
+
+@dataclass
+class Tally:
+    """Means of n values over rounds."""
+
+    names: list[str] = field(default_factory=list)
+    sums: Tensor | None = None  # [2, n] since the last reading: sums of the finite values, and how many they are
+    bad: Tensor | None = None  # []: rounds, one after the other up to now, in which a value was not finite
+    rounds: int = 0  # in all
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """A round's values, which stay on the device."""
+        now = torch.stack(list(values.values()))
+        finite = now.isfinite()
+        if self.sums is None:
+            self.names, self.sums = list(values), now.new_zeros(2, len(now))
+        if self.bad is None:
+            self.bad = now.new_zeros(())
+        self.sums += torch.stack([torch.where(finite, now, 0), finite.to(now.dtype)])
+        self.bad = torch.where(finite.all(), 0, self.bad + 1)
+        self.rounds += 1
+
+    def read(self, learners: Sequence[Learner]) -> tuple[dict[str, float], int, int]:
+        """Means of the finite values since the last reading, the rounds that are `bad`, and how many updates the learners left
+        out since then. The one synchronisation of a logging step."""
+        counts = [learner.skipped for learner in learners if learner.skipped is not None]
+        found = torch.cat([self.sums.flatten(), torch.stack([self.bad, *counts])]).tolist()  # sync: logging step
+        n = len(self.names)
+        means = {name: s / k for name, s, k in zip(self.names, found[:n], found[n : 2 * n], strict=True) if k}
+        self.sums = None
+        for count in counts:
+            count.zero_()
+        return means, int(found[2 * n]), int(sum(found[2 * n + 1 :]))
