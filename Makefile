@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test slow check bench gpu-check clean
+.PHONY: help run test slow check bench docs gpu-check clean
 
 PYTHON ?= python
 ARGS ?= --teachers bert,bert2 --student distilbert
@@ -23,6 +23,12 @@ check:  ## what ruff finds, and what it would format; changes nothing
 
 bench:  ## check, then time what stands in bench/; --full takes hours
 	$(PYTHON) -m pytest bench
+
+docs:  ## write the generated parts of README.md and docs/ again
+	$(PYTHON) -m bench.table
+	$(PYTHON) -m bench.results_page
+	$(PYTHON) -m docs.make_settings
+	$(PYTHON) -m docs.make_picture
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmarks, 8 minutes, kept in OUT
 	$(PYTHON) -m bench.gpu_check --out $(OUT)

@@ -17,11 +17,27 @@ def render_steps(results: dict[str, Any]) -> str:
     return by_device(results, _device)
 
 
+def render_steps_short(results: dict[str, Any]) -> str:
+    """A few columns of the cases that run without --full, on the biggest device there is."""
+    gpu = [row for row in results["rows"] if row["device"] != "cpu"]
+    groups = _cases(gpu or results["rows"])
+    lines = [
+        "| method | teachers | batch x length | precision | plain PyTorch | engine | faster | memory, of plain's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group in (g for g in groups if g["engine"]["batch"] == 32 and plain(g)):
+        engine, other = group["engine"], plain(group)
+        lines.append(
+            f"| {engine['method']} | {engine['teachers'] or ''} | {engine['batch']} x {engine['length']} | {engine['precision']} | "
+            f"{duration(other['seconds'])} | {duration(engine['seconds'])} | {_times(other, engine)} | "
+            f"{engine['peak'] / other['peak']:.2f} |"
+        )
+    machine = results["machines"][groups[0]["engine"]["machine"]]
+    return "\n".join([*lines, "", f"Medians, implementations in turns in one run. {describe(**machine)}"])
+
+
 def _device(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> str:
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["part"], {})[row["row"]] = row
-    cases = sorted((g for g in groups.values() if "seconds" in g.get("engine", {})), key=_order)
+    cases = _cases(rows)
     shown = cases if len(cases) <= MOST else [g for g in cases if not g["engine"]["full"]] or cases
     graphs = any("graph" in g for g in shown)
     head = ["method", "teachers", "batch x length", "precision", "plain PyTorch", "engine", "faster"]
@@ -35,6 +51,14 @@ def _device(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any
         "",
         f"{_caption(cases, len(shown), graphs)} {' '.join(describe(**m) for m in machines)}",
     ])  # fmt: skip
+
+
+def _cases(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """The rows of each case that the engine ran, by implementation."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["part"], {})[row["row"]] = row
+    return sorted((g for g in groups.values() if "seconds" in g.get("engine", {})), key=_order)
 
 
 def _order(group: dict[str, dict[str, Any]]) -> tuple:

@@ -1,9 +1,9 @@
-"""The README's tables, from results under `bench/results/`; no figure is written by hand.
+"""The tables of README.md and docs/, from results under `bench/results/`; no figure is written by hand.
 
 python -m bench.table collect RUN_DIR... > bench/results/sst2.json    # summaries of runs to one file of results
 python -m bench.table profile DIR > bench/results/profile-x.json      # one of engine.profiling, without its timelines
 python -m bench.table merge DIR                                       # results of another machine into bench/results/
-python -m bench.table                                                 # write every table into README.md
+python -m bench.table                                                 # write every table into its page
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 from bench.kernel_table import render_kernels
 from bench.records import joined, read, write
-from bench.step_table import render_steps
+from bench.step_table import render_steps, render_steps_short
 from bench.telemetry_table import render_telemetry
 from bench.time_machine_table import render_time_machine
 from engine.profiling import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def collect(directories: list[str]) -> dict[str, Any]:
@@ -254,13 +255,15 @@ def _range(values: list[float]) -> str:
 
 
 def update(text: str) -> str:
-    """README text with the table behind each `<!-- table: NAME -->` ... `<!-- end -->` made anew from NAME.json."""
+    """A page with the table behind each `<!-- table: NAME -->` ... `<!-- end -->` made anew from NAME.json."""
 
     def table(match: re.Match) -> str:
-        file = RESULTS / f"{match[1]}.json"
-        if not file.exists() and match[1] not in MEASURED:
-            raise FileNotFoundError(f"{file} is missing, and the README asks for its table.")
-        rendered = render(read(file)) if file.exists() else "Not yet measured."
+        subject, short = (match[1].removesuffix("-short"), match[1].endswith("-short"))
+        file = RESULTS / f"{subject}.json"
+        if not file.exists() and subject not in MEASURED:
+            raise FileNotFoundError(f"{file} is missing, and a page asks for its table.")
+        found = read(file)
+        rendered = (SHORT[subject] if short else render)(found) if file.exists() else "Not yet measured."
         return f"<!-- table: {match[1]} -->\n{rendered}\n<!-- end -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
@@ -271,6 +274,7 @@ RENDER = {
     "time-machine": render_time_machine, "telemetry": render_telemetry,
     "profile": lambda found: tables.page(found, largest=True),
 }  # fmt: skip
+SHORT = {"steps": render_steps_short}  # for a mark NAME-short: what a README has room for
 MEASURED = {
     "kernels",
     "steps",
@@ -288,5 +292,5 @@ if __name__ == "__main__":
     elif sys.argv[1:]:
         sys.exit("usage: python -m bench.table [collect RUN_DIR... | profile DIR | merge DIR]")
     else:
-        readme = ROOT / "README.md"
-        readme.write_text(update(readme.read_text()))
+        for page in PAGES:
+            page.write_text(update(page.read_text()))

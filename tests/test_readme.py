@@ -1,4 +1,7 @@
-"""The README tells the truth: its tree is the repository's, and CI runs the test command as it stands there."""
+"""The README tells the truth: its tree is the repository's, and CI runs the test command as it stands there.
+
+Its other commands and examples are run by tests/test_docs.py.
+"""
 
 import re
 import shutil
@@ -6,19 +9,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pages import blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def block(mark: str, language: str = "") -> str:
-    """The one fenced block that follows the comment `mark`."""
-    (found,) = re.findall(rf"^<!-- {mark} -->\n```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    return found
+def command(name: str) -> str:
+    """The one bash block that is marked as this command."""
+    (found,) = (b for b in blocks(ROOT / "README.md") if b.marks.get("command") == name and b.language == "bash")
+    return found.text
 
 
 def test_tree_names_what_exists_and_all_that_stands_at_the_top():
-    lines = [re.fullmatch(r"(\S+)  +(\S.*)", line) for line in block("tree").splitlines()]
+    (tree,) = re.findall(r"^<!-- tree -->\n```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [re.fullmatch(r"(\S+)  +(\S.*)", line) for line in tree.splitlines()]
     assert all(lines), "a line of the tree is a path, two spaces or more, and a comment"
     paths = [line[1] for line in lines]
     assert len(paths) == len(set(paths))
@@ -28,22 +33,18 @@ def test_tree_names_what_exists_and_all_that_stands_at_the_top():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     top = {line.strip('"').split("/")[0] for line in listed.splitlines()} - {".gitignore"}
     assert top <= {path.split("/")[0] for path in paths}
+    rooms = {f"engine/{file.parent.name}/" for file in (ROOT / "engine").glob("*/__init__.py")}
+    assert rooms <= set(paths)
+
+
+def test_it_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 200
 
 
 def test_commands_use_what_is_in_the_repository():
-    for mark in ("command: main", "command: test"):
-        command = block(mark, "bash")
-        assert "-c constraints.txt" in command
-        assert f"torch=={dict(pins())['torch']}" in command
-
-
-def test_the_example_of_the_kernels(capsys):
-    names = {}
-    exec(compile(block("example: kernels", "python"), "README.md", "exec"), names)
-    teacher = names["teachers"][1]
-    assert names["gradient"].shape == names["student"].shape and names["second"].shape == teacher.shape
-    assert names["second"].norm() > 0 and names["hidden"].grad.norm() > 0 and names["head"].grad.norm() > 0
-    assert re.fullmatch(r"loss \d+\.\d\d, to the second teacher \d\.\de-\d+, cotangents 2\n", capsys.readouterr().out)
+    for name in ("main", "test"):
+        assert "-c constraints.txt" in command(name)
+        assert f"torch=={dict(pins())['torch']}" in command(name)
 
 
 def pins() -> list[tuple[str, str]]:
@@ -86,10 +87,9 @@ AFTER = ["ruff check .", "ruff format --check .", "pytest -m slow"]
 
 
 def test_ci_runs_the_test_command_as_it_stands(ci):
-    command = block("command: test", "bash")
     status, script, calls = ci(README)
     assert status == 0
-    assert script == command.rstrip("\n")
+    assert script == command("test").rstrip("\n")
     assert calls[0].startswith("python3 -m venv")
     assert calls[-4:] == ["pytest", *AFTER]
 

@@ -201,22 +201,6 @@ def test_the_package_offers_its_classes():
         engine.Metastep  # noqa: B018
 
 
-def test_the_readmes_example_distils_digits(capsys):
-    """scikit-learn's digits: two teachers of 32 channels, a student of four."""
-    pytest.importorskip("sklearn")
-    code = re.search(r"<!-- example: digits -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        exec(compile(code, "README.md", "exec"), names)
-    finally:
-        torch.set_num_threads(threads)
-    assert names["accuracy"](names["student"]) > 0.88
-    assert all(names["accuracy"](teacher) > 0.92 for teacher in names["teachers"])
-    assert "quiz loss" in capsys.readouterr().out
-
-
 def test_what_a_training_before_left_in_grad_is_not_stepped():
     """The last `backward()` of a teacher's own training is no part of the meta-gradient; nor is half of one."""
     clean, dirty = meta_step(), meta_step()

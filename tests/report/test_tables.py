@@ -1,4 +1,4 @@
-"""Figures in the README come from results, and results hold nothing that belongs to one machine."""
+"""Figures in the pages come from results, and results hold nothing that belongs to one machine."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,11 @@ def test_collect_and_render(tmp_path):
     assert lines[3] == "| finetune | 0 |  | 70.00 | 70.00 | 10 |  | 5 | 10 s | 1.0 GiB |"
 
 
-def test_the_readmes_tables_are_made_from_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- table: " in text and table.update(text) == text
+def test_the_pages_tables_are_made_from_the_results():
+    pages = {page.name: page.read_text() for page in table.PAGES}
+    assert {name for name, text in pages.items() if "<!-- table: " in text} >= {"README.md", "performance.md"}
+    for name, text in pages.items():
+        assert table.update(text) == text, f"{name} is not what python -m bench.table writes"
 
 
 def test_a_table_that_was_never_measured_says_so(monkeypatch, tmp_path):
