@@ -29,7 +29,7 @@ from bench.measure import flops, measure
 from bench.step_cases import LR, SETTINGS, SIZES, Case, Setting, as_dict, engine_step, masters, plain_step
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
-from engine.meta.metagrad import STRATEGIES
+from engine.meta.strategies import STRATEGIES
 from engine.models.network import Encoder
 
 ROOT = Path(__file__).parents[1]

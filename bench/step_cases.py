@@ -201,7 +201,7 @@ def state_of(setting: Setting, dropout: bool = True, **meta: Any) -> State:
         return State(student, objective, [Encoder("teacher", t, "words", case.precision) for t in teachers])
     learners = [learner(t, "teacher", LR["teacher_lr"], case.precision) for t in teachers]
     meta = {"pilot_lr": LR["pilot_lr"]} | meta
-    step = MetaStep.of(student, [each.network for each in learners], learners, None, objective, **meta)
+    step = MetaStep(student, learners, objective, **meta)
     return State(student, objective, meta_step=step)
 
 

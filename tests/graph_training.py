@@ -78,9 +78,9 @@ class Training:
             module = TeacherWeights.of(weights, 2, network.flat.weights)
             wrapped = None if module is None else Network(module)
             if weights == "learned":
-                learners.append(Learner.constant(wrapped, rate(0.05)))
-            self.state.meta_step = MetaStep.of(
-                student, teachers, learners, wrapped, self.state.objective, pilot_lr=0.3, **settings
+                wrapped = Learner.constant(wrapped, rate(0.05))
+            self.state.meta_step = MetaStep(
+                student, learners, self.state.objective, teacher_weights=wrapped, pilot_lr=0.3, **settings
             )
         step = METHODS[method].step
         self.graphs = StepGraphs(

@@ -84,12 +84,12 @@ class Setting:
             learners = [Learner.adamw(n, lr=TEACHER_LR, steps=self.teacher_steps, **common) for n in networks]
             wrapped = module and Network(module)
             if weights == "learned":
-                learners.append(Learner.constant(wrapped, WEIGHTS_LR))
+                wrapped = Learner.constant(wrapped, WEIGHTS_LR)
             if method == "reptile":
                 strategy = Reptile([{name: [name] for name in network.trainable()} for network in networks])
             more = {"teacher_alpha": TEACHER_ALPHA, "pilot_optimizer": "adamw"} if method == "lgtm" else {}
-            self.state.meta_step = MetaStep.of(
-                self.state.student, networks, learners, wrapped, objective, strategy=strategy,
+            self.state.meta_step = MetaStep(
+                self.state.student, learners, objective, teacher_weights=wrapped, strategy=strategy,
                 pilot_lr=LGTM_PILOT_LR if method == "lgtm" else PILOT_LR, independent_masks=independent_masks, **more,
             )  # fmt: skip
             if METHODS[method].learn_from == "quiz":

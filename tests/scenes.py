@@ -14,8 +14,10 @@ from transformers import (
 from engine.batch import Batch
 from engine.losses.objectives import Objective
 from engine.losses.teacher_weights import TeacherWeights
-from engine.meta.metagrad import STRATEGIES, Problem
-from engine.meta.pilot import SGD, AdamW
+from engine.meta.pilots.adamw import AdamW
+from engine.meta.pilots.sgd import SGD
+from engine.meta.problem import Problem
+from engine.meta.strategies import STRATEGIES
 from engine.meta.time_machine import TimeMachine
 from engine.models.features import InnerStates, all_layers, attach, projection
 from engine.models.network import Encoder, Network

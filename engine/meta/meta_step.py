@@ -19,9 +19,13 @@ from torch.optim import Optimizer
 from engine.batch import Batch
 from engine.losses.objectives import Objective
 from engine.losses.teacher_weights import TeacherWeights
-from engine.meta.metagrad import STRATEGIES, Kept, Meta, Problem
-from engine.meta.pilot import SGD, AdamW, FirstAdamW, Pilot
+from engine.meta.pilots import Pilot
+from engine.meta.pilots.adamw import AdamW
+from engine.meta.pilots.first_adamw import FirstAdamW
+from engine.meta.pilots.sgd import SGD
+from engine.meta.problem import Kept, Meta, Problem
 from engine.meta.reptile import Reptile
+from engine.meta.strategies import STRATEGIES
 from engine.meta.time_machine import Store, TimeMachine
 from engine.models.checkpointing import CHOICES, REFUSED
 from engine.models.learner import Learner
@@ -33,9 +37,10 @@ class MetaStep:
     """One round of MetaDistil (Zhou, Xu and McAuley, ACL 2022), teachers' logits averaged before the softmax.
 
     `student` and `teachers` are modules that map `batch.inputs` to logits [B, C] (or to logits and features, or to an
-    object with `.logits`), or `Network`s that say how a module reads a batch. The student's and teachers' trainable
-    weights are flattened in place: `state_dict` stays as it was, but move modules to their device before. Batches are
-    `(inputs, labels)` pairs or objects with `.inputs` and `.labels`.
+    object with `.logits`), or `Network`s that say how a module reads a batch, or `Learner`s, which bring their optimizer,
+    clipping and schedule. The student's and teachers' trainable weights are flattened in place: `state_dict` stays as it
+    was, but move modules to their device before. Batches are `(inputs, labels)` pairs or objects with `.inputs` and
+    `.labels`.
 
     objective          the loss of student and teachers; `Objective()` is KL at temperature 5 and cross-entropy, half each
     student_optimizer, teacher_optimizers
@@ -44,10 +49,11 @@ class MetaStep:
     max_grad_norm      clips the student's and every teacher's gradient to this norm before their steps; None leaves it
     pilot_lr, pilot_optimizer
                        the pilot's step: "sgd", or "adamw" from the moments of `student_optimizer`
-    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.meta.metagrad); or a `Reptile`
+    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.meta.strategies); or a `Reptile`
                        (engine.meta.reptile), which needs no quizzes and has a pilot step of its own
     teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
-                       meta-gradient at `weights_lr` (AdamW on their logarithms)
+                       meta-gradient at `weights_lr` (AdamW on their logarithms); or a `Network` or `Learner` of a module
+                       that gives them
     teacher_alpha      adds to every teacher's gradient that of its own loss, `objective` with the student as its teacher and
                        this `alpha`: teacher_alpha soft(teacher, student) + (1 - teacher_alpha) hard; None adds nothing
     checkpointing      "none", "student", "teachers" or "both": whose layers are recomputed instead of kept
@@ -62,8 +68,8 @@ class MetaStep:
 
     def __init__(
         self,
-        student: nn.Module | Network,
-        teachers: Sequence[nn.Module | Network],
+        student: nn.Module | Network | Learner,
+        teachers: Sequence[nn.Module | Network | Learner],
         objective: Objective | None = None,
         *,
         student_optimizer: Optimizer | None = None,
@@ -71,7 +77,7 @@ class MetaStep:
         pilot_lr: float = 1e-3,
         pilot_optimizer: str = "sgd",
         strategy: str | Reptile = "exact",
-        teacher_weights: Sequence[float] | str | None = None,
+        teacher_weights: Sequence[float] | str | Network | Learner | None = None,
         weights_lr: float = 0.01,
         teacher_alpha: float | None = None,
         checkpointing: str = "none",
@@ -80,74 +86,37 @@ class MetaStep:
         max_grad_norm: float | None = 1.0,
         store: Store = "device",
     ):
-        student, teachers = _network(student, "student"), [_network(t, f"teacher {k}") for k, t in enumerate(teachers)]
-        if len(teacher_optimizers) not in (0, len(teachers)):
-            raise ValueError(f"got {len(teacher_optimizers)} optimizers for {len(teachers)} teachers.")
-        if not student.trainable():
-            raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
-                             "student.requires_grad_().")  # fmt: skip
-        _check_apart([student, *teachers])
-        for optimizer, network in zip([student_optimizer, *teacher_optimizers], [student, *teachers], strict=False):
-            if optimizer is not None:
-                _check_optimizer(optimizer, network)
-        learner = student if student_optimizer is None else Learner(student, student_optimizer, None, max_grad_norm)
-        learners = [Learner(t, o, None, max_grad_norm) for t, o in zip(teachers, teacher_optimizers, strict=False)]
-        weights = TeacherWeights.of(teacher_weights, len(teachers), student.flat.weights)
-        network = None if weights is None else Network(weights, name="teacher weights")
-        if weights is not None and weights.learned:
-            learners.append(Learner(network, torch.optim.AdamW(weights.parameters(), lr=weights_lr, weight_decay=0.0)))
-        for each in (student, *teachers):
-            each.flatten()
-        self._set_up(
-            learner, teachers, learners, network, objective or Objective(), pilot_lr, pilot_optimizer, strategy,
-            checkpointing, independent_masks, micro_batch_size, store, teacher_alpha,
-        )  # fmt: skip
-
-    @classmethod
-    def of(
-        cls, student: Learner, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
-        objective: Objective, *, pilot_lr: float, pilot_optimizer: str = "sgd", strategy: str | Reptile = "exact",
-        checkpointing: str = "none", independent_masks: bool = False, micro_batch_size: int | None = None,
-        store: Store = "device", teacher_alpha: float | None = None,
-    ) -> MetaStep:  # fmt: skip
-        """From learners that bring their schedules; `learners` are those of the teachers and of learned `weights`."""
-        step = cls.__new__(cls)
-        step._set_up(
-            student, teachers, learners, weights, objective, pilot_lr, pilot_optimizer, strategy, checkpointing,
-            independent_masks, micro_batch_size, store, teacher_alpha,
-        )  # fmt: skip
-        return step
-
-    def _set_up(
-        self, student: Learner | Network, teachers: Sequence[Network], learners: Sequence[Learner], weights: Network | None,
-        objective: Objective, pilot_lr: float, pilot_optimizer: str, strategy: str | Reptile, checkpointing: str,
-        independent_masks: bool, micro_batch_size: int | None, store: Store, teacher_alpha: float | None,
-    ) -> None:  # fmt: skip
         if not teachers:
             raise ValueError("a meta-step needs at least one teacher; got none.")
+        if len(teacher_optimizers) not in (0, len(teachers)):
+            raise ValueError(f"got {len(teacher_optimizers)} optimizers for {len(teachers)} teachers.")
+        _check_settings(strategy, pilot_optimizer, teacher_alpha, checkpointing, micro_batch_size)
+        names = ["student", *(f"teacher {k}" for k in range(len(teachers)))]
+        modules = [_network(given, name) for given, name in zip([student, *teachers], names, strict=True)]
+        if not modules[0].trainable():
+            raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
+                             "student.requires_grad_().")  # fmt: skip
+        _check_apart(modules)
+        optimizers = [student_optimizer, *(teacher_optimizers or [None] * len(teachers))]
+        pairs = zip([student, *teachers], modules, optimizers, strict=True)
+        learners = [_learner(given, module, optimizer, max_grad_norm) for given, module, optimizer in pairs]
+        for module in modules:
+            module.flatten()
+        weights, weights_learner = _weights(teacher_weights, len(teachers), modules[0], weights_lr)
+
+        self.learner, self.independent_masks = learners[0], independent_masks
+        self.learners = [learner for learner in [*learners[1:], weights_learner] if learner is not None]
         self.quizzed = not isinstance(strategy, Reptile)
-        if self.quizzed:
-            _choice("strategy", strategy, STRATEGIES)
-            _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
-        elif teacher_alpha is not None:
-            raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
-        if checkpointing in REFUSED:
-            raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
-        _choice("checkpointing", checkpointing, CHOICES)
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}; it must be at least 1, or None.")
-        self.learner = student if isinstance(student, Learner) else None
-        self.learners, self.independent_masks = list(learners), independent_masks
-        network = student.network if isinstance(student, Learner) else student
-        pilot = self._pilot("first" if isinstance(strategy, Reptile) else pilot_optimizer, pilot_lr, network)
-        keep = strategy != "double_backward" and not independent_masks
+        self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
+        objective = objective or Objective()
+        keep = self.learner is not None and strategy != "double_backward" and not independent_masks
+        pilot = self._pilot(pilot_optimizer if self.quizzed else "first", pilot_lr, modules[0])
         self.problem = Problem(
-            network, list(teachers), objective, pilot, TimeMachine(network.flat, store), weights, checkpointing,
-            keep and self.learner is not None, micro_batch=micro_batch_size,
+            modules[0], modules[1:], objective, pilot, TimeMachine(modules[0].flat, store), weights, checkpointing, keep,
+            micro_batch=micro_batch_size,
             own=None if teacher_alpha is None else replace(objective, alpha=teacher_alpha, feature_loss="none"),
         )  # fmt: skip
-        self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
-        if isinstance(strategy, Reptile):
+        if not self.quizzed:
             strategy.check(self.problem)
 
     def _pilot(self, kind: str, lr: float, network: Network) -> Pilot:
@@ -233,8 +202,52 @@ def _losses(meta: Meta) -> dict[str, Tensor]:
     return {name: loss for name, loss in found.items() if loss is not None}
 
 
-def _network(given: nn.Module | Network, name: str) -> Network:
+def _check_settings(
+    strategy: str | Reptile, pilot_optimizer: str, teacher_alpha: float | None, checkpointing: str, micro_batch: int | None
+) -> None:  # fmt: skip
+    """Raises ValueError for the first setting that is none of the allowed ones."""
+    if isinstance(strategy, Reptile):
+        if teacher_alpha is not None:
+            raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
+    else:
+        _choice("strategy", strategy, STRATEGIES)
+        _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+    if checkpointing in REFUSED:
+        raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
+    _choice("checkpointing", checkpointing, CHOICES)
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch_size is {micro_batch}; it must be at least 1, or None.")
+
+
+def _network(given: nn.Module | Network | Learner, name: str) -> Network:
+    if isinstance(given, Learner):
+        return given.network
     return given if isinstance(given, Network) else Network(given, name=name)
+
+
+def _learner(given: Any, network: Network, optimizer: Optimizer | None, max_grad_norm: float | None) -> Learner | None:
+    """What steps the network: `given` where it is a learner already, None where nothing does."""
+    if optimizer is None:
+        return given if isinstance(given, Learner) else None
+    if isinstance(given, Learner):
+        raise ValueError(f"the {network.name} is a Learner, which has its optimizer already; leave the other one out.")
+    _check_optimizer(optimizer, network)
+    return Learner(network, optimizer, None, max_grad_norm)
+
+
+def _weights(
+    given: Sequence[float] | str | Network | Learner | None, teachers: int, student: Network, lr: float
+) -> tuple[Network | None, Learner | None]:
+    """The teachers' weights as a network that gives [K], and what steps them where they learn."""
+    if isinstance(given, Learner):
+        return given.network, given
+    if given is None or isinstance(given, Network):
+        return given, None
+    module = TeacherWeights.of(given, teachers, student.flat.weights)
+    network = Network(module, name="teacher weights")
+    if not module.learned:
+        return network, None
+    return network, Learner(network, torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0))
 
 
 def _batches(given: Sequence[Any]) -> list[Any]:

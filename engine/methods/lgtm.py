@@ -6,7 +6,7 @@ and each teacher follows its own loss beside the quiz loss q,
     theta_k.grad = d/dtheta_k [ a T^2 KL(p_T(z_S) || p_T(z_k)) + (1 - a) CE(z_k, y) + q(phi') ],    a = --teacher-alpha
 
 with z_S the student's logits in the pilot, a constant here. The last term, every example's influence on q by way of its soft
-labels, is the meta-gradient, exact and through AdamW (engine.meta.pilot), so that --pilot-lr is its scale. With several teachers
+labels, is the meta-gradient, exact and through AdamW (engine.meta.pilots.adamw), so that --pilot-lr is its scale. With several teachers
 the student learns from the mean of their logits, and each has an own loss.
 
 The published code (twinkle0331/LGTM) replaces the last term by -eta (grad_theta l(phi + r v) - grad_theta l(phi - r v)) / 2r

@@ -30,7 +30,7 @@ CONTEXT = 600 * MIB  # CUDA's own, with the kernels of torch and cuBLAS that are
 CUBLAS = 32 * MIB  # what torch gives cuBLAS on a Hopper GPU; 8 elsewhere
 PROCESS = 600 * MIB  # Python with torch and transformers, measured on x86 Linux with torch 2.13
 FRAGMENTS = 0.05  # of the tensors: what an allocator holds in gaps
-# Numbers of the same meta-gradient first: finite differences are approximate, first_order is biased (engine.meta.metagrad)
+# Numbers of the same meta-gradient first: finite differences are approximate, first_order is biased (engine.meta.strategies)
 RANK = {"exact": 0, "double_backward": 0, "finite_difference": 1, "first_order": 2}
 
 

@@ -46,11 +46,11 @@ def let_teachers_learn(
     weights, learned = teacher_weights(setup), None
     if weights is not None and weights.trainable():
         learned = weights
-        learners.append(Learner.constant(weights, settings.weights_lr))
+        weights = Learner.constant(weights, settings.weights_lr)
     if not isinstance(strategy, Reptile):  # which has no forward-mode pass
         say(f"Attention: {describe_attention(setup.device, setup.config.run.precision == 'bf16')}.")
-    state.meta_step = MetaStep.of(
-        state.student, teachers, learners, weights, objective, pilot_lr=settings.pilot_lr,
+    state.meta_step = MetaStep(
+        state.student, learners, objective, teacher_weights=weights, pilot_lr=settings.pilot_lr,
         pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
         independent_masks=settings.independent_masks, store=settings.snapshot_store,
         micro_batch_size=optim.micro_batch_size, teacher_alpha=settings.teacher_alpha if method.own_loss else None,

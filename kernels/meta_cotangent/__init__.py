@@ -1,7 +1,7 @@
 """c_k = d/dz_k < d loss / d z_S, u >, in closed form and one pass: what the meta-gradient sends to each teacher's logits.
 
 For `kd_loss` with the mean over R rows, p = softmax(zbar / T):  c_k = -alpha w_k / R p (u - <p, u>), row by row. Its
-cross-entropy carries none. engine/meta/metagrad.py says where it comes from.
+cross-entropy carries none. engine/meta/walk_back.py says where it comes from.
 """
 
 from __future__ import annotations

@@ -164,9 +164,10 @@ def off(monkeypatch, what):
         honest = Objective.slopes
         monkeypatch.setattr(Objective, "slopes", lambda *given: (1.01 * (found := honest(*given))[0], found[1]))
     else:
-        honest = MetaStep.of.__func__
-        monkeypatch.setattr(MetaStep, "of", classmethod(
-            lambda cls, *given, pilot_lr, **more: honest(cls, *given, pilot_lr=1.01 * pilot_lr, **more)))  # fmt: skip
+        honest = MetaStep.__init__
+        monkeypatch.setattr(
+            MetaStep, "__init__", lambda *given, pilot_lr, **more: honest(*given, pilot_lr=1.01 * pilot_lr, **more)
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 import engine
 from engine import MetaStep, Network, Objective, Outputs
-from engine.meta.metagrad import STRATEGIES
+from engine.meta.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 # Two steps of Adam, which divides by the gradient's own size, on weights of size 1

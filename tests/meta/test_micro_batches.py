@@ -12,8 +12,8 @@ from torch import nn
 
 from engine import MetaStep, Objective
 from engine.batch import Batch
-from engine.meta.metagrad import STRATEGIES
 from engine.meta.micro_batches import parts
+from engine.meta.strategies import STRATEGIES
 from engine.models.network import Outputs
 
 # Float64: what is summed in another order differs by rounding. AdamW divides a gradient by its own size, so that

@@ -66,8 +66,8 @@ class Setting:
         objective = Objective("kl", 3.0, 0.6)
         learner = Learner.adamw(student, lr=LR, steps=ROUNDS, **common)
         learners = [Learner.adamw(t, lr=TEACHER_LR, steps=ROUNDS, **common) for t in teachers]
-        meta_step = MetaStep.of(learner, teachers, learners, None, objective, pilot_lr=PILOT_LR,
-                                strategy=Reptile([m.sources for m in self.maps]), **settings)  # fmt: skip
+        meta_step = MetaStep(learner, learners, objective, pilot_lr=PILOT_LR,
+                             strategy=Reptile([m.sources for m in self.maps]), **settings)  # fmt: skip
         self.state = State(learner, objective, meta_step=meta_step)
         self.student, self.teachers = student.module, [t.module for t in teachers]
 

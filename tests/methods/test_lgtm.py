@@ -122,8 +122,8 @@ def influence(optimizer):
     setting.run()
     setting.student.norm.momentum = 0.0  # forwards leave its statistics alone
     (learner,) = setting.state.meta_step.learners
-    step = MetaStep.of(setting.state.student, [learner.network], [learner], None, setting.state.objective,
-                       pilot_lr=LGTM_PILOT_LR, pilot_optimizer=optimizer)  # fmt: skip
+    step = MetaStep(setting.state.student, [learner], setting.state.objective,
+                    pilot_lr=LGTM_PILOT_LR, pilot_optimizer=optimizer)  # fmt: skip
     batch, quizzes = make_batch(77, size=60), quiz(9)  # every word is in it: the direction is finite
     learner.network.flat.clear_gradients()
     step.meta_gradient([batch], quizzes)

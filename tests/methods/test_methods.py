@@ -19,7 +19,7 @@ from method_oracle import (
     schedule_positions,
 )
 
-from engine.meta.metagrad import STRATEGIES
+from engine.meta.strategies import STRATEGIES
 from engine.methods import METHODS
 
 

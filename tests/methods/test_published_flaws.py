@@ -63,9 +63,7 @@ class Watched:
                 settings["strategy"] = Reptile([found.sources for found in maps])
             if method == "lgtm":
                 settings |= {"teacher_alpha": 0.4, "pilot_optimizer": "adamw"}
-            self.state.meta_step = MetaStep.of(
-                learner, self.teachers, learners, None, self.state.objective, pilot_lr=0.1, **settings
-            )
+            self.state.meta_step = MetaStep(learner, learners, self.state.objective, pilot_lr=0.1, **settings)
             if METHODS[method].learn_from == "quiz":
                 self.state.quiz = lambda number: [make_batch(100 + number)]
         self.step, self.seen = METHODS[method].step, {}

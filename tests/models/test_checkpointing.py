@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import BertConfig, BertForSequenceClassification
 
-from engine.meta.metagrad import double_backward, exact
+from engine.meta.strategies.double_backward import double_backward
+from engine.meta.strategies.exact import exact
 from engine.models.checkpointing import CHOICES, REFUSED, checkpointed, encoder_layers
 
 # The same operations in the same precision, sums perhaps in another order; without bf16's casts the recomputation would

@@ -232,7 +232,7 @@ def test_steps_of_every_method(method, precision):
         )  # fmt: skip
         torch.manual_seed(2)
         if method == "metadistil":
-            step = MetaStep.of(student, [teacher.network], [teacher], None, Objective(), pilot_lr=0.1)
+            step = MetaStep(student, [teacher], Objective(), pilot_lr=0.1)
             call = lambda: step([batch()], [batch(seed=1)])  # noqa: E731, B023
         else:
             teachers = [teacher.network] if method == "kd" else []

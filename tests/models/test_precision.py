@@ -263,9 +263,7 @@ def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypat
         return inner(flat, outputs, cotangents, leaves, *rest)
 
     monkeypatch.setattr(FlatParameters, "_gradients_of", spied)
-    step = MetaStep.of(
-        learners[0], [teacher], learners[1:], None, Objective(soft_loss, 3.0, 0.5), pilot_lr=0.1, strategy=strategy
-    )
+    step = MetaStep(learners[0], learners[1:], Objective(soft_loss, 3.0, 0.5), pilot_lr=0.1, strategy=strategy)
     values = step([batch(0)], [batch(1)])
     assert {v.dtype for v in values.values()} == {torch.float32} and all(v.isfinite() for v in values.values())
     assert len(seen) >= 2 and set(seen) == {torch.float32}

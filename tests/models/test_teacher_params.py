@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification
 
 from engine.errors import UserError
-from engine.meta.metagrad import double_backward, exact
+from engine.meta.strategies.double_backward import double_backward
+from engine.meta.strategies.exact import exact
 from engine.models.checkpointing import checkpointed
 from engine.models.teacher_params import Choice, describe, merged, parse, restrict
 
@@ -258,7 +259,7 @@ def test_together_with_checkpointing(choice):
 
 @pytest.mark.parametrize("choice", ["last-1", "lora:2"])
 def test_in_bf16(choice):
-    """8 bits, as in test_metagrad; frozen weights are in bf16 too."""
+    """8 bits, as in test_strategies; frozen weights are in bf16 too."""
     found = []
     for precision in ("fp32", "bf16"):
         scene = Scene("bert", ["roberta"], dtype=torch.float32, pilot_lr=0.05)

@@ -1,23 +1,14 @@
-"""The pilot's update rule, and its derivative: how the student moves before the quiz, and how the quiz loss walks back.
+"""AdamW from the moments of the student's own optimizer, as in MetaDistil's Figure 2.
 
-Both rules are elementwise in the gradient g, phi' = phi - eta a(g), so the derivative of a step is closed:
-
-    sgd     a = g                                   v_phi = v' + H d,                      d = -eta v'
-    adamw   m' = b1 m + (1 - b1) g, s' = b2 s + (1 - b2) g^2, with r = sqrt(s'/c2) + eps, c1 = 1 - b1^t, c2 = 1 - b2^t:
-            phi' = (1 - eta w) phi - eta m' / (c1 r)                                       (w the weight decay)
-            v_m' = v_m - eta v' / (c1 r)
-            v_s' = v_s + eta v' m' / (2 c1 r^2 sqrt(c2 s'))
-            d    = (1 - b1) v_m' + 2 (1 - b2) g v_s'
-            v_phi = (1 - eta w) v' + H d,  v_m = b1 v_m',  v_s = b2 v_s'
-
-where v' is the cotangent of phi', H the Hessian of the pilot loss, and d the direction along which the student's
-forward-mode pass goes. AdamW's moments start from those of the student's own optimizer, as in MetaDistil's Figure 2;
-there is no clipping in a pilot step.
+m' = b1 m + (1 - b1) g,  s' = b2 s + (1 - b2) g^2,  r = sqrt(s'/c2) + eps,  c1 = 1 - b1^t,  c2 = 1 - b2^t
+phi'  = (1 - eta w) phi - eta m' / (c1 r)                                          (w the weight decay)
+v_m'  = v_m - eta v' / (c1 r)
+v_s'  = v_s + eta v' m' / (2 c1 r^2 sqrt(c2 s'))
+d     = (1 - b1) v_m' + 2 (1 - b2) g v_s'
+v_phi = (1 - eta w) v' + H d,  v_m = b1 v_m',  v_s = b2 v_s'
 """
 
 from __future__ import annotations
-
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,43 +17,7 @@ from engine.meta.time_machine import TimeMachine
 from engine.params.flat import FlatParameters, Rows, Vector
 from engine.params.optim import FlatAdamW
 
-PilotOptimizer = Literal["sgd", "adamw"]
 KNOWN = ("AdamW", "Adam", "FlatAdamW", "FusedAdam")  # whose state is exp_avg, exp_avg_sq, step
-
-
-class Pilot(Protocol):
-    """An update rule, for a round of steps."""
-
-    def begin(self) -> None:
-        """A new round, from the student's present state."""
-
-    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
-        """phi' = update(phi, g), phi kept in the time machine under `step`."""
-
-    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
-        """(d, carried) for the cotangent v of phi' behind `step`, the last step first; then v_phi = carried + H d."""
-
-    def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same step as differentiable operations on tensors by name."""
-
-
-class SGD:
-    """phi' = phi - lr g."""
-
-    def __init__(self, lr: float):
-        self.lr = lr
-
-    def begin(self) -> None:
-        pass
-
-    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
-        time_machine.advance(gradient, -self.lr, step)
-
-    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
-        return v.scaled(-self.lr), v
-
-    def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: p - self.lr * gradients[name] for name, p in weights.items()}
 
 
 class AdamW:
@@ -221,31 +176,3 @@ class AdamW:
     def _vector(self, flat: Tensor) -> Vector:
         views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
         return Vector(flat[: self.flat.dense], [views[t.name] for t in self.flat.tables])
-
-
-class FirstAdamW(AdamW):
-    """The first step that a new AdamW with the settings of `optimizer` takes from a gradient clipped to `max_grad_norm`:
-
-        phi' = phi - lr (g / (|g| + eps) + w phi)
-
-    since moments of zero, corrected, are g and g^2. Not differentiated: `pull_back` raises TypeError.
-    """
-
-    def __init__(self, lr: float, flat: FlatParameters, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
-        super().__init__(lr, flat, optimizer)
-        self.max_grad_norm = max_grad_norm
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        self._settle()
-
-    @torch.no_grad()
-    def advance(self, step: int, gradient: Vector, time_machine: TimeMachine) -> None:
-        if self.max_grad_norm is not None:
-            gradient = gradient.scaled((self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
-        g = self._whole(gradient)
-        move = (g / (g.abs() + self.eps)).addcmul_(self.decay, self.flat.weights)
-        time_machine.advance(self._vector(move), -self.lr, step)
-
-    def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
-        raise TypeError("FirstAdamW is a step that is not differentiated; a meta-gradient needs SGD or AdamW.")

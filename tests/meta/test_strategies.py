@@ -13,11 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.meta import metagrad
-from engine.meta.metagrad import STRATEGIES, Problem, double_backward, exact, first_order, last_layer
+from engine.meta.problem import Problem
+from engine.meta.strategies import STRATEGIES
+from engine.meta.strategies import exact as exact_strategy
+from engine.meta.strategies.double_backward import double_backward
+from engine.meta.strategies.exact import exact
+from engine.meta.strategies.first_order import first_order, last_layer
 from engine.meta.time_machine import TimeMachine
 from engine.models.features import InnerStates
 from engine.models.network import Encoder
+from engine.params.random_state import RandomState
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -191,13 +196,13 @@ def test_the_walk_back_needs_the_curvature(monkeypatch):
     _, expected, _ = scene.run(double_backward)
     _, got, _ = scene.run(exact)
     assert difference(got, expected) < TOLERANCE[torch.float64]
-    directional = metagrad._forward_mode
+    directional = exact_strategy.forward_mode
 
     def flat(*args, **kwargs):
         outputs, u, hd = directional(*args, **kwargs)
         return outputs, u, hd and hd.scaled(0.0)
 
-    monkeypatch.setattr(metagrad, "_forward_mode", flat)
+    monkeypatch.setattr(exact_strategy, "forward_mode", flat)
     _, without, _ = scene.run(exact)
     assert difference(without, expected) > 0.05
 
@@ -206,7 +211,7 @@ def test_the_walk_back_needs_the_masks(monkeypatch):
     """The same for dropout: a second forward with other masks is another student."""
     scene = Scene("bert", ["bert"], pilots=2)
     _, expected, _ = scene.run(double_backward)
-    monkeypatch.setattr(metagrad.RandomState, "restore", lambda self: None)
+    monkeypatch.setattr(RandomState, "restore", lambda self: None)
     _, without, _ = scene.run(exact)
     assert difference(without, expected) > 0.05
 
