@@ -1,4 +1,5 @@
-"""Models and how their passes run: loading, encodings in, outputs out, checkpointed, compiled, captured, in low precision.
+"""Models and how their passes run: loading, batches in, outputs out, checkpointed, compiled, captured, in low precision.
 
-Imports params, data, embedded and the files directly in engine/. What is known of a model family is in `encoder_layers.py`.
+Imports params, data, embedded and the files directly in engine/. Another model family is what `encoder_layers.py` knows of its
+layers and `network.py` of its attention; one that neither knows runs as transformers has it.
 """
