@@ -11,11 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from engine import embedded
-from engine.config import Config
 from engine.errors import UserError
 
 PUBLISHED = {"bert": 109_483_778, "roberta": 124_647_170, "distilbert": 66_955_010, "tinybert": 14_350_874}
-BERT_FAMILY = ("bert", "distilbert", "tinybert")
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "tinybert": "Bert"}
 
 
@@ -29,8 +27,8 @@ def parts():
 
 
 @pytest.fixture(scope="module")
-def texts(parts):
-    return [text for text, _, _ in parts["train"]]
+def texts():
+    return [text for text, _ in embedded.generate(1500, seed=3)]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +46,9 @@ def in_new_process(code: str, hash_seed: str) -> str:
 # Corpus
 
 
-def test_corpus_is_deterministic_across_processes():
-    code = "import hashlib\nfrom engine.embedded import generate\nprint(hashlib.sha256(repr(generate(500, 3)).encode()).hexdigest())"
-    here = hashlib.sha256(repr(embedded.generate(500, 3)).encode()).hexdigest()
-    assert {in_new_process(code, "1"), in_new_process(code, "2")} == {here}
+def test_corpus_is_another_one_for_another_seed_and_begins_the_longer_one():
     assert embedded.generate(500, 3) != embedded.generate(500, 4)
+    assert embedded.generate(1000, seed=2)[:100] == embedded.generate(100, seed=2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 301, 4000])
@@ -62,10 +58,6 @@ def test_corpus_is_distinct_and_balanced(count):
     good = sum(label for _, label in rows)
     assert abs(2 * good - count) <= 1
     assert {label for _, label in rows} <= {0, 1}
-
-
-def test_shorter_corpus_begins_the_longer_one():
-    assert embedded.generate(1000, seed=2)[:100] == embedded.generate(100, seed=2)
 
 
 def test_splits_are_disjoint_sized_and_stable(parts):
@@ -95,14 +87,10 @@ def test_domains(parts):
         assert {domain for text, _, domain in parts["train"] if word in words(text)} == {name}
 
 
-def test_vocabulary_is_of_a_natural_size(texts):
-    counts = Counter(word for text in texts for word in words(text))
-    assert 600 <= len(counts) <= 900
-
-
-def test_no_single_word_decides(parts):
+def test_vocabulary_is_of_a_natural_size_and_no_single_word_decides(parts):
     rows = [(set(words(text)), label) for text, label, _ in parts["train"]]
     counts = Counter((word, label) for found, label in rows for word in found)
+    assert 600 <= len({word for word, _ in counts}) <= 900
     goods, total = sum(label for _, label in rows), len(rows)
     for word in {word for word, _ in counts}:
         right = (counts[word, 1] + (total - goods) - counts[word, 0]) / total
@@ -135,54 +123,41 @@ def test_bag_of_words_falls_short(parts):
     assert 0.55 < accuracy < 0.85
 
 
-@pytest.fixture(scope="module")
-def many():
-    return embedded.generate(25_000, seed=5)
+READINGS = [
+    (r"^The \w+ (was|were) superb\.$", 1),
+    (r"^The \w+ (was|were) far from superb\.$", 0),
+    (r"^The \w+ (was|were) (never|hardly|scarcely|not) terrible\.$", 1),
+    (r"lthough [^:]*, the \w+ (is|are|was|were) (superb|brilliant|admirable|powerful|terrific|sturdy)\.$", 1),
+    (r", but the \w+ (is|are|was|were) (awful|terrible|dull)\.$", 0),
+]
 
 
-@pytest.mark.parametrize(
-    "pattern, label",
-    [
-        (r"^The \w+ (was|were) superb\.$", 1),
-        (r"^The \w+ (was|were) far from superb\.$", 0),
-        (r"^The \w+ (was|were) (never|hardly|scarcely|not) terrible\.$", 1),
-        (r"lthough [^:]*, the \w+ (is|are|was|were) (superb|brilliant|admirable|powerful|terrific|sturdy)\.$", 1),
-        (r", but the \w+ (is|are|was|were) (awful|terrible|dull)\.$", 0),
-    ],
-)
-def test_labels_follow_the_reading(many, pattern, label):
-    labels = [y for text, y in many if re.search(pattern, text)]
-    assert labels and set(labels) == {label}
+def test_labels_follow_the_reading():
+    many = embedded.generate(12_000, seed=5)
+    for pattern, label in READINGS:
+        labels = [y for text, y in many if re.search(pattern, text)]
+        assert labels and set(labels) == {label}, pattern
 
 
 # Models
 
 
 @pytest.mark.parametrize("alias", embedded.ALIASES)
-def test_real_classes(built, alias):
-    assert type(built[alias][0]).__name__ == f"{CLASSES[alias]}ForSequenceClassification"
-
-
-@pytest.mark.parametrize("alias", embedded.ALIASES)
-def test_published_proportions(built, alias):
+def test_real_classes_in_their_published_proportions(built, alias):
     size = {name: sum(p.numel() for p in model.parameters()) for name, (model, _) in built.items()}
+    assert type(built[alias][0]).__name__ == f"{CLASSES[alias]}ForSequenceClassification"
     assert size[alias] / size["bert"] == pytest.approx(PUBLISHED[alias] / PUBLISHED["bert"], rel=0.10)
-
-
-def test_distilbert_has_half_the_layers_and_the_width(built):
     bert, distilbert = built["bert"][0].config, built["distilbert"][0].config
     assert (distilbert.n_layers * 2, distilbert.dim) == (bert.num_hidden_layers, bert.hidden_size)
 
 
 @pytest.mark.parametrize("alias", embedded.ALIASES)
-def test_same_seed_same_weights_and_global_state_untouched(texts, built, alias):
+def test_same_seed_same_weights_and_global_state_untouched(texts, alias):
     before = torch.get_rng_state()
-    again, _ = embedded.build(alias, texts, num_labels=2, seed=0)
-    other, _ = embedded.build(alias, texts, num_labels=2, seed=1)
+    first, again, other = (embedded.build(alias, texts[:100], 2, seed)[0].state_dict() for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
-    first = built[alias][0].state_dict()
-    assert all(torch.equal(first[name], value) for name, value in again.state_dict().items())
-    assert not all(torch.equal(first[name], value) for name, value in other.state_dict().items())
+    assert all(torch.equal(first[name], value) for name, value in again.items())
+    assert not all(torch.equal(first[name], value) for name, value in other.items())
 
 
 def test_weights_survive_saving(built, tmp_path):
@@ -195,7 +170,7 @@ def test_weights_survive_saving(built, tmp_path):
 @pytest.mark.parametrize("num_labels, problem_type", [(3, "single_label_classification"), (1, "regression")])
 @pytest.mark.parametrize("alias", embedded.ALIASES)
 def test_heads(texts, alias, num_labels, problem_type):
-    model, tokenizer = embedded.build(alias, texts[:500], num_labels, seed=0, problem_type=problem_type)
+    model, tokenizer = embedded.build(alias, texts[:100], num_labels, seed=0, problem_type=problem_type)
     batch = tokenizer(["a film", "a book about a film"], padding=True, return_tensors="pt")
     assert model.config.problem_type == problem_type
     assert model(**batch).logits.shape == (2, num_labels)
@@ -209,24 +184,28 @@ def test_unknown_alias_names_the_known_ones():
 # Tokenizers
 
 
-def test_one_tokenizer_for_the_bert_family_in_every_process(texts, built, tmp_path):
+def test_corpus_and_tokenizers_are_the_same_in_every_process(texts, built, tmp_path):
+    """The bert family has one tokenizer; ties are broken by no hash."""
     saved = {}
     for alias, (_, tokenizer) in built.items():
         tokenizer.save_pretrained(tmp_path / alias)
         saved[alias] = (tmp_path / alias / "tokenizer.json").read_bytes()
-    assert len({saved[alias] for alias in BERT_FAMILY}) == 1
-    code = (
-        "from engine.embedded import build, splits\ntexts = [text for text, _, _ in splits(2)['train']]\n"
-        "import hashlib, tempfile, pathlib\n"
-        "for alias in ('bert', 'roberta'):\n"
-        "    folder = tempfile.mkdtemp()\n"
-        "    build(alias, texts, 2, 0)[1].save_pretrained(folder)\n"
-        "    print(hashlib.sha256(pathlib.Path(folder, 'tokenizer.json').read_bytes()).hexdigest())\n"
-    )
-    assert in_new_process(code, "7").split() == [hashlib.sha256(saved[a]).hexdigest() for a in ("bert", "roberta")]
+    assert len({saved[alias] for alias in ("bert", "distilbert", "tinybert")}) == 1
+    code = """
+import hashlib, pathlib, tempfile
+from engine.embedded import build, generate
+texts = [text for text, _ in generate(1500, seed=3)]
+print(hashlib.sha256(repr(texts).encode()).hexdigest())
+folder = pathlib.Path(tempfile.mkdtemp())
+for alias in ("bert", "roberta"):
+    build(alias, texts, 2, 0)[1].save_pretrained(folder / alias)
+    print(hashlib.sha256((folder / alias / "tokenizer.json").read_bytes()).hexdigest())
+"""
+    expected = [repr(texts).encode(), saved["bert"], saved["roberta"]]
+    assert in_new_process(code, "7").split() == [hashlib.sha256(content).hexdigest() for content in expected]
 
 
-@pytest.mark.parametrize("alias", embedded.ALIASES)
+@pytest.mark.parametrize("alias", ["bert", "roberta"])
 def test_tokenizer_round_trip(built, texts, alias, tmp_path):
     tokenizer = built[alias][1]
     tokenizer.save_pretrained(tmp_path)
@@ -274,17 +253,3 @@ def test_any_texts_will_do(alias, foreign):
         assert tokenizer.decode(tokenizer("Unseen wörds ☂ 龍")["input_ids"], skip_special_tokens=True) == (
             "Unseen wörds ☂ 龍"
         )
-
-
-# Defaults
-
-
-def test_defaults_are_fields_of_the_configuration():
-    flat = Config.from_flat(embedded.DEFAULTS).to_flat()
-    assert all(flat[name] == value for name, value in embedded.DEFAULTS.items())
-    assert set(embedded.DEFAULTS) == {"lr", "teacher_lr", "prepare_lr", "epochs", "prepare_epochs"}
-
-
-def test_importing_is_cheap():
-    code = "import sys, engine.embedded\nprint('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert in_new_process(code, "0") == "False"

