@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bench.devices import Host, Run
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
-from engine.kernels.ops.kd_loss import naive as reference
+from engine.kernels.ops.kd_loss import naive
+from engine.kernels.ops.meta_cotangent import naive as naive_cotangent
 
 T, ALPHA = 4.0, 0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,7 +107,7 @@ def ours(student: Tensor, teachers: list[Tensor], labels: Tensor | None) -> Tens
 
 
 def by_reference(student: Tensor, teachers: list[Tensor], labels: Tensor | None) -> Tensor:
-    return reference.kd_loss(student, teachers, labels, temperature=T, alpha=ALPHA)
+    return naive.kd_loss(student, teachers, labels, temperature=T, alpha=ALPHA)
 
 
 def mean(teachers: list[Tensor]) -> Tensor:
@@ -189,7 +190,9 @@ def logits_runs(name: str, case: Case, x: Inputs, device: Host) -> tuple[dict[st
         settings = {"temperature": T, "alpha": ALPHA}
         return {
             "ours": Run(torch.no_grad()(lambda: meta_cotangent(x.student, x.teachers, x.tangent, **settings))),
-            "reference": Run(torch.no_grad()(lambda: reference.meta_cotangent(x.teachers, x.tangent, **settings))),
+            "reference": Run(
+                torch.no_grad()(lambda: naive_cotangent.meta_cotangent(x.teachers, x.tangent, **settings))
+            ),
             "eager": Run(lambda: second(eager, x, None, x.teachers)[1:]),
         }, {}
     if name == "double":

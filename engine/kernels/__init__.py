@@ -1,16 +1,17 @@
 """The distillation kernels: `from engine.kernels import kd_loss, meta_cotangent, fused_linear_kd`.
 
-The ops stand in the repository's top-level `kernels/`, a plain folder without `__init__.py`: a package of that name in
-the working directory would shadow the one that transformers imports. `ops` is that folder, linked in a checkout and
-mapped by setup.py in an installation. The ops know nothing of the engine; that the C++ ones are in its native library,
-which may be compiled at the first use, they are told here.
+Their code stands in the repository's top-level kernels/, one folder an op, and is imported as `engine.kernels.ops` (a link in
+a checkout, a mapping of setup.py in an installation): a package named kernels would hide the one that transformers uses.
+Imports params, whose native library holds the C++ kernels; kernels/ itself imports nothing of the engine but itself.
+Another op is a folder there with its function in `__init__`, the formula in naive.py, triton_kernels.py and cpp.py under
+one signature, and a line here.
 """
 
 from engine.kernels.ops.common import backends
 from engine.kernels.ops.common.backends import backend
+from engine.kernels.ops.common.teachers import mean_logits
 from engine.kernels.ops.fused_linear_kd import fused_linear_kd
 from engine.kernels.ops.kd_loss import kd_loss
-from engine.kernels.ops.kd_loss.naive import mean_logits
 from engine.kernels.ops.meta_cotangent import meta_cotangent
 from engine.params import native
 

@@ -4,14 +4,14 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
-
 logger = logging.getLogger("engine.kernels")
 VARIABLE = "ENGINE_KERNELS"
-CHOICES = ("auto", "triton", "cpp", "reference")
+FILES = {"triton": "triton_kernels", "cpp": "cpp", "reference": "naive"}  # of each op's folder
+CHOICES = ("auto", *FILES)
 
 
 class Backend(NamedTuple):
@@ -23,14 +23,15 @@ def _no_library() -> tuple[frozenset[str], str]:
     return frozenset(), "nobody said where the native library is"
 
 
-# Loads the library of the C++ kernels: its device types, and why there are none. The package that holds these ops sets it.
+# Loads the library of the C++ kernels and returns the device types that it serves, and why where these are none. The
+# package engine.kernels sets it.
 native: Callable[[], tuple[frozenset[str], str]] = _no_library
 
 
 def backend(device: str) -> Backend:
-    """For tensors on a device of this type ("cpu", "cuda"), decided at the first call and said once in the log.
+    """For tensors on a device of this type ("cpu", "cuda"), decided at the first call and logged once.
 
-    $ENGINE_KERNELS forces one. Raises ValueError where it cannot serve the device, or is none of the choices.
+    $ENGINE_KERNELS forces one. Raises ValueError where that one cannot serve the device, or is none of the choices.
     """
     return _decide(device, os.environ.get(VARIABLE) or "auto")
 
@@ -77,13 +78,6 @@ def _missing(name: str, device: str) -> str:
     return f"triton does not serve {device} (on a CPU its interpreter does, with TRITON_INTERPRET=1)"
 
 
-def module(device: str) -> ModuleType:
-    """What holds `kd_first`, `kd_second` and `kd_cotangent` for this device."""
-    name = backend(device).name
-    if name == "triton":
-        from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
-
-        return kd_triton
-    if name == "cpp":
-        return torch.ops.metadistil
-    raise ValueError("the reference has no ops of its own; call engine.kernels, which takes it where it must.")
+def module(op: str, device: str) -> ModuleType:
+    """The file of the folder `op` that computes on this device: naive, triton_kernels or cpp."""
+    return import_module(f"engine.kernels.ops.{op}.{FILES[backend(device).name]}")

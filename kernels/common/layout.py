@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor
 
-from engine.kernels.ops.kd_loss.naive import arithmetic
+from engine.kernels.ops.common.numbers import arithmetic
 
 
 class Rows:

@@ -108,9 +108,14 @@ def _remember(device: str, known: dict[str, list]) -> None:
         logger.warning("the plans of the kernels are not kept for the next run: %s: %s", file, error.strerror)
 
 
+def sources() -> list[Path]:
+    """The files that a plan depends on: those with Triton kernels and their launches, of every op, and this one."""
+    return sorted(Path(__file__).parents[1].glob("*/triton_*.py")) + [Path(__file__)]
+
+
 def _file(device: str) -> Path:
-    """Of this device, this Triton and these kernels."""
+    """Of this device, this Triton and these kernels: their source is part of the name."""
     root = Path(os.environ.get("METADISTIL_CACHE") or "~/.cache/metadistil-engine").expanduser()
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("triton_rows.py", "tuning.py"))
-    digest = hashlib.sha256(b"\0".join([device.encode(), triton.__version__.encode(), sources])).hexdigest()[:16]
+    contents = [source.read_bytes() for source in sources()]
+    digest = hashlib.sha256(b"\0".join([device.encode(), triton.__version__.encode(), *contents])).hexdigest()[:16]
     return root / "kernels" / f"plans-{digest}.json"

@@ -1,4 +1,4 @@
-"""KL over averaged teacher logits plus cross-entropy, in one pass over memory, differentiable twice (`kd_ops.py`)."""
+"""KL over averaged teacher logits plus cross-entropy, in one pass over memory, differentiable twice (`op.py`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.ops.common import backends
-from engine.kernels.ops.kd_loss import naive as reference
-from engine.kernels.ops.kd_loss import op as kd_ops
-
-DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-REDUCTIONS = ("mean", "sum", "none")
+from engine.kernels.ops.common.autograd import forward_mode
+from engine.kernels.ops.common.backends import backend
+from engine.kernels.ops.common.checks import check_logits
+from engine.kernels.ops.common.teachers import split_weights, together
+from engine.kernels.ops.kd_loss import naive, op
 
 
 def kd_loss(
@@ -43,10 +42,10 @@ def kd_loss(
     has it looked at there too.
     """
     teachers, weights = list(teachers), together(weights)
-    check(student, teachers, labels, temperature, alpha, weights, reduction)
-    plain = backends.backend(student.device.type).name == "reference"
-    if plain or reference.forward_mode([student, *teachers, weights]):
-        return reference.kd_loss(
+    check_logits(student, teachers, labels, temperature, alpha, weights, reduction)
+    plain = backend(student.device.type).name == "reference"
+    if plain or forward_mode([student, *teachers, weights]):
+        return naive.kd_loss(
             student, teachers, labels, temperature=temperature, alpha=alpha, weights=weights, ignore_index=ignore_index,
             reduction=reduction,
         )  # fmt: skip
@@ -56,55 +55,4 @@ def kd_loss(
     early = reduction != "none" and torch.is_grad_enabled() and all(t.dtype != torch.float16 for t in inputs)
     wanted = [early and t.requires_grad for t in inputs]
     settings = (labels, weights, constants, temperature, alpha, ignore_index, reduction)
-    return kd_ops.loss(student, teachers, settings, wanted)
-
-
-def check(student: Tensor, teachers: list[Tensor], labels, temperature, alpha, weights, reduction: str) -> None:
-    """Metadata alone: nothing waits for a device."""
-    reference.check_teachers(teachers, teachers if weights is None else weights)
-    if student.shape != teachers[0].shape:
-        raise ValueError(
-            f"student logits are {tuple(student.shape)}, teachers' are {tuple(teachers[0].shape)}; they must agree."
-        )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., C] with at least one class; got {tuple(student.shape)}.")
-    if any(t.dtype not in DTYPES for t in (student, *teachers)):
-        raise ValueError(
-            f"logits must be float32, bfloat16, float16 or float64; got {[str(t.dtype) for t in (student, *teachers)]}."
-        )
-    if any(t.device != student.device for t in teachers):
-        raise ValueError(f"logits must be on one device; got {[str(t.device) for t in (student, *teachers)]}.")
-    if isinstance(temperature, Tensor) or isinstance(alpha, Tensor):
-        raise ValueError("temperature and alpha must be numbers; got a tensor, which would have to be waited for.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}.")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}.")
-    if labels is None:
-        return
-    if labels.dtype != torch.int64 or labels.shape != student.shape[:-1] or labels.device != student.device:
-        raise ValueError(
-            f"labels must be int64 {tuple(student.shape[:-1])} on {student.device}, to fit the logits; got {labels.dtype} "
-            f"{tuple(labels.shape)} on {labels.device}."
-        )
-
-
-def together(weights) -> Sequence[float] | Tensor | None:
-    """A list that holds tensors [] as one tensor [K]."""
-    if weights is None or isinstance(weights, Tensor) or not any(isinstance(w, Tensor) for w in weights):
-        return weights
-    first = next(w for w in weights if isinstance(w, Tensor))
-    return torch.stack([torch.as_tensor(w, dtype=first.dtype, device=first.device) for w in weights])
-
-
-def split_weights(student: Tensor, teachers: list[Tensor], weights) -> tuple[list[Tensor], Tensor | None, list[float]]:
-    """For the ops: the teachers, their weights as a tensor on the device or else as numbers.
-
-    Weights that are learned take the mean of the logits by autograd, and the ops see one teacher: at any number of
-    classes that is one pass more, and derivatives of every order are right.
-    """
-    if isinstance(weights, Tensor):
-        if weights.requires_grad and torch.is_grad_enabled():
-            return [reference.mean(teachers, weights, reference.arithmetic([student, *teachers]))], None, [1.0]
-        return teachers, weights.detach().contiguous(), [0.0] * len(teachers)
-    return teachers, None, [1 / len(teachers)] * len(teachers) if weights is None else [float(w) for w in weights]
+    return op.loss(student, teachers, settings, wanted)

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.ops.common import backends
-from engine.kernels.ops.kd_loss import naive as reference
-
-# labels, weights as a tensor, else as numbers, temperature, alpha, ignore_index, reduction
-Settings = tuple[Tensor | None, Tensor | None, list[float], float, float, int, str]
-SETTINGS = "Tensor? labels, Tensor? weights, float[] constants, float temperature, float alpha, int ignore_index, str reduction"
-LIBRARY = torch.library.Library("metadistil", "FRAGMENT")
-PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def traced(tensors: Sequence[Tensor]) -> bool:
-    """Whether a compiler, or a tensor that only stands for one, has to see the op."""
-    return torch.compiler.is_compiling() or any(type(t) not in PLAIN for t in tensors)
+from engine.kernels.ops.common.autograd import leaf, placed, save, saved, traced
+from engine.kernels.ops.common.library import SETTINGS, Settings, below, like, register
+from engine.kernels.ops.common.numbers import arithmetic, scales
+from engine.kernels.ops.common.scaling import scaled
+from engine.kernels.ops.kd_loss import naive
 
 
 def loss(student: Tensor, teachers: Sequence[Tensor], settings: Settings, wanted: list[bool]) -> Tensor:
@@ -39,21 +32,13 @@ def loss(student: Tensor, teachers: Sequence[Tensor], settings: Settings, wanted
     return _loss(student, teachers, *settings, wanted)[0]
 
 
-def _scales(student, teachers, labels, ignore_index: int, reduction: str) -> tuple[float, Tensor | None]:
-    """Of a row's KL, and of a row's cross-entropy [], in what the reduction gives."""
-    if reduction != "mean":
-        return 1.0, None
-    hard = None
-    if labels is not None:
-        hard = 1 / reference.counted(labels, ignore_index).to(reference.arithmetic([student, *teachers]))
-    return 1 / max(1, reference.rows(student)), hard
-
-
 def _rows(kernel: str, student, teachers, settings, *more, before=()) -> list[Tensor]:
     *given, reduction = settings
-    scales = _scales(student, teachers, given[0], given[-1], reduction)
-    kernels = backends.module(student.device.type)
-    return getattr(kernels, kernel)(*before, student, teachers, *given, *scales, *more)
+    kernels = backends.module("kd_loss", student.device.type)
+    if kernels is naive:
+        raise ValueError("the reference has no ops of its own; call engine.kernels, which takes it where it must.")
+    factors = scales([student, *teachers], given[0], given[-1], reduction)
+    return getattr(kernels, kernel)(*before, student, teachers, *given, *factors, *more)
 
 
 def _loss(student, teachers, *settings):
@@ -73,37 +58,6 @@ def _double_backward(upstream, student, teachers, *settings):
         "kd_second", student, teachers, settings, cotangents, given, wanted, before=(upstream,)
     )  # fmt: skip
     return (rows if upstream.dim() == rows.dim() else rows.sum()).to(upstream.dtype), gradients
-
-
-def scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """factor x, in place and without a pass where it is 1: for gradients that came with a loss, which nobody else has."""
-    # what a traced forward returned is not written in its backward, and a kernel would lose a tangent
-    if traced([factor]) or reference.forward_mode([factor]):
-        return [t * factor for t in tensors]  # a factor [] does not widen them
-    if factor.device.type != "cpu":
-        backends.module(factor.device.type).scale_(tensors, factor)
-    elif factor != 1:
-        for t in tensors:
-            t.mul_(factor)
-    return tensors
-
-
-def save(ctx, settings: Settings, *tensors: Tensor) -> None:
-    """For `saved`. What was made in inference mode cannot be saved, nor be part of a graph: it is kept as it is."""
-    labels, weights, *ctx.numbers = settings
-    ctx.kept = [labels, weights, *tensors]
-    ctx.places = [i for i, t in enumerate(ctx.kept) if t is not None and not t.is_inference()]
-    ctx.save_for_backward(*(ctx.kept[i] for i in ctx.places))
-    for i in ctx.places:
-        ctx.kept[i] = None
-
-
-def saved(ctx) -> tuple[Settings, list[Tensor]]:
-    found = list(ctx.kept)
-    for i, t in zip(ctx.places, ctx.saved_tensors, strict=True):
-        found[i] = t
-    labels, weights, *tensors = found
-    return (labels, weights, *ctx.numbers), tensors
 
 
 class _Loss(torch.autograd.Function):
@@ -133,7 +87,7 @@ class _Loss(torch.autograd.Function):
                 gradients = _Gradients.apply(_gradients, settings, wanted, upstream, *inputs)
         else:  # a second backward computes them again
             gradients = scaled(gradients, upstream)
-        return None, None, None, *_placed(gradients, wanted)
+        return None, None, None, *placed(gradients, wanted)
 
 
 class _Gradients(torch.autograd.Function):
@@ -151,7 +105,7 @@ class _Gradients(torch.autograd.Function):
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
         settings, (upstream, *inputs) = saved(ctx)
-        wanted, given = list(ctx.needs_input_grad[4:]), [c is not None for c in _placed(cotangents, ctx.wanted)]
+        wanted, given = list(ctx.needs_input_grad[4:]), [c is not None for c in placed(cotangents, ctx.wanted)]
         cotangents = [c for c in cotangents if c is not None]
         if traced([upstream, *inputs, *cotangents]):
             arguments = (upstream, inputs[0], inputs[1:], *settings, cotangents, given, wanted)
@@ -160,7 +114,7 @@ class _Gradients(torch.autograd.Function):
             to_upstream, *gradients = _DoubleBackward.apply(
                 _double_backward, settings, given, wanted, upstream, *inputs, *cotangents
             )
-        return None, None, None, to_upstream, *_placed(gradients, wanted)
+        return None, None, None, to_upstream, *placed(gradients, wanted)
 
 
 class _DoubleBackward(torch.autograd.Function):
@@ -182,89 +136,60 @@ class _DoubleBackward(torch.autograd.Function):
         (labels, weights, constants, temperature, alpha, ignore_index, reduction), tensors = saved(ctx)
 
         def loss(student: Tensor, *teachers: Tensor) -> Tensor:
-            return reference.kd_loss(
+            return naive.kd_loss(
                 student, teachers, labels, temperature=temperature, alpha=alpha, ignore_index=ignore_index,
                 weights=constants if weights is None else weights, reduction=reduction,
             )  # fmt: skip
 
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            sources = [reference.leaf(t) for t in tensors]
+            sources = [leaf(t) for t in tensors]
             upstream, inputs, cotangents = sources[0], sources[1 : 1 + len(ctx.given)], sources[1 + len(ctx.given) :]
             full = [
                 torch.zeros_like(t) if c is None else c
-                for t, c in zip(inputs, _placed(cotangents, ctx.given), strict=True)
+                for t, c in zip(inputs, placed(cotangents, ctx.given), strict=True)
             ]
-            to_upstream, *gradients = reference.kd_second(inputs, loss, upstream, full)
+            to_upstream, *gradients = naive.kd_second(inputs, loss, upstream, full)
             outputs = [to_upstream, *(g for g, w in zip(gradients, ctx.wanted, strict=True) if w)]
             found = torch.autograd.grad(outputs, sources, arriving, create_graph=create_graph, allow_unused=True)
         return None, None, None, None, *found
 
 
-def _placed(found: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
-    rest = iter(found)
-    return [next(rest) if flag else None for flag in flags]
-
-
-def _below(name: str) -> Callable:
-    """The op as it is below autograd, for a forward that is traced."""
-
-    def run(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.metadistil, name)(*arguments)
-
-    return run
-
-
 def _autograd_loss(student, teachers, *settings):
     *settings, wanted = settings
-    found, *gradients = _Loss.apply(_below("kd_loss"), tuple(settings), wanted, student, *teachers)
+    found, *gradients = _Loss.apply(below("kd_loss"), tuple(settings), wanted, student, *teachers)
     return found, gradients
 
 
 def _autograd_gradients(upstream, student, teachers, *settings):
     *settings, wanted = settings
-    run = _below("kd_gradients")
+    run = below("kd_gradients")
     return list(_Gradients.apply(run, tuple(settings), wanted, upstream, student, *teachers))
 
 
 def _autograd_double_backward(upstream, student, teachers, *settings):
     *settings, cotangents, given, wanted = settings
-    run = _below("kd_double_backward")
+    run = below("kd_double_backward")
     to_upstream, *gradients = _DoubleBackward.apply(
         run, tuple(settings), given, wanted, upstream, student, *teachers, *cotangents
     )  # fmt: skip
     return to_upstream, gradients
 
 
-def _like(inputs, wanted) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, w in zip(inputs, wanted, strict=True) if w]
-
-
 def _fake_loss(student, teachers, *settings):
     *settings, wanted = settings
     shape = student.shape[:-1] if settings[-1] == "none" else ()
     inputs = [student, *teachers]
-    return student.new_empty(shape, dtype=reference.arithmetic(inputs)), _like(inputs, wanted)
+    return student.new_empty(shape, dtype=arithmetic(inputs)), like(inputs, wanted)
 
 
 def _fake_gradients(upstream, student, teachers, *settings):
-    return _like([student, *teachers], settings[-1])
+    return like([student, *teachers], settings[-1])
 
 
 def _fake_double_backward(upstream, student, teachers, *settings):
     to_upstream = torch.empty_like(upstream, memory_format=torch.contiguous_format)
-    return to_upstream, _like([student, *teachers], settings[-1])
-
-
-def register(schema: str, plain: Callable, fake: Callable, autograd: Callable | None = None) -> None:
-    LIBRARY.define(schema)
-    name = schema.partition("(")[0]
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, plain, device)
-    torch.library.register_fake(f"metadistil::{name}", fake, lib=LIBRARY)
-    if autograd:
-        LIBRARY.impl(name, autograd, "Autograd")
+    return to_upstream, like([student, *teachers], settings[-1])
 
 
 register(

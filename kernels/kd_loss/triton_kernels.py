@@ -1,8 +1,15 @@
-"""The row functions of `kd_kernels.py` as the ops call them: allocate, decide how to cut the work, launch."""
+"""`kd_loss` and its gradients as a Triton kernel. Row by row, with p = softmax(m / T), q = softmax(s / T), q1 = softmax(s),
+h = log p - log q, KL = <p, h>, a the scale of soft rows, b of rows that have a label y, g what arrives from above:
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from math import gcd
+    loss                   a alpha T^2 KL + b (1 - alpha) CE(s, y)
+    student's gradient     g G_s      G_s = a alpha T (q - p) + b (1 - alpha) (q1 - onehot(y))
+    teacher k's gradient   g w_k G_m  G_m = a alpha T p (h - KL)
+
+m = sum_k w_k z_k is the teachers' mean, s the student's logits. The derivative of these gradients is in
+common/triton_second.py. Source: Hinton, Vinyals and Dean (2015), differentiated by hand.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,12 +17,97 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.ops.common.layout import Rows
-from engine.kernels.ops.common.triton_rows import STATISTICS, kd_first_kernel, kd_second_kernel, scale_kernel
-from engine.kernels.ops.common.tuning import Plan, choose, plans, resident
-from engine.kernels.ops.kd_loss.naive import check_labels
+from engine.kernels.ops.common.triton_launch import Launch, bits, output_like
+from engine.kernels.ops.common.triton_rows import (
+    combined,
+    exponentials,
+    load_logits,
+    publish,
+    row_scales,
+    statistics_of,
+    store_row,
+    take_ticket,
+    weight_of,
+)
+from engine.kernels.ops.common.triton_second import launch_second
+from engine.kernels.ops.common.tuning import Plan
 
-ON_CHIP = 8192  # classes up to which a program keeps whole rows: two tensors of float32 in 32 KiB each
-TILES = 256  # at most, of a row: their statistics are combined in one vector
+
+@triton.jit
+def _finish(
+    s, m, statistics, g, b, label, columns, row, loss, outputs, weights, constants, R, C, inv_t, a, alpha, first_tile,
+    WANTED: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    top_s, top_m, sum_s, sum_m, sum_1, sum_d, at_y, _, _, _, _, _, _ = statistics
+    soft, hard = a * alpha / inv_t, b * (1 - alpha)  # [r, 1]; a alpha T
+    c = tl.log(sum_s) - tl.log(sum_m)
+    kl = sum_d / sum_m + c
+    if loss is not None:
+        value = soft / inv_t * kl
+        if HARD:
+            value += tl.where(b == 0, 0.0, hard * (tl.log(sum_1) + (top_s - at_y)))
+        tl.store(loss + row, value, mask=(row < R) & first_tile)
+    if WANTED != 0:
+        es, em, e1, d = exponentials(s - top_s, m - top_m, inv_t, True, HARD)
+        p = em / sum_m
+        if WANTED & 1:
+            out = g * soft * (es / sum_s - p)
+            if HARD:
+                out += tl.where(b == 0, 0.0, g * hard * (e1 / sum_1 - tl.where(columns == label, 1.0, 0.0)))
+            store_row(outputs[0], row, columns, R, C, out)
+        out = g * soft * p * (d + c - kl)
+        for k in tl.static_range(1, len(outputs)):
+            if (WANTED >> k) & 1:
+                store_row(outputs[k], row, columns, R, C, weight_of(weights, constants, k - 1, DTYPE) * out)
+
+
+@triton.jit
+def kd_first_kernel(
+    tensors,  # 1 + K x [R, C] logits: student, teachers
+    labels,  # [R] int64, or None
+    weights,  # [K], or None: constants
+    constants,  # K floats
+    hard_scale,  # [] b, or None: 1
+    upstream,  # [R], or [] with step 0, or None: 1
+    loss,  # [R], or None
+    outputs,  # 1 + K x [R, C] contiguous; those that WANTED names are written
+    parts, tickets, lag, tiles,  # [R, STATISTICS, tiles], [1 + R] int32 zeros: the second plan's
+    strides, step, R, inner, C,  # C, and strides but those of classes, divided by ALIGN
+    ignore_index, inv_t: tl.float64, a: tl.float64, alpha: tl.float64,
+    WANTED: tl.constexpr, HARD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr, TILED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    C = C * ALIGN
+    inv_t, a, alpha = tl.full([], inv_t, DTYPE), tl.full([], a, DTYPE), tl.full([], alpha, DTYPE)
+    if TILED:
+        turn, tile, again = take_ticket(tickets, lag, tiles)
+        if (turn >= 0) & (turn < R):
+            row, columns = turn, tl.arange(0, BLOCK_C) + tile * BLOCK_C
+            g, b, label = row_scales(upstream, step, hard_scale, labels, row, R, C, ignore_index, HARD, DTYPE)
+            done = tickets + 1 + turn
+            if again:
+                while tl.atomic_add(done, 0, sem="acquire") < tiles:
+                    pass
+            s, m = load_logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE, ALIGN)
+            if again:
+                statistics = combined(parts, row, tiles, inv_t, WIDTH)
+                _finish(
+                    s, m, statistics, g, b, label, columns, row, loss, outputs, weights, constants, R, C, inv_t, a, alpha,
+                    tile == 0, WANTED, HARD, DTYPE,
+                )  # fmt: skip
+            else:
+                statistics = statistics_of(s, m, s, m, label, columns, inv_t, True, HARD, 0)
+                publish(parts, done, row, tile, tiles, statistics)
+    else:
+        row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        columns = tl.arange(0, BLOCK_C)[None, :]
+        g, b, label = row_scales(upstream, step, hard_scale, labels, row, R, C, ignore_index, HARD, DTYPE)
+        s, m = load_logits(tensors, weights, constants, row, inner, strides, columns, R, C, True, DTYPE, ALIGN)
+        statistics = statistics_of(s, m, s, m, label, columns, inv_t, True, HARD, 0)
+        _finish(
+            s, m, statistics, g, b, label, columns, row, loss, outputs, weights, constants, R, C, inv_t, a, alpha, True,
+            WANTED, HARD, DTYPE,
+        )  # fmt: skip
 
 
 def kd_first(
@@ -38,28 +130,22 @@ def kd_first(
 
     `in_place` writes the student's gradient over its logits instead.
     """
-    lie = Rows([student, *teachers])
-    loss = student.new_empty(lie.shape[:-1], dtype=lie.dtype) if rows else None
-    outputs = [_output(t) if w else t for t, w in zip(lie.tensors, wanted, strict=True)]
-    common = _Common(lie, labels, weights, constants, hard_scale, upstream, ignore_index)
+    layout = Rows([student, *teachers])
+    loss = student.new_empty(layout.shape[:-1], dtype=layout.dtype) if rows else None
+    outputs = [output_like(t) if w else t for t, w in zip(layout.tensors, wanted, strict=True)]
+    call = Launch(layout, labels, weights, constants, hard_scale, upstream, ignore_index)
 
     def launch(plan: Plan, student_gradient: Tensor = outputs[0]) -> None:
-        grid, cut, scratch = common.cut(plan)
+        grid, cut, scratch = call.cut(plan)
         kd_first_kernel[grid](
-            lie.tensors, *common.tensors, loss, (student_gradient, *outputs[1:]), *scratch, common.strides, *common.numbers,
-            1 / temperature, soft_scale, alpha, WANTED=_bits([wanted[0] or in_place, *wanted[1:]]),
+            layout.tensors, *call.tensors, loss, (student_gradient, *outputs[1:]), *scratch, call.strides, *call.numbers,
+            1 / temperature, soft_scale, alpha, WANTED=bits([wanted[0] or in_place, *wanted[1:]]),
             HARD=labels is not None, **cut,
         )  # fmt: skip
 
     trial = (lambda plan: launch(plan, torch.empty_like(student))) if in_place else launch
-    common.run("first", launch, trial)
+    call.run("first", launch, trial)
     return ([loss] if rows else []) + [o for o, w in zip(outputs, wanted, strict=True) if w]
-
-
-def kd_rows_(student: Tensor, *arguments) -> Tensor:
-    """Row losses, with the student's gradient written over its logits: `kd_first`, its arguments up to `hard_scale`."""
-    wanted = [False] * (1 + len(arguments[0]))
-    return kd_first(student, *arguments, None, True, wanted, in_place=True)[0]
 
 
 def kd_second(
@@ -80,109 +166,9 @@ def kd_second(
 ) -> list[Tensor]:
     """What reaches the upstream, row by row [...], then what reaches the inputs wanted."""
     inputs, found = [student, *teachers], iter(cotangents)
-    lie = Rows([*inputs, *(next(found) if g else t for t, g in zip(inputs, given, strict=True))])
-    to_upstream = student.new_empty(lie.shape[:-1], dtype=lie.dtype)
-    outputs = [_output(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
-    common = _Common(lie, labels, weights, constants, hard_scale, upstream, ignore_index)
-    _second(common, to_upstream, outputs, 1 / temperature, soft_scale, alpha, _bits(wanted), _bits(given), True)
+    layout = Rows([*inputs, *(next(found) if g else t for t, g in zip(inputs, given, strict=True))])
+    to_upstream = student.new_empty(layout.shape[:-1], dtype=layout.dtype)
+    outputs = [output_like(t) if w else t for t, w in zip(inputs, wanted, strict=True)]
+    call = Launch(layout, labels, weights, constants, hard_scale, upstream, ignore_index)
+    launch_second(call, to_upstream, outputs, 1 / temperature, soft_scale, alpha, bits(wanted), bits(given), True)
     return [to_upstream, *(o for o, w in zip(outputs, wanted, strict=True) if w)]
-
-
-def kd_cotangent(
-    teachers: Sequence[Tensor],  # K x [..., C]
-    tangent: Tensor,  # [..., C]
-    weights: Tensor | None,  # [K]
-    constants: Sequence[float],  # K
-    temperature: float,
-    factor: float,
-) -> list[Tensor]:
-    """K x w_k factor p (u - <p, u>), in float32 (float64 where an input is)."""
-    # the tangent's place among the logits is the student's, whose logits are not read
-    lie = Rows([tangent, *teachers, tangent, *teachers])
-    outputs = [_output(t, lie.dtype) for t in teachers]
-    common = _Common(lie, None, weights, constants, None, None, 0)
-    wanted = 2 ** (len(teachers) + 1) - 2
-    _second(common, None, [tangent, *outputs], 1 / temperature, -factor, 1.0, wanted, 1, False)
-    return outputs
-
-
-def _second(common, to_upstream, outputs, inv_t, a, alpha, wanted: int, given: int, student: bool) -> None:
-    lie, n = common.lie, len(outputs)
-
-    def launch(plan: Plan) -> None:
-        grid, cut, scratch = common.cut(plan)
-        kd_second_kernel[grid](
-            lie.tensors[:n], lie.tensors[n:], *common.tensors, to_upstream, tuple(outputs), *scratch, common.strides[: 3 * n],
-            common.strides[3 * n :], *common.numbers, inv_t, a, alpha, WANTED=wanted, GIVEN=given, STUDENT=student,
-            HARD=common.labels is not None, **cut,
-        )  # fmt: skip
-
-    common.run("second", launch, launch)
-
-
-class _Common:
-    """What both kernels are given besides the logits, and how they are cut into programs."""
-
-    def __init__(self, lie: Rows, labels, weights, constants, hard_scale, upstream, ignore_index: int):
-        self.lie, self.device = lie, lie.tensors[0].device
-        check_labels(labels, lie.classes, ignore_index)
-        step = 0
-        if upstream is not None and upstream.dim():
-            upstream = upstream.reshape(-1)
-            step = upstream.stride(0)  # 0 for what a sum sends
-        self.labels = None if labels is None else labels.reshape(-1).contiguous()
-        if weights is None and lie.dtype == torch.float64:  # a number in a tuple is passed as float32
-            weights = torch.cat([torch.full((1,), w, dtype=lie.dtype, device=self.device) for w in constants])
-        self.tensors = self.labels, weights, tuple(constants), hard_scale, upstream
-        # Triton knows of a number that it is a multiple of 16, but not of 8, which 16 bytes of bfloat16 ask for
-        by_row = [stride for i, stride in enumerate(lie.strides) if i % 3 < 2]
-        self.align = gcd(16, lie.classes, *by_row)
-        self.strides = tuple(s // self.align if i % 3 < 2 else s for i, s in enumerate(lie.strides))
-        self.numbers = step, lie.rows, lie.inner, lie.classes // self.align, ignore_index
-
-    def cut(self, plan: Plan) -> tuple[tuple[int], dict, tuple]:
-        """The grid, the constants of the kernel, and its scratch memory."""
-        lie, tiles = self.lie, triton.cdiv(self.lie.classes, plan.block_c)
-        constants = {
-            "DTYPE": _DTYPES[lie.dtype],
-            "ALIGN": self.align,
-            "TILED": plan.tiled,
-            "WIDTH": triton.next_power_of_2(tiles),
-        }
-        constants |= {"BLOCK_R": plan.block_r, "BLOCK_C": plan.block_c, "num_warps": plan.warps}
-        if not plan.tiled:
-            return (triton.cdiv(lie.rows, plan.block_r),), constants, (None, None, 0, 1)
-        # a gradient comes so many rows after the statistics that these have been done by the programs that run at once
-        lag = min(lie.rows, triton.cdiv(resident(self.device, plan.warps), tiles) + 1)
-        parts = torch.empty(lie.rows * STATISTICS.value * tiles, dtype=lie.dtype, device=self.device)
-        tickets = torch.zeros(1 + lie.rows, dtype=torch.int32, device=self.device)
-        return ((lie.rows + lag) * 2 * tiles,), constants, (parts, tickets, lag, tiles)
-
-    def run(self, kernel: str, launch: Callable[[Plan], None], trial: Callable[[Plan], None]) -> None:
-        lie = self.lie
-        if lie.rows == 0:
-            return
-        key = (kernel, lie.classes, len(lie.tensors), *(str(t.dtype).removeprefix("torch.") for t in lie.tensors))
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            launch(choose(key, plans(lie.classes, ON_CHIP, TILES), trial, self.device))
-
-
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """x = factor x for each contiguous x; where the device finds a factor [] of 1, each program ends at once."""
-    for x in tensors:
-        if x.numel():
-            with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-                scale_kernel[(min(triton.cdiv(x.numel(), 2048), 8 * resident(x.device, 4)),)](
-                    x, factor, x.numel(), BLOCK=2048
-                )
-
-
-def _output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def _bits(flags: Sequence[bool]) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
-
-
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.ops.common import backends
-from engine.kernels.ops.kd_loss import check, split_weights, together
-from engine.kernels.ops.kd_loss import naive as reference
-from engine.kernels.ops.kd_loss.op import register, save, saved, traced
+from engine.kernels.ops.common.autograd import forward_mode, leaf, save, saved, traced
+from engine.kernels.ops.common.checks import check_logits
+from engine.kernels.ops.common.library import register
+from engine.kernels.ops.common.numbers import arithmetic, count_rows
+from engine.kernels.ops.common.teachers import split_weights, together
+from engine.kernels.ops.meta_cotangent import naive
 
 
 def meta_cotangent(
@@ -32,7 +35,7 @@ def meta_cotangent(
     dtypes or settings that do not fit.
     """
     teachers, weights = list(teachers), together(weights)
-    check(student, teachers, None, temperature, alpha, weights, "mean")
+    check_logits(student, teachers, None, temperature, alpha, weights, "mean")
     if tangent.shape != student.shape or tangent.device != student.device or not tangent.is_floating_point():
         raise ValueError(
             f"the tangent is {tangent.dtype} {tuple(tangent.shape)} on {tangent.device}, the logits are "
@@ -41,8 +44,8 @@ def meta_cotangent(
     settings = {"temperature": temperature, "alpha": alpha}
     plain = backends.backend(student.device.type).name == "reference"
     learned = isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled()
-    if plain or learned or reference.forward_mode([tangent, *teachers, weights]):
-        return reference.meta_cotangent(teachers, tangent, weights=weights, **settings)
+    if plain or learned or forward_mode([tangent, *teachers, weights]):
+        return naive.meta_cotangent(teachers, tangent, weights=weights, **settings)
     teachers, weights, constants = split_weights(student, teachers, weights)
     arguments = (teachers, tangent, weights, constants, temperature, alpha)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (tangent, *teachers))
@@ -52,8 +55,8 @@ def meta_cotangent(
 
 
 def _meta_cotangent(teachers, tangent, weights, constants, temperature, alpha):
-    kernels = backends.module(tangent.device.type)
-    factor = -alpha / max(1, reference.rows(tangent))
+    kernels = backends.module("meta_cotangent", tangent.device.type)
+    factor = -alpha / max(1, count_rows(tangent))
     return kernels.kd_cotangent(teachers, tangent, weights, constants, temperature, factor)
 
 
@@ -67,8 +70,8 @@ def _backward(ctx, arriving) -> tuple:
     (_, weights, constants, temperature, alpha), tensors = saved(ctx)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tangent, *teachers = (reference.leaf(t) for t in tensors)
-        found = reference.meta_cotangent(
+        tangent, *teachers = (leaf(t) for t in tensors)
+        found = naive.meta_cotangent(
             teachers, tangent, temperature=temperature, alpha=alpha, weights=constants if weights is None else weights
         )
         to_tangent, *to_teachers = torch.autograd.grad(
@@ -78,7 +81,7 @@ def _backward(ctx, arriving) -> tuple:
 
 
 def _fake(teachers, tangent, weights, constants, temperature, alpha):
-    dtype = reference.arithmetic([tangent, *teachers])
+    dtype = arithmetic([tangent, *teachers])
     return [torch.empty(t.shape, dtype=dtype, device=t.device) for t in teachers]
 
 

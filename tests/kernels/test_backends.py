@@ -11,6 +11,7 @@ import torch
 
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
 from engine.kernels.ops.common import backends
+from engine.kernels.ops.common.scaling import scaled
 from engine.params import native
 
 pytest.importorskip("triton")
@@ -135,13 +136,24 @@ def test_the_package_says_where_the_library_is(monkeypatch):
     assert backends.native()[0] == {"cpu"}
 
 
-def test_only_a_backend_with_ops_is_a_module(monkeypatch):
+@pytest.mark.parametrize("op", ["kd_loss", "meta_cotangent", "fused_linear_kd"])
+def test_every_op_has_a_file_for_each_backend(op, monkeypatch):
+    for name, device, devices in (("naive", "cpu", []), ("cpp", "cpu", ["cpu"]), ("triton_kernels", "cuda", [])):
+        library(monkeypatch, *devices)
+        backends._decide.cache_clear()
+        assert backends.module(op, device).__name__ == f"engine.kernels.ops.{op}.{name}"
+
+
+def test_the_reference_has_no_ops(monkeypatch):
     library(monkeypatch)
     with pytest.raises(ValueError, match="the reference has no ops"):
-        backends.module("cpu")
-    library(monkeypatch, "cpu")
-    backends._decide.cache_clear()
-    assert backends.module("cpu") is torch.ops.metadistil
+        torch.ops.metadistil.kd_loss(x, [x], None, None, [1.0], 2.0, 0.3, -100, "mean", [False, False])
+
+
+def test_gradients_are_scaled_on_a_device_that_only_the_reference_serves(monkeypatch):
+    library(monkeypatch)
+    gradient = torch.ones(2, device="meta")
+    assert scaled([gradient], torch.tensor(0.5, device="meta"))[0] is gradient
 
 
 def test_triton_on_a_cpu_wants_its_interpreter():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.kernels import fused_linear_kd
-from engine.kernels.ops import fused_linear_kd as module
+from engine.kernels.ops.fused_linear_kd import op as module
 
 # Relative to the largest expected number. The logits here are exact in every dtype. float32 and float64: as for kd_loss,
 # with a product behind it. 16 bits: the gradient at the logits is rounded, and what its product gives, and, times the

@@ -80,17 +80,16 @@ def test_numbers(rows, classes, dtype, reduction):
 
 def test_every_plan(monkeypatch):
     """All those between which a device may choose."""
-    from engine.kernels.ops.common import tuning
-    from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
+    from engine.kernels.ops.common import triton_launch, tuning
 
     leaves, labels = inputs(40, 20000, torch.bfloat16, teachers=1)
     wide = [z.detach().double().requires_grad_() for z in leaves]
     wanted = torch.autograd.grad(plain(wide[0], wide[1:], labels), wide, create_graph=True)
     cotangents = [torch.randn_like(z) for z in leaves]
     wanted_second = torch.autograd.grad(wanted, wide, [c.double() for c in cotangents])
-    every = tuning.plans(20000, kd_triton.ON_CHIP, kd_triton.TILES)
+    every = tuning.plans(20000, triton_launch.ON_CHIP, triton_launch.TILES)
     for plan in [*every, tuning.Plan(False, 1, 32768, 16), tuning.Plan(True, 1, 256, 4)]:
-        monkeypatch.setattr(kd_triton, "plans", lambda *_, plan=plan: [plan])
+        monkeypatch.setattr(triton_launch, "plans", lambda *_, plan=plan: [plan])
         loss = kd_loss(leaves[0], leaves[1:], labels, **SETTINGS)
         found = torch.autograd.grad(loss, leaves, create_graph=True)
         for a, b in zip(found, wanted, strict=True):
@@ -217,7 +216,7 @@ def test_a_plan_of_the_file_has_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused(dtype, monkeypatch):
     """Three chunks against logits, whole in float64."""
-    from engine.kernels.ops import fused_linear_kd as module
+    from engine.kernels.ops.fused_linear_kd import op as module
 
     generator = torch.Generator("cuda").manual_seed(0)
     # whole numbers: the logits have no rounding

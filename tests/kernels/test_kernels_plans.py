@@ -11,10 +11,9 @@ from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, near, plain
 
 pytest.importorskip("triton")
 
-from engine.kernels.ops.common import tuning
+from engine.kernels.ops.common import triton_launch, tuning
 from engine.kernels.ops.common.layout import Rows
 from engine.kernels.ops.common.tuning import Plan
-from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
 
 # Of rows of 11 classes. Interpreted, a program takes some 10 ms, whatever it has to do.
 PLANS = {
@@ -42,7 +41,7 @@ DEAD = {
 
 @pytest.fixture
 def plan(request, interpreted, monkeypatch):
-    monkeypatch.setattr(kd_triton, "plans", lambda *_: [request.param])
+    monkeypatch.setattr(triton_launch, "plans", lambda *_: [request.param])
     return request.param
 
 
@@ -52,7 +51,7 @@ def test_a_gradient_is_scaled_in_place(dtype, factor, interpreted):
     """By more blocks than programs, the last one ragged; a half is exact in every dtype."""
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (50_001, 3, 0)]
     expected = [t * factor for t in tensors]
-    kd_triton.scale_(tensors, torch.tensor(factor, dtype=F64 if dtype == F64 else F32))
+    triton_launch.scale_(tensors, torch.tensor(factor, dtype=F64 if dtype == F64 else F32))
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(tensors, expected, strict=True))
 
 
@@ -107,14 +106,14 @@ def test_cotangents_on_some_gradients(plan):
 @pytest.mark.parametrize("resident", [0, 7, 10_000])
 def test_statistics_ahead_of_gradients(resident, interpreted, monkeypatch):
     """By one row, by some, by all of them."""
-    monkeypatch.setattr(kd_triton, "resident", lambda *_: resident)
-    monkeypatch.setattr(kd_triton, "plans", lambda *_: [Plan(True, 1, 4, 4)])
+    monkeypatch.setattr(triton_launch, "resident", lambda *_: resident)
+    monkeypatch.setattr(triton_launch, "plans", lambda *_: [Plan(True, 1, 4, 4)])
     Problem(Case(C=7, leading=(5,), labels="all", K=1)).agree()
 
 
 def test_many_tiles(interpreted, monkeypatch):
     """Half of which are behind the last."""
-    monkeypatch.setattr(kd_triton, "plans", lambda *_: [Plan(True, 1, 2, 4)])
+    monkeypatch.setattr(triton_launch, "plans", lambda *_: [Plan(True, 1, 2, 4)])
     Problem(Case(C=35, leading=(1,), labels="all", K=1)).agree()
 
 
@@ -157,7 +156,7 @@ def test_a_bad_number_stays_in_its_row(plan, value):
     )
 )
 def test_plans_cover_the_classes(classes):
-    found = tuning.plans(classes, kd_triton.ON_CHIP, kd_triton.TILES)
+    found = tuning.plans(classes, triton_launch.ON_CHIP, triton_launch.TILES)
     assert found
     assert len(found) == len(set(found))
     for plan in found:
@@ -166,7 +165,7 @@ def test_plans_cover_the_classes(classes):
             assert size & (size - 1) == 0, "Triton wants powers of two"
         assert plan.block_r == 1 or not plan.tiled
         tiles = -(-classes // plan.block_c)
-        assert tiles <= (kd_triton.TILES if plan.tiled else 1)
+        assert tiles <= (triton_launch.TILES if plan.tiled else 1)
     assert classes > 1024 or len(found) == 1
 
 

@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from engine.kernels.ops.common import tuning
-from engine.kernels.ops.kd_loss import triton_kernels as kd_triton
+from engine.kernels.ops.common import triton_launch, triton_second, tuning
+from engine.kernels.ops.kd_loss import triton_kernels as kd_loss
+from engine.kernels.ops.meta_cotangent import triton_kernels as meta_cotangent
 
 
 class Hopper:
@@ -51,26 +52,26 @@ class Compiled:
         return lambda *arguments, **settings: compiled.append(self.kernel.warmup(*arguments, grid=grid, **settings))
 
 
-for name in ("kd_first_kernel", "kd_second_kernel", "scale_kernel"):
-    setattr(kd_triton, name, Compiled(getattr(kd_triton, name)))
+for module, name in (kd_loss, "kd_first_kernel"), (triton_second, "kd_second_kernel"), (triton_launch, "scale_kernel"):
+    setattr(module, name, Compiled(getattr(module, name)))
 
 
 def launch(kernel, classes, teachers, dtype):
     dtype = getattr(torch, dtype)
-    plan = tuning.plans(classes, kd_triton.ON_CHIP, kd_triton.TILES)[0]
-    kd_triton.plans = lambda *_: [plan]
+    plan = tuning.plans(classes, triton_launch.ON_CHIP, triton_launch.TILES)[0]
+    triton_launch.plans = lambda *_: [plan]
     student, *rest = [torch.empty(4 * plan.block_r, classes, dtype=dtype) for _ in range(teachers + 1)]
     labels, one = torch.zeros(len(student), dtype=torch.int64), torch.tensor(1.0)
     some = (rest, labels, None, [1 / teachers] * teachers, 2.0, 0.3, -100, 0.1, one)
     every = [True] * (teachers + 1)
     if kernel == "first":
-        kd_triton.kd_first(student, *some, None, True, every)
+        kd_loss.kd_first(student, *some, None, True, every)
     elif kernel == "second":
-        kd_triton.kd_second(one, student, *some, [student, *rest], every, every)
+        kd_loss.kd_second(one, student, *some, [student, *rest], every, every)
     elif kernel == "cotangent":
-        kd_triton.kd_cotangent(rest, student, None, [1 / teachers] * teachers, 2.0, -0.1)
+        meta_cotangent.kd_cotangent(rest, student, None, [1 / teachers] * teachers, 2.0, -0.1)
     elif kernel == "scale":
-        kd_triton.scale_([student], one)
+        triton_launch.scale_([student], one)
     return plan.tiled
 
 
