@@ -13,12 +13,10 @@ from engine.compare.grid import Cell, Grid
 from engine.compare.result import collect, described
 from engine.errors import UserError
 from engine.report.comparison_tables import console_tables, markdown
+from engine.report.words import DEMONSTRATION
 from engine.run.interrupts import Interrupted, Interrupts
 from engine.run.output import OutputDirectory
 from engine.screen.console import Console
-
-DEMONSTRATION = ("Miniature, randomly initialised models or a generated corpus stand in for what could not be had from the "
-                 "hub. The figures say nothing about the real models.")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,15 +76,15 @@ def _compare(given: options.Options, output: OutputDirectory, console: Console, 
 def _announce(grid: Grid, cells: list[Cell], folder: Path, console: Console) -> None:
     seeds = ", ".join(map(str, grid.seeds))
     console.say(
-        f"{len(cells)} runs: {len(grid.rows)} rows, seeds {seeds}; results in {folder}, what a run says in cells/*.log."
+        f"{len(cells)} runs: {len(grid.rows)} rows, seeds {seeds}. Results go to {folder}, each run's output to cells/*.log."
     )
-    console.say("Teachers are prepared once, with one --teacher-seed, and shared by all seeds: the intervals are those of the "
-                "students.")  # fmt: skip
+    console.say("Teachers are prepared once, with one --teacher-seed, and serve all seeds: the intervals show the spread of the "
+                "students alone.")  # fmt: skip
 
 
 def _what_is_there(runner: Cells, cell: Cell) -> str:
     state = runner.state(cell)
-    return {"new": "", "finished": ": finished before", "interrupted": ": goes on from its checkpoint"}[state]
+    return {"new": "", "finished": ": finished before", "interrupted": ": continues from its checkpoint"}[state]
 
 
 def _show(found: dict, output: OutputDirectory, console: Console) -> None:
@@ -97,11 +95,11 @@ def _show(found: dict, output: OutputDirectory, console: Console) -> None:
     if "embedded" in found["sources"]:
         console.banner("EMBEDDED DEMONSTRATION", DEMONSTRATION)
     if len(found["sources"]) > 1:
-        console.warn(f"rows come from different sources ({', '.join(found['sources'])}); they do not compare.")
+        console.warn(f"rows come from different sources ({', '.join(found['sources'])}), so they cannot be compared.")
     few, most = found["sizes"].get("train", [0, 0])
     if few < most and not any(row["values"] for row in found["rows"]):
-        console.warn(f"rows were trained on {few:,} to {most:,} examples: the data are too few for the samples of several "
-                     "teachers, and all rows of a comparison need the same; lower --train-size.")  # fmt: skip
+        console.warn(f"rows were trained on {few:,} to {most:,} examples, because several teachers share the data; lower "
+                     "--train-size, so that all rows have the same number.")  # fmt: skip
     for table in console_tables(found):
         console.table(**table)
     for entry in found["failed"]:
@@ -123,9 +121,7 @@ def _open(given: str | None) -> OutputDirectory:
     output = OutputDirectory(given, "compare", resume=True)
     others = output.path.exists() and any(entry.name != ".lock" for entry in output.path.iterdir())
     if others and not (output.path / "comparison.json").exists():
-        raise UserError(
-            f"--output {output.path} is in use by something else than a comparison; give another directory."
-        )
+        raise UserError(f"--output {output.path} holds files that are not a comparison's; give another directory.")
     return output
 
 

@@ -37,27 +37,27 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m engine.compare", allow_abbrev=False,
         usage="%(prog)s [--methods A,B --teachers A,B --student S | --config GRID.yaml] [--seeds N] [--scale small] "
         "[--output DIR] [any flag of engine.train]",
-        description="Run methods, or the rows of a grid, with several seeds each, and compare them: a table, paired "
-        "differences and a plot. Finished runs are kept: the same command goes on where it was stopped.",
+        description="Run methods, or the rows of a grid, with several seeds each, and compare them in a table, paired "
+        "differences and a plot. Finished runs are kept: the same command continues where it was stopped.",
         epilog="Any other flag is one of engine.train (python -m engine.train --help) and holds for every run.",
     )  # fmt: skip
     result.add_argument("--config", metavar="GRID.yaml", help="rows and settings; recipes/ has examples")
     result.add_argument("--methods", help="one row for each of these methods of engine.train, comma-separated (default: "
                         "finetune,kd,metadistil)")  # fmt: skip
-    result.add_argument("--teachers", help="of every method (default: bert)")
-    result.add_argument("--student", help="of every method (default: distilbert)")
-    result.add_argument("--seeds", help="how many, or which ones as in 0,1,7 (default: the grid's, else 1)")
-    result.add_argument("--scale", choices=["full", "small"], default="full", help="small: with the grid's settings for it, "
-                        "else 2 seeds, 2,000 training examples and one epoch")  # fmt: skip
-    result.add_argument("--model", action="append", default=[], metavar="NAME=PLACE[:LAYERS]", help="what a name of the grid "
-                        "stands for: a hub id or a directory, and which layers are kept where it is the student, as in "
+    result.add_argument("--teachers", help="the teachers of every method (default: bert)")
+    result.add_argument("--student", help="the student of every method (default: distilbert)")
+    result.add_argument("--seeds", help="how many seeds, or which ones as in 0,1,7 (default: the grid's, else 1)")
+    result.add_argument("--scale", choices=["full", "small"], default="full", help="small: a quick version, by the grid's `small` settings "
+                        "or else 2 seeds, 2,000 training examples and one epoch")  # fmt: skip
+    result.add_argument("--model", action="append", default=[], metavar="NAME=PLACE[:LAYERS]", help="what a model's name in the "
+                        "grid stands for: a hub id or a directory; a student may keep some layers only, as in "
                         "distilbert=dir:1,3,5; repeatable")  # fmt: skip
     result.add_argument("--data", action="append", default=[], metavar="[NAME=]PLACE", help="the data of every run, or what a "
                         "data set's name in the grid stands for; repeatable")  # fmt: skip
     result.add_argument("--rows", help="only these rows, by name, comma-separated")
-    result.add_argument("--values", help="only these values of rows that are run for each of several, comma-separated")
+    result.add_argument("--values", help="of rows that are run for each of several values, only these, comma-separated")
     result.add_argument(
-        "--against", help="the row that paired differences are taken to (default: kd with the same student)"
+        "--against", help="the row that the others are compared with (default: kd with the same student)"
     )
     result.add_argument("--output", help="directory of runs and results (default: runs/<time>-compare)")
     return result

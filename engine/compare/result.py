@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.compare.grid import Cell, Grid, Row
 from engine.compare.stats import estimate, paired
+from engine.report.units import duration
 
 Result = dict[str, Any]
 
@@ -46,7 +47,7 @@ def collect(grid: Grid, done: Sequence[tuple[Cell, dict]], failed: Sequence[tupl
 def described(grid: Grid, cell: Cell, summary: dict) -> str:
     """A finished run in a few words."""
     found = _cell(grid.rows[cell.row], cell, summary, grid.split)
-    return f"{found['metric']} {found['figures'][grid.split]:.4f} on {grid.split}, {found['seconds'] or 0:.0f} s of training"
+    return f"{found['metric']} {found['figures'][grid.split]:.4f} on {grid.split}, training took {duration(found['seconds'] or 0)}"
 
 
 def _row(grid: Grid, number: int, row: Row, done: list[tuple[Cell, dict]]) -> Result:

@@ -36,6 +36,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate |
     return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
+# Ours stays: of what the engine needs anyway only scipy has this quantile, and scipy is no dependency (100 MB for one number).
 @cache
 def t_quantile(df: int, level: float = 0.95) -> float:
     """t with P(|T| <= t) = level for `df` whole degrees of freedom, to 1e-9 relative; bisection over theta = atan(t / sqrt(df))."""

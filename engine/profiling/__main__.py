@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             profile.run(given, console)
         return 0
     except KeyboardInterrupt:
-        console.say("Stopped; what was measured until now is kept.")
+        console.say("Stopped; what has been measured is kept.")
         return 128 + signal.SIGINT
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

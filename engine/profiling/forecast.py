@@ -52,15 +52,17 @@ def _show(found: list[Found], given: Options, console: Console) -> None:
         fits = "" if given.budget is None else "yes" if each.fits(given.budget) else "no"
         sizes = [e.total, *(e.categories[name] for name in SHOWN.values())]
         rows.append([_name(each, found), fits, *(f"{size / unit:.2f}" for size in sizes), f"{e.flops / 1e9:,.0f}"])
-    console.table(columns, rows, f"Estimated memory at the peak in {named}, and operations of a step of the student")
+    console.table(columns, rows, f"Estimated peak memory in {named}, and operations of a step of the student")
     e = found[0].estimate
     console.say(
-        f"Columns: {', '.join(SHOWN.values())} (tangents and graphs of second derivatives); ckpt is --checkpointing."
+        f"Columns: peak is everything, then {', '.join(SHOWN.values())} (tangents and graphs of second derivatives). "
+        "ckpt is --checkpointing; the last word is where snapshots are kept."
     )
     reserve = ", ".join(f"{name} {size / unit:.2f}" for name, size in e.reserve.items())
     phases = ", ".join(f"{name} {size / unit:.2f}" for name, size in e.phases.items())
     console.say(
-        f"First row: tensors {e.tensors / unit:.2f} {named} (by phase: {phases}; most in section '{e.section}'), reserve {reserve}."
+        f"First row, in {named}: tensors {e.tensors / unit:.2f} (by phase: {phases}; most in section '{e.section}'); beside them "
+        f"{reserve}."
     )
     console.say(f"Assumed: {'; '.join(e.assumptions)}.")
 
@@ -88,14 +90,14 @@ def _name(each: Found, found: list[Found]) -> str:
 def _sentence(found: list[Found], best: Found | None, given: Options) -> str:
     if given.budget is None:
         most = max(found, key=lambda each: each.estimate.total)
-        return f"Largest: {_name(most, found)} with {most.estimate.total / GIB:.2f} GiB; --gpu-memory says what fits."
+        return f"Largest: {_name(most, found)} with {most.estimate.total / GIB:.2f} GiB; give --gpu-memory to see what fits."
     room = f"{given.budget / GIB:.2f} GiB"
     if best is None:
         least = min(found, key=lambda each: each.estimate.total)
-        return (f"Nothing fits {room}; the least is {_name(least, found)} with {least.estimate.total / GIB:.2f} GiB. Smaller "
-                "--batch-sizes, --lengths, fewer --teachers or --teacher-params last-2 need less.")  # fmt: skip
+        return (f"Nothing fits into {room}; the smallest is {_name(least, found)} with {least.estimate.total / GIB:.2f} GiB. "
+                "Smaller --batch-sizes or --lengths, fewer --teachers, or --teacher-params last-2 need less.")  # fmt: skip
     run = options.command(given.words, best.setting.changes(given.config))
-    return f"Cheapest that fits {room}: {_name(best, found)}, {best.estimate.total / GIB:.2f} GiB: {run}"
+    return f"Cheapest that fits into {room}: {_name(best, found)}, {best.estimate.total / GIB:.2f} GiB: {run}"
 
 
 def _record(found: list[Found], best: Found | None, given: Options, sentence: str) -> dict[str, Any]:

@@ -17,7 +17,10 @@ What a storage is for:
     other          temporaries, losses
 
 The first five are known storages, told by `known`; the rest is told by how a storage was made and how it went. What an
-operation allocates inside of its kernel does not show, nor what an allocator keeps in reserve (engine.profiling.reserve).
+operation allocates inside of its kernel does not show, nor what an allocator keeps in reserve (engine.profiling.estimate).
+
+Ours stays: torch.distributed._tools.mem_tracker, which is private, goes by modules. It knows neither sections of a step nor
+second derivatives, and a forward-mode pass or a flat gradient belongs to no module.
 """
 
 from __future__ import annotations

@@ -45,29 +45,27 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m engine.profiling", allow_abbrev=False,
         usage="%(prog)s [--estimate [--gpu-memory 24GB]] [--teachers A,B --student S] [--strategies all] [--lengths 64,128] "
         "[--batch-sizes 8,32] [any flag of engine.train]",
-        description="Where time and memory of a step go: a few steps of every setting, on random weights. With --estimate: what "
-        "memory a run needs, by what it is for, and which settings fit a GPU, from the engine's own steps on tensors that "
-        "have a size and nothing else; no weights are read and no GPU is needed.",
+        description="Show where time and memory of a step go, from a few steps of every setting on random weights. With "
+        "--estimate: predict how much memory a run needs and for what, and which settings fit a GPU. The prediction comes from "
+        "the engine's own steps on fake tensors, which have a size and no content; no weights are read and no GPU is needed.",
         epilog="Any other flag is one of engine.train (python -m engine.train --help). Lists are comma-separated; every "
         "combination is a row of the table.",
     )  # fmt: skip
-    result.add_argument("--estimate", action="store_true", help="predict the peak of memory without running anything")
-    result.add_argument("--gpu-memory", metavar="SIZE", help="what there is, as 24GB, 24GiB or bytes: says what fits, and looks "
-                        "for settings that do where none does; implies --device cuda unless that is given")  # fmt: skip
-    result.add_argument("--strategies", help=f"of {', '.join(STRATEGIES)}, or all (default: --meta-grad)")
+    result.add_argument("--estimate", action="store_true", help="predict the peak memory instead of measuring steps")
+    result.add_argument("--gpu-memory", metavar="SIZE", help="the memory of the GPU, as 24GB, 24GiB or bytes: says which "
+                        "settings fit, and searches for some that do where none fits; implies --device cuda unless that is given")  # fmt: skip
+    result.add_argument("--strategies", help=f"one or more of {', '.join(STRATEGIES)}; or all (default: --meta-grad)")
     result.add_argument(
-        "--checkpointing-choices", help=f"of {', '.join(CHECKPOINTING)}, or all (default: --checkpointing)"
+        "--checkpointing-choices", help=f"one or more of {', '.join(CHECKPOINTING)}; or all (default: --checkpointing)"
     )
-    result.add_argument("--batch-sizes", help="examples a batch (default: --batch-size)")
+    result.add_argument("--batch-sizes", help="examples per batch (default: --batch-size)")
     result.add_argument(
         "--micro-batch-sizes", help="examples that go through the models at once (default: --micro-batch-size)"
     )
-    result.add_argument("--lengths", "--length", help="tokens of a batch's examples (default: --max-length)")
-    result.add_argument("--classes", type=int, default=2, help="what the classifiers tell apart (default: %(default)s); 1 is a "
-                        "regression")  # fmt: skip
-    result.add_argument(
-        "--steps", type=int, default=5, help="steps of each setting that are timed (default: %(default)s)"
-    )
+    result.add_argument("--lengths", "--length", help="tokens per example (default: --max-length)")
+    result.add_argument("--classes", type=int, default=2, help="classes that the models tell apart (default: %(default)s); 1 is "
+                        "a regression")  # fmt: skip
+    result.add_argument("--steps", type=int, default=5, help="timed steps per setting (default: %(default)s)")
     result.add_argument(
         "--output", help="directory of the results (default: runs/<time>-profile; of an estimate, none)"
     )
@@ -99,7 +97,10 @@ def parse(words: Sequence[str]) -> Options:
 
 
 def size(given: str, flag: str) -> int:
-    """Bytes of "24GB" (10^9), "24GiB" (2^30), "80G" (as GB) or "24000000000"."""
+    """Bytes of "24GB" (10^9), "24GiB" (2^30), "80G" (as GB) or "24000000000".
+
+    Ours stays: humanfriendly and pint, which read sizes, are no dependencies, and datasets' own reads no "0.5TiB".
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", given.strip())
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if not match or match[2].lower() not in units or not float(match[1]) > 0:

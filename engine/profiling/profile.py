@@ -34,7 +34,7 @@ SHARED = ("method", "pilot_steps", "quiz_batches", "pilot_optimizer", "teacher_p
 def run(given: Options, console: Console) -> None:
     """Leaves profile.json, table.md, plots and traces; what is measured is kept when the run is stopped."""
     if given.budget is not None:
-        raise UserError("--gpu-memory says what fits by --estimate; add it, or leave --gpu-memory out.")
+        raise UserError("--gpu-memory goes with --estimate; add --estimate, or leave --gpu-memory out.")
     output = OutputDirectory(given.output, "profile", resume=False)
     task, student, teachers, _, asked = Subject.of(given, console)
     device = choices.settle_device(given.config, console.say)
@@ -92,7 +92,7 @@ def _said(row: dict[str, Any], measured: Measured) -> str:
     where = f"{tables.label(row)}, {tables.shape(row)}"
     if measured.error is not None:
         return f"{where}: {measured.error}"
-    return f"{where}: {quantity(measured.seconds, TIME)}, {quantity(measured.peak, BYTES)}, most in {measured.peak_section}"
+    return f"{where}: {quantity(measured.seconds, TIME)}, peak {quantity(measured.peak, BYTES)} in section '{measured.peak_section}'"
 
 
 def _show(found: dict[str, Any], folder: Path, console: Console) -> None:

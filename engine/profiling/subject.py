@@ -16,7 +16,7 @@ from engine.profiling.options import Options
 from engine.screen.console import Console
 
 MINIATURES = (
-    "The figures are of miniature models and say nothing about the real ones; leave --source embedded out for those."
+    "The models are miniatures, so the figures say nothing about the real ones; leave --source embedded out for those."
 )
 
 

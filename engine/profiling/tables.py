@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.profiling.ledger import CATEGORIES
+from engine.report.markdown import markdown_table
 from engine.report.units import BYTES, TIME, WORK, Units, decimals, rate, unit_of
 from engine.sections import SECTIONS
 
@@ -128,17 +129,11 @@ def _table(title: str, first: str, rows: Sequence[dict[str, Any]], lines: list[l
     return {"title": title, "columns": [first, *map(_name, rows)], "rows": lines, "words": 1}
 
 
-def markdown(table: Table) -> list[str]:
-    """Its lines."""
-    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
 def page(found: dict[str, Any], largest: bool = False) -> str:
     """All of it in Markdown; section by section of the `largest` shape alone, where that is asked for."""
     parts, several = [], tables(found, across=None)
     for table in [several[0], *several[-3:]] if largest else several:
-        parts += [f"{table['title']}:", "\n".join(markdown(table))]
+        parts += [f"{table['title']}:", "\n".join(markdown_table(table["columns"], table["rows"]))]
     return "\n\n".join([*parts, caption(found)])
 
 

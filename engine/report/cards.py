@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 from engine.data.splits import Task
@@ -31,12 +32,10 @@ def model_card(summary: dict[str, Any], entry: dict[str, Any], role: str, data: 
         f"- {k}: {v}" for k, v in summary["settings"].items() if v is not None and k not in ("output", "cache_dir")
     )
     demonstration = f"\n> {DEMONSTRATION}\n" if summary["source"] == "embedded" else ""
+    facts = ModelCardData(library_name="transformers", pipeline_tag="text-classification",
+                          tags=["knowledge-distillation", summary["method"]])  # fmt: skip
     return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags:
-- knowledge-distillation
-- {summary["method"]}
+{facts}
 ---
 # {entry["name"]}: {role}
 {demonstration}

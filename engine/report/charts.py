@@ -119,7 +119,7 @@ def chart(
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
     """Centred means over `window` values, fewer at the ends: half a window to either side of each, as far as there are any."""
-    half, sums = window // 2, [0.0]
+    half, sums = window // 2, [0.0]  # sums from the start: np.convolve would cost window times as much
     for value in values:
         sums.append(sums[-1] + value)
     found = []
@@ -173,4 +173,4 @@ def _caption(window: int, logged: str, length: int) -> str:
     every = thinned(length)
     some = f" (one of {every} is drawn)" if every > 1 else ""
     each = f", each {logged}" if logged else ""
-    return f"Dots: as logged{each}{some}; lines: moving means over {count(window)} values."
+    return f"Dots are the logged values{each}{some}; lines are moving means over {count(window)} values."

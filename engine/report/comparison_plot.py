@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from engine.report.comparison_tables import Result, average_published, measured, number, scale_of
 from engine.report.style import LIGHT, settled
-from engine.report.units import printable
+from engine.report.units import arrow, printable
 
 OURS, POINTS, PUBLISHED = (LIGHT[name] for name in ("ours", "points", "published"))
 
@@ -37,7 +37,9 @@ def draw(found: Result, width: float = 9.0, title: bool = True) -> Figure:
             if (published := average_published(row)) is not None:
                 axes.plot(published, y, "x", color=PUBLISHED, markersize=8, markeredgewidth=2)
         _legend(axes, rows)
-        axes.set_yticks(range(len(rows)), [printable(f"{row['name']}\n{row['models']}") for row in rows], fontsize=8)
+        axes.set_yticks(
+            range(len(rows)), [printable(f"{row['name']}\n{arrow(row['models'])}") for row in rows], fontsize=8
+        )
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, as in the table
         axes.set_xlabel(measured(found))
         if title:
@@ -53,7 +55,7 @@ def said(found: Result) -> str:
     for row in found["rows"]:
         published = average_published(row)
         figure = number(found, row["all"]) or "no figure"
-        lines.append(f"{row['name']}, {row['models']}: {figure}" + (f", published {published:g}" if published is not None else ""))  # fmt: skip
+        lines.append(f"{row['name']}, {arrow(row['models'])}: {figure}" + (f", published {published:g}" if published is not None else ""))  # fmt: skip
     return f"{measured(found)}. " + "; ".join(lines) + "."
 
 

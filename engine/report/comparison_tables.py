@@ -9,20 +9,28 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from engine.report.markdown import markdown_table
+from engine.report.units import BYTES, PLAIN, TIME, capital, column
+from engine.report.words import DEMONSTRATION
+
 Result = dict[str, Any]  # what comparison.json holds
-COSTS = ["parameters", "smaller", "time", "examples/s", "peak memory"]
+COSTS = 5  # columns of sizes and costs, the last ones
 ERRORS = {"mse"}  # metrics that are no fraction of one
+EXCLUDES = "“excludes 0”: whether the 95 % interval of the difference excludes zero"
 
 
 def console_tables(found: Result) -> list[dict[str, Any]]:
     """Arguments of Console.table, one mapping a table; figures and costs apart, since one table is too wide for 80 columns."""
     columns, rows = main_table(found, short=True)
-    costs = len(columns) - len(COSTS)
+    costs = len(columns) - COSTS
     differences, compared = difference_table(found)
     parts = {
         f"{found['title']}: {measured(found)}": (columns[:costs], [row[:costs] for row in rows]),
-        "sizes and costs": (["row", *columns[costs:]], [[", ".join(row[:2]), *row[costs:]] for row in rows]),
-        "differences, seed by seed": (["row", *differences[2:]], [[", ".join(row[:2]), *row[2:]] for row in compared]),
+        "Sizes and costs": (["row", *columns[costs:]], [[", ".join(row[:2]), *row[costs:]] for row in rows]),
+        f"Differences, seed by seed; {EXCLUDES}": (
+            ["row", *differences[2:]],
+            [[", ".join(row[:2]), *row[2:]] for row in compared],
+        ),
     }
     return [{"title": title, "columns": c, "rows": r} for title, (c, r) in parts.items() if r]
 
@@ -34,10 +42,10 @@ def markdown(found: Result) -> str:
 
 def body(found: Result) -> str:
     """Both tables with what has to be known to read them, and the command that makes them."""
-    parts = [*_markdown(*main_table(found)), "", caption(found)]
+    parts = [*markdown_table(*main_table(found)), "", " ".join(remarks(found))]
     columns, rows = difference_table(found)
     if rows:
-        parts += ["", "Differences, seed by seed:", "", *_markdown(columns, rows)]
+        parts += ["", f"Differences, seed by seed ({EXCLUDES}):", "", *markdown_table(columns, rows)]
     if found["failed"]:
         parts += ["", "Failed:", "", *(f"- {entry['title']}: {entry['error']}" for entry in found["failed"])]
     return "\n".join([*parts, "", "```bash", found["command"], "```"]) + "\n"
@@ -48,8 +56,10 @@ def main_table(found: Result, short: bool = False) -> tuple[list[str], list[list
     values = list(dict.fromkeys(value for row in found["rows"] for value in row["values"] or []))
     published = any(row["published"] is not None for row in found["rows"])
     columns = ["method", "teachers -> student", *values, "average" if values else _metric(found)]
-    columns += ["published"] * published + COSTS
-    return columns, [_line(found, row, values, published, short) for row in found["rows"]]
+    names, costs = _costs(found["rows"])
+    columns += ["published"] * published + names
+    rows = zip(found["rows"], costs, strict=True)
+    return columns, [[*_figures(found, row, values, published, short), *cost] for row, cost in rows]
 
 
 def difference_table(found: Result) -> tuple[list[str], list[list[str]]]:
@@ -61,44 +71,48 @@ def difference_table(found: Result) -> tuple[list[str], list[list[str]]]:
             verdict = {True: "yes", False: "no"}[clear] if difference["interval"] is not None else "one seed"
             rows.append([row["name"], row["models"], row["against"], number(found, difference, signed=True),
                          str(difference["n"]), verdict])  # fmt: skip
-    return ["method", "teachers -> student", "compared with", "difference", "seeds", "without 0"], rows
+    return ["method", "teachers -> student", "compared with", "difference", "seeds", "excludes 0"], rows
 
 
-def caption(found: Result) -> str:
-    """What the figures are, how the intervals are made, and where they were measured."""
+def remarks(found: Result) -> list[str]:
+    """What the figures are, how the intervals are made, and where they were measured: a remark each."""
+    return [*_of_figures(found), *_of_runs(found)]
+
+
+def _of_figures(found: Result) -> list[str]:
+    several = len(found["seeds"]) > 1
     seeds = ", ".join(map(str, found["seeds"]))
     scale = "; the grid's small scale" * (found["scale"] == "small")
-    words = [f"{_capital(measured(found))}; seed{'s' * (len(found['seeds']) > 1)} {seeds}{scale}."]
-    if len(found["seeds"]) > 1:
-        words.append("Mean ± t s / sqrt(n): s the standard deviation over n seeds, t the 0.975 quantile of Student's "
-                     "distribution with n - 1 degrees of freedom (95 %).")  # fmt: skip
+    said = [f"{capital(measured(found))}; seed{'s' * several} {seeds}{scale}."]
+    if several:
+        said.append("Figures are means with 95 % intervals, m ± t s / sqrt(n): m is the mean and s the standard deviation of n "
+                    "seeds, t the 0.975 quantile of Student's distribution with n - 1 degrees of freedom.")  # fmt: skip
     teachers = ", ".join(map(str, found["teacher_seeds"]))
-    several = ", and are the same for all seeds: the intervals hold the students' spread alone" * (
-        len(found["seeds"]) > 1
-    )
-    words.append(f"Teachers were prepared once (seed {teachers}){several}.")
-    words.append("Time is the student's training in all its stages, without the teachers' preparation; examples/s is of the "
-                 "last stage.")  # fmt: skip
-    if found["note"]:
-        words.append(found["note"].strip())
+    shared = " and serve all seeds, so the intervals show the spread of the students alone" * several
+    said.append(f"Teachers were prepared once (seed {teachers}){shared}.")
+    said.append("Time is the training of the student in all its stages, without the preparation of the teachers; examples/s "
+                "is of the last stage.")  # fmt: skip
+    return said
+
+
+def _of_runs(found: Result) -> list[str]:
+    said = [found["note"].strip()] if found["note"] else []
     if found["models"]:
-        words.append("Models: " + "; ".join(f"{name} is {place}" for name, place in found["models"].items()) + ".")
+        said.append("Models: " + "; ".join(f"{name} is {place}" for name, place in found["models"].items()) + ".")
     if found["sizes"]:
-        words.append("Examples: " + ", ".join(f"{n} {_range(*s)}" for n, s in found["sizes"].items()) + ".")
+        said.append("Examples: " + ", ".join(f"{n} {_range(*s)}" for n, s in found["sizes"].items()) + ".")
     if "embedded" in found["sources"]:
-        words.append(
-            "EMBEDDED DEMONSTRATION: miniatures and generated text; these figures say nothing about real models."
-        )
+        said.append(f"EMBEDDED DEMONSTRATION. {DEMONSTRATION}")
     for machine in found["machines"]:
         device, versions = machine["device"], machine["versions"]
         threads = f", {device['threads']} thread{'s' * (device['threads'] != 1)}" * (device["device"] == "cpu")
-        words.append(f"{device['name']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, "
-                     f"Python {versions['python']}.")  # fmt: skip
+        said.append(f"{device['name']}{threads}, torch {versions['torch']}, transformers {versions['transformers']}, "
+                    f"Python {versions['python']}.")  # fmt: skip
     if found["commits"]:
-        words.append("Commit " + ", ".join(_short(commit) for commit in found["commits"]) + ".")
+        said.append("Commit " + ", ".join(_short(commit) for commit in found["commits"]) + ".")
     if found["missing"]:
-        words.append(f"{found['missing']} runs have not been made yet.")
-    return " ".join(words)
+        said.append(f"{found['missing']} runs have not been made yet.")
+    return said
 
 
 def measured(found: Result) -> str:
@@ -129,8 +143,8 @@ def average_published(row: Result) -> float | None:
     return given.get("average", round(fmean(known), 2) if known and len(known) == len(row["values"]) else None)
 
 
-def _line(found: Result, row: Result, values: list[str], published: bool, short: bool) -> list[str]:
-    cells, columns, given = row["cells"], row.get("columns") or {}, row["published"]
+def _figures(found: Result, row: Result, values: list[str], published: bool, short: bool) -> list[str]:
+    columns, given = row.get("columns") or {}, row["published"]
     line = [row["name"], row["models"]]
     for value in values:
         text = number(found, columns.get(value), spread=not short)
@@ -141,22 +155,33 @@ def _line(found: Result, row: Result, values: list[str], published: bool, short:
     line.append(number(found, row["all"]) + part)
     if published:
         line.append("" if average_published(row) is None else f"{average_published(row):g}")
-    return line + [
-        _same([f"{c['parameters']:,}" for c in cells]),
-        _same([f"{c['times_smaller']:.2f} x" for c in cells if c.get("times_smaller")]),
-        _mean(cells, "seconds", "{:.0f} s"), _mean(cells, "examples_per_second", "{:.0f}"), _memory(cells),
-    ]  # fmt: skip
+    return line
 
 
-def _mean(cells: list[dict], key: str, form: str) -> str:
+def _costs(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """Column names, each with its unit, and a line a row."""
+    second, times = column([_mean(row["cells"], "seconds") for row in rows], TIME)
+    _, speeds = column([_mean(row["cells"], "examples_per_second") for row in rows], PLAIN)
+    byte, peaks = column([_memory(row["cells"]) for row in rows], BYTES)
+    lines = []
+    for row, *measured_costs in zip(rows, times, speeds, peaks, strict=True):
+        parameters = _same([f"{cell['parameters']:,}" for cell in row["cells"]])
+        smaller = _same([f"{cell['times_smaller']:.2f} x" for cell in row["cells"] if cell.get("times_smaller")])
+        lines.append([parameters, smaller, *measured_costs])
+    time, memory = (f"{name}, {unit}" * any(texts) or name for name, unit, texts in
+                    (("time", second, times), ("peak memory", byte, peaks)))  # fmt: skip
+    return ["parameters", "smaller", time, "examples/s", memory], lines
+
+
+def _mean(cells: list[dict], key: str) -> float | None:
     known = [c[key] for c in cells if c.get(key)]
-    return form.format(fmean(known)) if known else ""
+    return fmean(known) if known else None
 
 
-def _memory(cells: list[dict]) -> str:
+def _memory(cells: list[dict]) -> int | None:
     """The highest of the runs: on the device where there is one, else resident."""
     known = [c["peak_memory"].get("device", c["peak_memory"]["host"]) for c in cells if c.get("peak_memory")]
-    return f"{max(known) / 2**30:.1f} GiB" if known else ""
+    return max(known, default=None)
 
 
 def _same(texts: list[str]) -> str:
@@ -176,12 +201,3 @@ def _range(low: int, high: int) -> str:
 def _short(commit: str) -> str:
     commit, plus, changes = commit.partition("+")
     return commit[:7] + plus + changes
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

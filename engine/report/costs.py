@@ -69,22 +69,22 @@ def no_energy(run: Run) -> str | None:
         return None
     cause = run.telemetry().get("cause")
     if isinstance(cause, str) and cause:
-        return f"Energy and the state of the device are not known: {cause.rstrip('.')}."
+        return f"Energy and the state of the device are not known ({cause.rstrip('.')})."
     if run.finished and "telemetry" not in run.summary:
-        return "This run was made without telemetry: there are no figures of time by section, energy or device."
+        return "This run was made without telemetry, so there are no figures of time by section, energy or device."
     return "Energy is not known."
 
 
 def throttling(run: Run, phase: str | None) -> str:
-    """How often the device ran below its clocks, and why; "" where that is not known."""
+    """How often the device lowered its clocks, and why; "" where that is not known."""
     steps, masks = run.series(phase, "device/throttle_reasons")
     if not masks:
         return ""
     slowed = [int(mask) & ~NOT_SLOWED for mask in masks]
     if not any(slowed):
-        return "The device was never throttled."
+        return "The device never lowered its clocks (throttling)."
     reasons = dict.fromkeys(name for mask in slowed for name in throttle_names(mask))
-    return f"The device was throttled at {sum(map(bool, slowed))} of {len(slowed)} readings: {', '.join(reasons)}."
+    return f"The device lowered its clocks (throttling) at {sum(map(bool, slowed))} of {len(slowed)} readings: {', '.join(reasons)}."
 
 
 def _from_summary(run: Run, phase: str | None, told: dict[str, Any]) -> dict[str, tuple]:

@@ -53,7 +53,7 @@ def drift(run: Run) -> Chart | None:
     lines = [Line(key.removeprefix("drift/"), *run.series(phase, key), smooth=False) for key in names]
     return chart(
         "drift", "Drift of the teachers", lines, y="drift", from_zero=True, percent=True,
-        note="How far the weights of each teacher are from where they started, as part of their norm: ‖θ − θ₀‖ / ‖θ₀‖.",
+        note="Distance of each teacher's weights from their start, relative to the norm of the start: ‖θ − θ₀‖ / ‖θ₀‖.",
     )  # fmt: skip
 
 
@@ -67,15 +67,15 @@ def teacher_weights(run: Run) -> Chart | None:
             lines.append(Line(names[int(number) - 1] if known else key, *run.series(phase, key), smooth=False))
     if all(len(set(line.values)) < 2 for line in lines):
         return None  # given, not learned
-    return chart("weights", "Weights of the teachers in the mean of their logits", lines, from_zero=True)
+    return chart("weights", "Weight of each teacher in the mean of the logits", lines, from_zero=True)
 
 
 def throughput(run: Run) -> list[Chart]:
-    phase, per_second = run.main(), lambda value: f"{value:,.0f} a second"
+    phase, per_second = run.main(), lambda value: f"{value:,.0f} per second"
     made = [
-        chart("examples", "Examples a second", [Line("examples", *run.series(phase, "examples_per_second"))], y="examples/s",
+        chart("examples", "Examples per second", [Line("examples", *run.series(phase, "examples_per_second"))], y="examples/s",
               from_zero=True, show=per_second),
-        chart("tokens", "Tokens a second", [Line("tokens", *run.series(phase, "tokens_per_second"))], y="tokens/s",
+        chart("tokens", "Tokens per second", [Line("tokens", *run.series(phase, "tokens_per_second"))], y="tokens/s",
               from_zero=True, show=per_second, note="Tokens that the student reads, padding included."),
     ]  # fmt: skip
     return [one for one in made if one]
@@ -111,11 +111,11 @@ def device(run: Run) -> list[Chart]:
                      show=lambda value: f"{rate(value)} {unit}")  # fmt: skip
 
     limits = run.series(phase, "device/power_limit")[1]
-    whole = "The device is a part of a GPU (MIG); power is that of the whole GPU." if _mig(run) else ""
+    whole = "The run had a part of a GPU (MIG); power is that of the whole GPU." if _mig(run) else ""
     made = [
         one("power", "Power", {"device/power": "power"}, "W", note=whole,
             levels=[Level("limit", limits[-1])] if limits else []),
-        chart("energy", "Energy a step", [Line("energy", *run.series(phase, "joules_per_step"))], units=ENERGY, from_zero=True),
+        chart("energy", "Energy per step", [Line("energy", *run.series(phase, "joules_per_step"))], units=ENERGY, from_zero=True),
         one("use", "Use of the device", {"device/utilization": "GPU", "device/memory_utilization": "its memory"}, "%"),
         one("cpu", "Use of the processor", {"host/cpu": "this process"}, "cores", 0.01),
         one("clocks", "Clocks", {"device/sm_clock": "SM", "device/memory_clock": "memory"}, "MHz", smooth=False),
@@ -137,7 +137,7 @@ def together(runs: Sequence[Run], labels: Sequence[str]) -> tuple[list[Chart], l
     for name, title, key in (
         ("loss", "Loss", "loss"),
         ("quiz", "Quiz loss", "quiz_loss"),
-        ("speed", "Examples a second", "examples_per_second"),
+        ("speed", "Examples per second", "examples_per_second"),
     ):
         lines = [Line(label, *run.series(run.main(), key), index=index)
                  for run, label, index in zip(runs, labels, indices, strict=True)]  # fmt: skip

@@ -99,7 +99,7 @@ def read(given: str | Path) -> Run | Comparison:
     if "comparison.json" in names:
         return _comparison(folder)
     if not names & {"summary.json", "config.yaml"}:
-        raise UserError(f"{folder} is no run: it has neither summary.json nor config.yaml; {remedy}.")
+        raise UserError(f"{folder} is no run, because it has neither summary.json nor config.yaml; {remedy}.")
     return _run(folder, names)
 
 
@@ -132,7 +132,7 @@ def _run(folder: Path, names: set[str]) -> Run:
     if "metrics.jsonl" in names:
         records = _records(folder / "metrics.jsonl", problems)
     else:
-        problems.append(f"{folder / 'metrics.jsonl'} is missing: there are no curves.")
+        problems.append(f"{folder / 'metrics.jsonl'} is missing, so there are no curves.")
     return Run(folder, summary, settings, records, problems)
 
 

@@ -79,7 +79,11 @@ def results(run: Run) -> Table | None:
         return None
     columns = ["model", "measured on", *map(metric_header, metrics), "parameters"]
     taught = any(PREPARED in splits for splits in measured)
-    note = "“As prepared” is the best validation of a teacher's own training, before it taught." if taught else ""
+    note = (
+        "“As prepared”: the best validation of a teacher's own training, before it taught the student."
+        if taught
+        else ""
+    )
     return Table("results-table", "Figures of every model", columns, rows, left=2, strong=strong, note=note)
 
 
@@ -105,15 +109,16 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     metric, student, teachers = run.metric, run.summary.get("student", {}), run.summary.get("teachers", [])
     test = _splits(student).get("test", {}).get(metric)
     beside = ", ".join(metric_words(_splits(t).get("test", {}).get(metric), metric) for t in teachers)
+    plural = "s" * (len(teachers) != 1)
     smaller, peak = finite(run.summary.get("times_smaller")), run.summary.get("peak_memory", {})
     where = "device" if "device" in peak else "host"
     main = run.phase(run.method)
     energy = joules(run)
     found = [
-        (f"{metric_name(metric)} on test", metric_words(test, metric), f"teachers {beside}" if beside else ""),
+        (f"{metric_name(metric)} on test", metric_words(test, metric), f"teacher{plural} {beside}" if beside else ""),
         ("times smaller", f"{smaller:.2f}" if smaller else "", f"{count(student.get('parameters'))} parameters"),
         ("training of the student", duration(training(run)), f"{rate(main.get('examples_per_second'))} examples/s"),
-        ("peak memory", quantity(finite(peak.get(where)), BYTES), "on the device" if where == "device" else "resident"),
+        ("peak memory", quantity(finite(peak.get(where)), BYTES), f"of the {where}"),
         ("energy", quantity(energy, ENERGY), f"{energy / 3600:.3g} Wh, all phases" if energy else ""),
     ]  # fmt: skip
     return [tile for tile in found if tile[1]]
@@ -134,15 +139,15 @@ def section_table(run: Run, phase: str) -> Table | None:
     most = max(c.share for c in found)
     rows = [[c.name, times[i], Cell(f"{100 * c.share:.1f} %", bar=c.share / most if most else None), peaks[i], used[i]]
             for i, c in enumerate(found)]  # fmt: skip
-    rows.append(["a step in all", times[-1], "100.0 %", peaks[-1], used[-1]])
-    columns = ["section", f"{unit} a step", "share", f"peak memory, {memory}", f"{joule} a step"]
+    rows.append(["whole step", times[-1], "100.0 %", peaks[-1], used[-1]])
+    columns = ["section", f"{unit} per step", "share", f"peak memory, {memory}", f"{joule} per step"]
     notes, a_step = [], seconds_a_step(run, phase)
     if {"evaluation", "checkpoint"} & {c.name for c in found}:
-        notes.append("Evaluations and checkpoints are spread over all steps.")
+        notes.append("The time of evaluations and checkpoints is divided among all steps.")
         if a_step is not None:
             notes.append(f"Without them a step takes {quantity(a_step, TIME)}.")
     if str(run.summary.get("device", {}).get("device", "")).startswith("cpu") and any(c.memory for c in found):
-        notes.append("Memory is what the process held in the machine's memory, sampled.")
+        notes.append("Memory is the resident memory of the process, sampled during the step.")
     if whole is not None:
         notes.append("Energy is divided among sections by their time, as if power were constant.")
     return without_empty(Table(f"sections-{run.phases().index(phase)}", f"By section of the step: {phase}", columns, rows,
@@ -162,8 +167,17 @@ def phase_table(run: Run) -> Table | None:
         rows.append([name, count(steps), duration(known.get("seconds")), quantity(a_step, TIME) if steps else "",
                      rate(known.get("examples_per_second") or _last(run, name, "examples_per_second")),
                      rate(_per_second(known, "tokens") or _last(run, name, "tokens_per_second")), speed, energy])  # fmt: skip
-    columns = ["phase", "steps", "training", "a step", "examples/s", "tokens/s", f"{flops}, estimated", joule]
-    note = "Training is without evaluation and checkpoints. Tokens are those that the student reads, padding included."
+    columns = [
+        "phase",
+        "steps",
+        "training time",
+        "time per step",
+        "examples/s",
+        "tokens/s",
+        f"{flops}, estimated",
+        joule,
+    ]
+    note = "Training time is without evaluations and checkpoints. Tokens are those that the student reads, padding included."
     return without_empty(Table("phases", "Phases of the run", columns, rows, note=note)) if rows else None
 
 
@@ -172,9 +186,8 @@ def machine(run: Run) -> list[tuple[str, str]]:
     found, device, versions = [], run.summary.get("device", {}), run.summary.get("versions", {})
     if device:
         threads = count(device.get("threads"))
-        found.append(
-            ("device", f"{device.get('name')} ({device.get('device')}{f', {threads} threads' if threads else ''})")
-        )
+        known = f", {threads} thread{'s' * (threads != '1')}" if threads else ""
+        found.append(("device", f"{device.get('name')} ({device.get('device')}{known})"))
     told = run.telemetry().get("device")
     if isinstance(told, dict):
         known = {key: value for key, value in told.items() if value not in (None, "", False, device.get("name"))}
@@ -223,7 +236,7 @@ def _device_words(run: Run) -> list[str]:
         said.insert(0, f"All phases together took {quantity(energy, ENERGY)} ({energy / 3600:.3g} Wh).")
     examples = run.series(main, "joules_per_example")[1]
     if examples:
-        said.append(f"An example of the last phase took {quantity(examples[-1], ENERGY)} at the end.")
+        said.append(f"At the end of the last phase an example took {quantity(examples[-1], ENERGY)}.")
     return [" ".join(filter(None, said))] if any(said) else []
 
 
@@ -236,8 +249,8 @@ def _settings_section(run: Run) -> Section:
         else []
     )
     folded = [(words, Table(name, words, ["setting", "value"], setting_rows(values), left=2)) for name, words, values in (
-        ("chosen", "Chosen for this method, its models and data", found.chosen),
-        ("defaults", "All others, which have their defaults", found.rest)) if values]  # fmt: skip
+        ("chosen", "Defaults that follow from the method, the models and the data", found.chosen),
+        ("defaults", "All other settings, at their defaults", found.rest)) if values]  # fmt: skip
     return Section("settings", "Settings", tables=tables, folded=folded)
 
 

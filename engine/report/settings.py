@@ -51,18 +51,20 @@ def commands(run: Run) -> list[tuple[str, str]]:
     folder = str(run.folder)
     found = []
     if not run.finished:
-        found.append(("Continue it", _joined("engine.train", ["--resume", "--output", folder])))
+        found.append(("Continue the run", _joined("engine.train", ["--resume", "--output", folder])))
     if isinstance(run.summary.get("command"), str):
-        found.append(("As it was started", run.summary["command"]))
-    found.append(("Repeat it from its settings", _joined("engine.train", ["--config", f"{folder}/config.yaml"])))
+        found.append(("The command that started the run", run.summary["command"]))
+    found.append(
+        ("Repeat the run from its settings file", _joined("engine.train", ["--config", f"{folder}/config.yaml"]))
+    )
     settings = sorted_out(run.settings)
     given = {name: value for name, (value, _) in settings.given.items() if re.fullmatch(r"\w+", name)}
-    found.append(("The same as flags", _joined("engine.train", _flags(given | settings.chosen))))
+    found.append(("Repeat the run with flags alone", _joined("engine.train", _flags(given | settings.chosen))))
     if run.method and run.method != "finetune":
         methods = ",".join(dict.fromkeys(["finetune", "kd", run.method]))
         flags = _flags({name: value for name, value in given.items() if name not in BELONGS_TO_COMPARISON})
         words = ["--methods", methods, *flags, "--seeds", "5"]
-        found.append(("Compare it with other methods, over five seeds", _joined("engine.compare", words)))
+        found.append(("Compare the method with others, over five seeds", _joined("engine.compare", words)))
     found.append(("Make this page again", _joined("engine.report", [folder])))
     return found
 
@@ -71,13 +73,9 @@ def shown(value: Any) -> str:
     """A value as in the YAML file."""
     if value is None:
         return "none"
-    return (
-        {True: "true", False: "false"}[value]
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flags(values: dict[str, Any]) -> list[str]:

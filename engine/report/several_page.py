@@ -12,15 +12,29 @@ from urllib.parse import quote
 
 from engine.report import curves
 from engine.report.comparison_plot import draw, said
-from engine.report.comparison_tables import COSTS, caption, difference_table, main_table, measured
+from engine.report.comparison_tables import COSTS, EXCLUDES, difference_table, main_table, measured, remarks
 from engine.report.costs import costs, joules, training
 from engine.report.layout import Cell, Section, Table, without_empty
 from engine.report.load import Comparison, Run, mapping
 from engine.report.run_page import embedded, tiles
 from engine.report.settings import differing, shown
 from engine.report.svg import inline
-from engine.report.units import BYTES, ENERGY, TIME, column, count, duration, finite, metric_header, metric_value, rate
-from engine.report.words import DEMONSTRATION, in_short, method_name, models, standing
+from engine.report.units import (
+    BYTES,
+    ENERGY,
+    TIME,
+    arrow,
+    capital,
+    column,
+    count,
+    duration,
+    enumerated,
+    finite,
+    metric_header,
+    metric_value,
+    rate,
+)
+from engine.report.words import DEMONSTRATION, in_short, method_name, models, standing, teachers_of
 from engine.sections import SECTIONS
 
 WIDTH = 7.2  # inches of the plot
@@ -51,21 +65,18 @@ def side_by_side(runs: Sequence[Run], file: Path) -> dict[str, Any]:
 def comparison(one: Comparison, file: Path) -> dict[str, Any]:
     """What the template gets for a comparison."""
     found, labels = one.found, labels_of(one.runs)
-    columns, rows = main_table(found)
-    columns, rows = _arrows([columns])[0], _arrows(rows)
-    figures = len(columns) - len(COSTS)
-    compared, differences = difference_table(found)
-    compared, differences = _arrows([compared])[0], _arrows(differences)
-    # rows that show a teacher have runs in which a student takes one step
-    learning = [run for run in one.runs if run.settings.get("max_steps") != 1]
+    columns, *rows = _arrows(*main_table(found))
+    figures = len(columns) - COSTS
+    compared, *differences = _arrows(*difference_table(found))
+    learning = [run for run in one.runs if not _shows_teacher(run)]
     named = [_row(run) for run in learning]
     charts, keys = curves.together(learning[:MOST], named[:MOST])
     costly = [[", ".join(row[:2]), *row[figures:]] for row in rows if any(row[figures:])]
     sections = [
         Section("results", "Results", tables=[
-            Table("figures", measured(found), columns[:figures], [row[:figures] for row in rows], left=2),
+            Table("figures", capital(measured(found)), columns[:figures], [row[:figures] for row in rows], left=2),
             Table("differences", "Paired differences, seed by seed", compared, differences, left=3,
-                  note="“Without 0”: whether the 95 % interval of the difference leaves out zero.") if differences else None,
+                  note=f"{EXCLUDES}.") if differences else None,
         ], plot=inline(draw(found, WIDTH, title=False), "plot", said(found)) if rows else ""),
         Section("costs", "Sizes and costs", tables=[
             without_empty(Table("cost-table", "Sizes and costs of the rows", ["row", *columns[figures:]], costly)),
@@ -75,7 +86,7 @@ def comparison(one: Comparison, file: Path) -> dict[str, Any]:
         Section("sections", "Time by section of the step", tables=[
             _section_times(learning, named, "the last phase, mean over seeds"),
         ]),
-        Section("remarks", "What the figures are", paragraphs=[caption(found)]),
+        Section("remarks", "What the figures are", texts=remarks(found)),
         Section("commands", "Commands", commands=[
             ("Run or continue this comparison", str(found["command"])),
             ("Make this page again", f"python -m engine.report {one.folder}"),
@@ -115,18 +126,9 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
                      f"{smaller:.2f} ×" if smaller else "", duration(training(run)) if run.finished else "not finished",
                      rate(main.get("examples_per_second")), peak, energy])  # fmt: skip
     measures = [f"{split} {metric_header(m)}" for m in metrics for split in ("validation", "test")]
-    columns = [
-        "run",
-        "method, models",
-        *measures,
-        "parameters",
-        "smaller",
-        "training",
-        "examples/s",
-        f"memory, {memory}",
-        joule,
-    ]
-    note = "Figures are the student's; examples/s are of its last phase, training is all of its phases."
+    costly = ["parameters", "smaller", "training time", "examples/s", f"peak memory, {memory}", joule]
+    columns = ["run", "method, models", *measures, *costly]
+    note = "Figures are the student's; examples/s are of its last phase, training time is of all its phases."
     return without_empty(Table("side-by-side", "The runs side by side", columns, rows, left=2, note=note))
 
 
@@ -147,10 +149,9 @@ def _section_times(runs: Sequence[Run], labels: Sequence[str], words: str) -> Ta
     for place, name in enumerate(names):
         cells = zip(texts[place * width : (place + 1) * width], means, strict=True)
         rows.append([name, *(Cell(text, bar=one[name] / most if most else None) for text, one in cells)])
-    rows.append(["a step in all", *texts[-width:]])
-    return Table(
-        "section-times", f"{unit} a step, by section, in {words}", ["section", *found], rows, strong=[len(rows) - 1]
-    )
+    rows.append(["whole step", *texts[-width:]])
+    caption = f"{unit} per step, by section, in {words}"
+    return Table("section-times", caption, ["section", *found], rows, strong=[len(rows) - 1])
 
 
 def _short(run: Run, label: str, number: int, file: Path) -> dict[str, Any]:
@@ -158,8 +159,11 @@ def _short(run: Run, label: str, number: int, file: Path) -> dict[str, Any]:
     own = run.folder / "report.html"
     link = quote(os.path.relpath(own, file.parent)) if own.is_file() else ""
     seed = f"seed {run.settings['seed']}" if "seed" in run.settings else ""
-    return {"name": f"run-{number}", "label": label, "link": link, "seed": seed, "words": in_short(run),
-            "unfinished": "" if run.finished else standing(run), "tiles": tiles(run)}  # fmt: skip
+    said, facts = in_short(run), tiles(run)
+    if _shows_teacher(run):
+        said, facts = f"Prepares and measures {enumerated(teachers_of(run))}; the student takes a single step.", []
+    return {"name": f"run-{number}", "label": label, "link": link, "seed": seed, "words": said,
+            "unfinished": "" if run.finished else standing(run), "tiles": facts}  # fmt: skip
 
 
 def _row(run: Run) -> str:
@@ -167,8 +171,14 @@ def _row(run: Run) -> str:
     return re.sub(r"(-seed-\d+)?-[0-9a-f]{10}$", "", run.name)
 
 
-def _arrows(rows: list[list[str]]) -> list[list[str]]:
-    return [[text.replace(" -> ", " → ") for text in row] for row in rows]
+def _shows_teacher(run: Run) -> bool:
+    """Whether it serves a row that shows a teacher: the student takes one step, and its figures mean nothing."""
+    return run.settings.get("max_steps") == 1
+
+
+def _arrows(columns: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """The columns and then the rows, with arrows as they are printed."""
+    return [[arrow(text) for text in row] for row in (columns, *rows)]
 
 
 def _peak(run: Run) -> float | None:
@@ -180,25 +190,17 @@ def _lead(found: dict[str, Any]) -> str:
     seeds = found["seeds"]
     note = (found.get("note") or "").strip()
     number = f"{len(found['rows'])} row{'s' * (len(found['rows']) != 1)}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-    return (
-        f"{number}: {measured(found)}, mean and 95 % interval. {note}".strip()
-        if len(seeds) > 1
-        else f"{number}: {measured(found)}. {note}".strip()
-    )
+    interval = ", mean and 95 % interval" * (len(seeds) > 1)
+    return f"{number}: {measured(found)}{interval}. {note}".strip()
 
 
 def _demonstration(runs: Sequence[Run]) -> str:
     some = [embedded(run) for run in runs]
-    return (
-        (
-            DEMONSTRATION
-            if all(some)
-            else f"Some of these runs are demonstrations, and do not compare with the others. {DEMONSTRATION}"
-        )
-        if any(some)
-        else ""
-    )
+    if not any(some):
+        return ""
+    mixed = "" if all(some) else "Some of these runs are demonstrations; do not compare them with the others. "
+    return mixed + DEMONSTRATION
 
 
 def _cut(runs: Sequence[Run]) -> list[str]:
-    return [f"Drawn are the first {MOST} of {len(runs)} runs."] if len(runs) > MOST else []
+    return [f"The charts show the first {MOST} of {len(runs)} runs."] if len(runs) > MOST else []

@@ -1,4 +1,8 @@
-"""Drawings as part of a page: colours as variables of the page, names of their own, no fonts, nothing from elsewhere."""
+"""Drawings as part of a page: colours as variables of the page, names of their own, no fonts, nothing from elsewhere.
+
+Matplotlib draws; what is done here it does not offer: colours that follow the page's light or dark scheme, ids that are unique
+on a page of many drawings, text in the reader's fonts. Plotly and Bokeh would need scripts, which a page does not hold.
+"""
 
 from __future__ import annotations
 

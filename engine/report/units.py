@@ -1,4 +1,7 @@
-"""Numbers as people read them: a unit for a whole column, three figures, thousands apart."""
+"""Numbers as people read them: a unit for a whole column, three figures, thousands apart.
+
+humanize and pint format one number at a time; a column needs one unit and as many decimals in each of its cells.
+"""
 
 from __future__ import annotations
 
@@ -115,6 +118,15 @@ def printable(text: str) -> str:
     """`text` without control characters and lone surrogates, which neither HTML nor SVG can hold."""
     text = text.encode("utf-8", "replace").decode()
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", text)
+
+
+def arrow(text: str) -> str:
+    """bert → distilbert for "bert -> distilbert", where more than ASCII can be shown."""
+    return text.replace(" -> ", " → ")
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def enumerated(names: Sequence[str]) -> str:

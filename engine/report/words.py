@@ -8,8 +8,8 @@ from engine.report.load import Run, mapping
 from engine.report.units import count, duration, enumerated, finite, metric_name, metric_words
 
 DEMONSTRATION = (
-    "This is the embedded demonstration: miniature, randomly initialised models and a generated corpus stand in for what "
-    "could not be had from the hub. Its figures say nothing about the real models."
+    "This is the embedded demonstration: miniature, randomly initialised models or a generated corpus stand in for real "
+    "ones. Its figures say nothing about the real models."
 )
 METHODS = {
     "metadistil": ("MetaDistil", "Each round the student takes a pilot step and is quizzed on held-out examples; the quiz loss "
@@ -17,10 +17,10 @@ METHODS = {
                    "it better."),
     "lgtm": ("LGTM", "As in MetaDistil the quiz loss flows back into every teacher, here through an AdamW pilot step, and "
              "teachers also keep learning the task and from the student."),
-    "reptile": ("ReptileDistil", "Each teacher takes a step towards the weights that the student has after one step of its "
-                "own; there is no quiz."),
-    "metakd": ("Meta-KD", "A meta-teacher of several domains teaches; the student learns its inner states first, then its "
-               "logits, each example weighted by the teacher's expertise on it."),
+    "reptile": ("ReptileDistil", "Each round the student takes a pilot step; every teacher takes a step towards the student's "
+                "moved weights; the student is rewound and takes the real step. There is no quiz."),
+    "metakd": ("Meta-KD", "One meta-teacher was trained on several domains. The student learns its inner states first, then "
+               "its logits; each example is weighted by the teacher's expertise on it."),
     "kd": ("KD", "The teachers are frozen, and the student learns from their averaged logits and from the labels."),
     "finetune": ("fine-tuning", "There is no teacher: the student learns from the labels alone."),
 }  # fmt: skip
@@ -76,14 +76,13 @@ def in_short(run: Run) -> str:
 
 
 def standing(run: Run) -> str:
-    """Where a run stands that is not finished."""
+    """How far a run has come that is not finished."""
     if not run.records:
         return "Nothing has been logged yet."
     last = run.records[-1]
-    best = [run.series(last["phase"], f"validation/{run.metric}")]
-    found = f"It stands in “{last['phase']}” at step {count(last['step'])}."
-    if best[0][1]:
-        values = best[0][1]
+    _, values = run.series(last["phase"], f"validation/{run.metric}")
+    found = f"The last record is of phase “{last['phase']}”, step {count(last['step'])}."
+    if values:
         found += (
             f" Best validation {metric_name(run.metric)} of this phase so far: {metric_words(max(values), run.metric)}."
         )
@@ -120,7 +119,14 @@ def _models(run: Run) -> str:
         said += f" with {number} teacher{'s' * (len(teachers) != 1)}, {named}{each}"
         smaller = finite(run.summary.get("times_smaller"))
         if smaller:
-            said += f". It is {smaller:.2f} times smaller" + " than the teachers' mean" * (len(sizes) > 1)
+            than = (
+                "the mean of its teachers"
+                if len(sizes) > 1
+                else "its teacher"
+                if len(teachers) == 1
+                else "each teacher"
+            )
+            said += f". It is {smaller:.2f} times smaller than {than}"
     return said + "."
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from report_helpers import make_run
 from run_helpers import summary as summary_of
-from test_report_several import comparison  # noqa: F401 - a fixture
 
 from engine.report import pages
 from engine.report.style import PALETTE
@@ -56,7 +55,7 @@ def browse(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, comparison):  # noqa: F811
+def made(tmp_path_factory, comparison):
     """Pages of a run, of one whose names have no place to break, of several runs, and of a comparison."""
     base = tmp_path_factory.mktemp("pages")
     run, long = make_run(base / "run", steps=120), make_run(base / ("long" * 40), steps=60, config={"data": "x" * 300})

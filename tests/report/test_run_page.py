@@ -3,14 +3,15 @@
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_helpers import METRICS, SECONDS, make_run, settings
+from page_reader import EVIL, Reader, table
+from report_helpers import SECONDS, make_run, settings
 from run_helpers import summary as summary_of
 
 from engine import cli
+from engine.compare import options
 from engine.report import pages
 from engine.report.__main__ import main
 from engine.report.layout import MARK
@@ -18,71 +19,11 @@ from engine.report.load import read
 from engine.report.settings import commands, sorted_out
 from engine.report.style import PALETTE
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-OWN = {"path", "circle", "use"}  # of SVG, where they may close themselves
-EVIL = "<script>alert(1)</script>\"'&amp;</style>--><svg onload=x>$\\frac{$]]>\x00\x1b[31m\ud800"
-
-
-class Reader(HTMLParser):
-    """A page taken apart; a tag that is not closed, or not open, is an error."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.elements, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), [name for name, _ in self.open]))
-        assert len(dict(attrs)) == len(attrs), (tag, attrs)
-        if tag not in VOID:
-            self.open.append((tag, len(self.texts)))
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), [name for name, _ in self.open]))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1][0] == tag, (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data):
-        if data.strip():
-            self.texts.append((self.open[-1][0] if self.open else "", data.strip()))
-
-    def of(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes, _ in self.elements if name == tag]
-
-    def said(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
-
-    def words(self) -> str:
-        return " ".join(text for name, text in self.texts if name != "style")
-
-
-def table(page: str, name: str) -> list[list[str]]:
-    """The cells of the table that has the caption of this id."""
-    (found,) = re.findall(rf'<caption id="{name}".*?</table>', page, flags=re.DOTALL)
-    rows = re.findall(r"<tr.*?</tr>", found, flags=re.DOTALL)
-    return [
-        [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)]
-        for row in rows
-    ]
+TRAINING = {name: s for name, s in SECONDS.items() if name not in ("evaluation", "checkpoint")}
 
 
 def page_of(folder: Path) -> str:
-    file, _ = pages.write([folder], None)
-    return file.read_text()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / "gpu", steps=300)
-
-
-@pytest.fixture(scope="module")
-def page(folder):
-    return page_of(folder)
+    return pages.write([folder], None)[0].read_text()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +46,7 @@ def test_headings_and_lead(page):
     assert read.said("title") == read.said("h1") == ["distilbert from bert and roberta by MetaDistil"]
     lead = " ".join(read.said("p"))
     for part in ("The student distilbert (66,955,010 parameters) was trained by MetaDistil with two teachers, bert (109,483,778 parameters) "
-                 "and roberta (124,647,170 parameters). It is 1.75 times smaller than the teachers' mean.",
+                 "and roberta (124,647,170 parameters). It is 1.75 times smaller than the mean of its teachers.",
                  "Data: sst2, 8,000 training examples (and 1 further sample for teachers), 100 for the quiz, 872 for validation and "
                  "2,000 for the test.", "took 300 optimizer steps on NVIDIA H100 80GB HBM3;"):  # fmt: skip
         assert part in lead, part
@@ -115,20 +56,18 @@ def test_headings_and_lead(page):
     assert "teacher roberta fell from accuracy 0.9400 to 0.9180" in read.words()
 
 
-def test_results(page, folder):
+def test_results(page):
     head, *rows = table(page, "results-table")
     assert head == ["model", "measured on", "accuracy, %", "F1", "Matthews", "parameters"]
     assert rows[0] == ["bert (teacher)", "validation, as prepared", "93.40", "0.9300", "0.8580", "109,483,778"]
     assert rows[1] == ["", "validation", "93.80", "0.9340", "0.8660", ""]
     assert rows[-1] == ["", "test", "90.95", "0.9055", "0.8090", ""]
     assert [row[0] for row in rows if row[0]] == ["bert (teacher)", "roberta (teacher)", "distilbert (student)"]
-    found = summary_of(folder)["student"]["metrics"]["test"]
-    assert list(found) == list(METRICS)
 
 
 def test_sections_add_up_to_a_step(page):
     head, *rows, total = table(page, "sections-2")
-    assert head == ["section", "ms a step", "share", "peak memory, GiB", "J a step"]
+    assert head == ["section", "ms per step", "share", "peak memory, GiB", "J per step"]
     assert [row[0] for row in rows] == list(SECONDS)
     assert [float(row[1]) for row in rows] == pytest.approx([1000 * s for s in SECONDS.values()], abs=0.05)  # as shown
     assert float(total[1]) == pytest.approx(1000 * sum(SECONDS.values()), abs=0.05)
@@ -139,18 +78,19 @@ def test_sections_add_up_to_a_step(page):
     assert f'--part: 1.0000">{100 * SECONDS[most] / sum(SECONDS.values()):.1f} %' in page
 
 
-def test_a_run_that_is_not_finished_has_its_sections_from_the_records(variants):
-    head, *rows, total = table(variants["part"], "sections-2")
-    known = {name: s for name, s in SECONDS.items() if name not in ("evaluation", "checkpoint")}
-    assert [row[0] for row in rows] == list(known)
-    assert float(total[1]) == pytest.approx(1000 * sum(known.values()), rel=0.03)  # the fixture's slow wave
-    assert "It stands in “metadistil” at step 15. Best validation accuracy of this phase so far: " in variants["part"]
+def test_a_run_that_is_not_finished(variants):
+    _, *rows, total = table(variants["part"], "sections-2")  # from the records
+    assert [row[0] for row in rows] == list(TRAINING)
+    assert float(total[1]) == pytest.approx(1000 * sum(TRAINING.values()), rel=0.03)  # the fixture's slow wave
     words = Reader(variants["part"]).words()
-    assert "Not finished" in words and "python -m engine.train --resume --output" in words
+    for part in ("phase “metadistil”, step 15. Best validation accuracy of this phase so far: ", "Not finished",
+                 "python -m engine.train --resume --output"):  # fmt: skip
+        assert part in words
+    assert "Nothing has been logged yet." in variants["begun"] and "<figure" not in variants["begun"]
 
 
-def test_domains(tmp_path):
-    run = make_run(tmp_path / "run", steps=60)
+@pytest.mark.usefixtures("undrawn")
+def test_domains(run):
     found = summary_of(run)
     for k, entry in enumerate([*found["teachers"], found["student"]]):
         entry["by_domain"] = {"test": {name: {"accuracy": 0.9 - 0.1 * k} for name in ("books", "<b>dvd")}}
@@ -162,11 +102,11 @@ def test_domains(tmp_path):
 
 
 def test_curves_and_what_is_said_of_them(page):
-    labels = {a["aria-label"].split(".")[0]: a["aria-label"] for a in Reader(page).of("svg") if "aria-label" in a}
+    labels = {label.split(".")[0]: label for label in Reader(page).labels()}
     assert list(labels) == [
         "Validation accuracy: metadistil", "Loss: metadistil", "Drift of the teachers",
-        "Weights of the teachers in the mean of their logits", "Validation accuracy: preparation of the teachers",
-        "Loss: preparation of the teachers", "Examples a second", "Tokens a second", "Memory over time", "Power", "Energy a step",
+        "Weight of each teacher in the mean of the logits", "Validation accuracy: preparation of the teachers",
+        "Loss: preparation of the teachers", "Examples per second", "Tokens per second", "Memory over time", "Power", "Energy per step",
         "Use of the device", "Use of the processor", "Clocks", "Temperature", "PCIe",
     ]  # fmt: skip
     assert "teacher bert, as prepared: 93.40 % throughout" in labels["Validation accuracy: metadistil"]
@@ -179,12 +119,13 @@ def test_curves_and_what_is_said_of_them(page):
 
 
 def test_energy_or_the_cause_of_none(variants):
-    assert "All phases together took 54.8 kJ (15.2 Wh)" in variants["gpu"]
-    assert "as if power were constant" in variants["gpu"] and "as if power were constant" not in variants["cpu"]
-    assert "what the process held" in variants["cpu"] and "what the process held" not in variants["gpu"]
-    assert "no NVML: libnvidia-ml.so.1 is not installed." in variants["cpu"] and "kJ" not in variants["cpu"]
-    assert "made without telemetry" in variants["old"]
-    assert "throttled" not in variants["cpu"]
+    only = {"gpu": ["All phases together took 54.8 kJ (15.2 Wh)", "as if power were constant"],
+            "cpu": ["resident memory of the process", "(no NVML: libnvidia-ml.so.1 is not installed)."],
+            "old": ["made without telemetry"]}  # fmt: skip
+    for name, parts in only.items():
+        for part in parts:
+            assert [other for other in ("gpu", "cpu", "old") if part in variants[other]] == [name]
+    assert "throttling" not in variants["cpu"]
 
 
 def test_an_old_run_has_all_but_telemetry(variants):
@@ -194,13 +135,10 @@ def test_an_old_run_has_all_but_telemetry(variants):
     assert "sections-" not in variants["old"]
 
 
-def test_a_run_that_has_just_begun(variants):
-    assert "Nothing has been logged yet." in variants["begun"] and "<figure" not in variants["begun"]
-
-
+@pytest.mark.usefixtures("undrawn")
 def test_throttling_is_named(tmp_path):
     page = page_of(make_run(tmp_path / "run", steps=600))
-    assert re.search(r"throttled at 20 of 120 readings: power cap\.", page)
+    assert re.search(r"throttling\) at 20 of 120 readings: power cap\.", page)
 
 
 def test_facts(page):
@@ -225,25 +163,20 @@ def test_settings_that_differ_come_first(page):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"compile": True, "noise_teacher": 0.2}, {"data": "my data/it's", "target_domain": "-x", "domain_column": "a b"},
-    {"student_layers": "1,3", "lr": 1.5e-05, "max_steps": 7},
+    {}, {"compile": True, "noise_teacher": 0.2, "student_layers": "1,3", "lr": 1.5e-05, "max_steps": 7},
+    {"data": "my data/it's", "target_domain": "-x", "domain_column": "a b"},
 ])  # fmt: skip
 def test_the_flags_of_a_run_are_its_settings_again(tmp_path, changes):
     run = make_run(tmp_path / "run", finished=False, lines=0, config=changes)
-    known = dict(commands(read(run)))
-    module, *words = shlex.split(known["The same as flags"])[2:]
-    assert module == "engine.train"
-    expected = settings(seed=3, **changes)
-    assert cli.parse(words).to_flat() == expected
-    words = shlex.split(known["Repeat it from its settings"])[3:]
-    assert cli.parse(words).to_flat() == expected
-    assert shlex.split(known["Continue it"])[3:] == ["--resume", "--output", str(run)]
+    known = {what: shlex.split(command)[2:] for what, command in commands(read(run))}
+    for what in ("Repeat the run with flags alone", "Repeat the run from its settings file"):
+        module, *words = known[what]
+        assert module == "engine.train" and cli.parse(words).to_flat() == settings(seed=3, **changes)
+    assert known["Continue the run"] == ["engine.train", "--resume", "--output", str(run)]
 
 
 def test_the_comparison_that_is_proposed_can_be_run(folder):
-    from engine.compare import options
-
-    words = shlex.split(dict(commands(read(folder)))["Compare it with other methods, over five seeds"])
+    words = shlex.split(dict(commands(read(folder)))["Compare the method with others, over five seeds"])
     grid = options.parse(words[3:]).grid
     assert grid.seeds == [0, 1, 2, 3, 4]
     assert {row.method for row in grid.rows} >= {"finetune", "kd", "metadistil"}
@@ -257,20 +190,14 @@ def test_the_page_is_whole_and_asks_for_nothing(variants, name):
     text = variants[name]
     read = Reader(text)
     assert text.startswith("<!DOCTYPE html>") and MARK in text[:2000]
-    tags = {tag for tag, _, _ in read.elements}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "image", "foreignobject", "base", "form"}
+    assert not read.tags() & {"script", "img", "iframe", "object", "embed", "image", "foreignobject", "base", "form"}
     assert not re.search(r"https?:|//\w|@import|javascript:", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
     assert {a.get("href") for a in read.of("link")} == {"data:,"}
     assert all(value.startswith("#") for value in re.findall(r"url\(([^)]*)\)", text))
-    for _, attributes, _ in read.elements:
-        assert not [key for key in attributes if key.startswith("on")]
-        assert attributes.get("src") is None
-    ids = [attributes["id"] for _, attributes, _ in read.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
+    assert not [key for _, a, _ in read.elements for key in a if key.startswith("on") or key == "src"]
     wanted = {a["href"][1:] for _, a, _ in read.elements if a.get("href", "").startswith("#")}
     wanted |= {a["aria-labelledby"] for _, a, _ in read.elements if "aria-labelledby" in a}
-    wanted |= set(re.findall(r"url\(#([^)]*)\)", text))
-    assert wanted <= set(ids)
+    assert wanted | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(read.ids)
 
 
 def test_headings_tables_and_drawings_are_named(page):
@@ -280,27 +207,23 @@ def test_headings_tables_and_drawings_are_named(page):
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert len(read.of("caption")) == len(read.of("table")) > 5
     assert all("scope" in attributes for attributes in read.of("th"))
-    for attributes in read.of("svg"):
-        assert attributes.get("aria-hidden") == "true" or (
-            attributes["role"] == "img" and len(attributes["aria-label"]) > 30
-        )
+    for a in read.of("svg"):
+        assert a.get("aria-hidden") == "true" or (a["role"] == "img" and len(a["aria-label"]) > 30)
     assert read.of("html") == [{"lang": "en"}] and any(a.get("name") == "viewport" for a in read.of("meta"))
-    for tag, attributes, around in read.elements:
-        if tag == "table":
-            assert around[-1] == "div" and attributes == {}  # in a box of its own, which scrolls
-    assert page.count('<div class="scroll" role="region" tabindex="0"') >= len(read.of("table"))
+    around = [(above[-1], a) for tag, a, above in read.elements if tag == "table"]
+    assert all(each == ("div", {}) for each in around)  # in a box of its own, which scrolls
+    assert page.count('<div class="scroll" role="region" tabindex="0"') >= len(around)
 
 
 def test_every_color_of_a_drawing_is_one_of_the_page(page):
     body = page[page.index("</head>") :]
     assert not re.search(r"#[0-9a-f]{6}\b|rgb\(|fill: black|stroke: black", body)
     used = set(re.findall(r"var\(--([\w-]+)\)", body))
-    assert {"text", "muted", "rule", "series-1", "series-2"} - {"text"} <= used <= PALETTE.keys()
+    assert {"muted", "rule", "series-1", "series-2"} <= used <= PALETTE.keys()
     assert page.count("--series-1: ") == 2  # light and dark
     before = page[: page.index(f"--series-1: {PALETTE['series-1'][1]}")]
-    assert before.rstrip().rfind("@media screen and (prefers-color-scheme: dark)") > before.rfind(
-        "--series-1: "
-    )  # paper is white
+    # paper is white
+    assert before.rfind("@media screen and (prefers-color-scheme: dark)") > before.rfind("--series-1: ")
 
 
 def luminance(color: str) -> float:
@@ -319,23 +242,12 @@ def test_contrast(scheme):
     """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn. A seed's point may be paler: its mean lies beside it, darker."""
     colors = {name: both[scheme] for name, both in PALETTE.items()}
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    pairs = [(text, ground) for text in ("text", "muted", "link") for ground in ("page", "box")]
-    pairs += [("text", "warn-box"), ("warn", "warn-box"), ("warn", "page"), ("text", "bar")]
-    assert {
-        pair: contrast(colors[pair[0]], colors[pair[1]])
-        for pair in pairs
-        if contrast(colors[pair[0]], colors[pair[1]]) < 4.5
-    } == {}
-    drawn = [name for name in colors if name.startswith("series-")] + ["ours", "published"]
-    assert {
-        name: contrast(colors[name], colors["page"]) for name in drawn if contrast(colors[name], colors["page"]) < 3
-    } == {}
+    texts = [(text, ground) for text in ("text", "muted", "link") for ground in ("page", "box")]
+    texts += [("text", "warn-box"), ("warn", "warn-box"), ("warn", "page"), ("text", "bar")]
+    drawn = [(name, "page") for name in colors if name.startswith("series-") or name in ("ours", "published")]
+    for least, pairs in ((4.5, texts), (3, drawn)):
+        assert [pair for pair in pairs if contrast(colors[pair[0]], colors[pair[1]]) < least] == []
     assert len({light for light, _ in PALETTE.values()}) == len(PALETTE)  # a drawing's colours are told apart by them
-
-
-def test_the_same_run_has_the_same_bytes(folder, page, tmp_path):
-    file, _ = pages.write([folder], tmp_path / "again.html")
-    assert file.read_bytes() == (folder / "report.html").read_bytes()
 
 
 # Hostile content
@@ -354,44 +266,39 @@ def test_nothing_that_a_run_holds_becomes_markup(tmp_path):
     found["telemetry"] |= {"cause": EVIL, "device": {EVIL: EVIL}}
     found["telemetry"]["phases"]["metadistil"]["sections"][EVIL] = {"seconds": 1.0}
     (run / "summary.json").write_text(json.dumps(found))
+    record = {"phase": EVIL, "loss": 1.0, f"drift/{EVIL}": 0.1, f"{EVIL}_loss": 0.5, "validation/accuracy": 1}
     with open(run / "metrics.jsonl", "a") as f:
-        for step in range(1, 4):
-            f.write(
-                json.dumps(
-                    {
-                        "phase": EVIL,
-                        "step": step,
-                        "loss": 1.0,
-                        f"drift/{EVIL}": 0.1,
-                        f"{EVIL}_loss": 0.5,
-                        "validation/accuracy": 1,
-                    }
-                )
-                + "\n"
-            )
+        f.writelines(json.dumps(record | {"step": step}) + "\n" for step in range(1, 4))
     text = page_of(run)
     read = Reader(text)
-    assert "script" not in {tag for tag, _, _ in read.elements}
-    assert "<script" not in text and "</style>" in text and text.count("</style>") == 1
+    assert "script" not in read.tags() and "<script" not in text and text.count("</style>") == 1
     assert not [a for _, a, _ in read.elements if any(key.startswith("on") for key in a)]
     assert "<script>alert(1)</script>" in read.words()  # it is said, not done
-    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
-    assert "\ufffd" in text
-    assert any("<script>alert(1)" in a.get("aria-label", "") for a in read.of("svg"))
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text) and "\ufffd" in text
+    assert any("<script>alert(1)" in label for label in read.labels())
 
 
 # Where it is written
 
 
-def test_a_page_replaces_a_page_and_nothing_else(folder, tmp_path, capsys):
-    file = tmp_path / "mine.html"
+def test_a_page_replaces_a_page_and_nothing_else(folder, page, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "x.html"
+    words = [str(folder), "--output", str(file)]
     file.write_text("<!DOCTYPE html><p>mine</p>")
-    assert main([str(folder), "--output", str(file)]) == 2
+    assert main(words) == 2
     assert f"{file} exists and is no page of engine.report; name another file with --output." in capsys.readouterr().err
     assert file.read_text() == "<!DOCTYPE html><p>mine</p>"
-    file.unlink()
-    assert main([str(folder), "--output", str(file)]) == 0 and main([str(folder), "--output", str(file)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
+    file.write_text(MARK)
+    assert main(words) == 0 and file.read_text() == page  # the same run has the same bytes
+
+    def write_text(self, *_, **__):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert main(words) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert file.read_text() == page and [path.name for path in tmp_path.iterdir()] == ["x.html"]
 
 
 @pytest.mark.parametrize(("output", "says"), [
@@ -402,18 +309,3 @@ def test_a_place_that_cannot_be_written(folder, tmp_path, capsys, output, says):
     assert main([str(folder), "--output", str(tmp_path / output)]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
-
-
-def test_a_full_disk_leaves_the_old_page(folder, tmp_path, capsys, monkeypatch):
-    file = tmp_path / "x.html"
-    assert main([str(folder), "--output", str(file)]) == 0
-    old = file.read_bytes()
-
-    def write_text(self, *_, **__):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    assert main([str(folder), "--output", str(file)]) == 2
-    assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert file.read_bytes() == old and [path.name for path in tmp_path.iterdir()] == ["x.html"]
