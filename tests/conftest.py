@@ -56,16 +56,25 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, cache):
+@pytest.fixture(scope="session")
+def reviews_file(tmp_path_factory):
     from run_helpers import sentences, table  # not above: the kernels' tests run where few packages are installed
 
     return table(tmp_path_factory.mktemp("data") / "reviews.tsv", sentences(200))
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory, cache):
-    """One run of MetaDistil with two unlike teachers, looked at from many sides."""
+def data(reviews_file, cache):
+    """Two hundred reviews, for runs whose cache is the module's."""
+    return reviews_file
+
+
+@pytest.fixture(scope="session")
+def finished(reviews_file, tmp_path_factory):
+    """One run of MetaDistil with two unlike teachers, looked at from many sides; its cache is `cache` beside it."""
     from run_helpers import succeed
 
-    return succeed(data, tmp_path_factory.mktemp("runs") / "finished", teachers="bert,roberta", seed=1, log_steps=2)
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METADISTIL_CACHE", str(folder / "cache"))
+        return succeed(reviews_file, folder / "run", teachers="bert,roberta", seed=1, log_steps=2, page=True)

@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.embedded import generate
+from engine.telemetry.monitor import Monitor
 from engine.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +44,26 @@ def flags(data: Path | str, output: Path | str | None = None, **changes) -> list
     return words
 
 
-def succeed(*arguments, **changes) -> Path:
-    """Run the job in this process; returns its output directory."""
+def job(words: list[str], page: bool = False) -> int:
+    """Run the command in this process; returns its exit status. Drawing the page takes half the time of such a run, so that it
+    is left out where no test looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not page:
+            patch.setattr("engine.run.results._write_page", lambda output, console: None)
+        return main(words)
+
+
+def succeed(*arguments, page: bool = False, **changes) -> Path:
+    """`job` of a whole command line; returns its output directory."""
     words = flags(*arguments, **changes)
-    assert main(words) == 0, words
+    assert job(words, page) == 0, words
     return Path(words[words.index("--output") + 1])
+
+
+def succeed_saying(*arguments, **changes) -> tuple[Path, str]:
+    """`succeed`, and what it said."""
+    with redirect_stdout(StringIO()) as said:
+        return succeed(*arguments, **changes), said.getvalue()
 
 
 def start(words: list[str], **options) -> subprocess.Popen:
@@ -51,6 +71,32 @@ def start(words: list[str], **options) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen([sys.executable, "-m", "engine.train", *words], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+
+
+class Killed(BaseException):
+    """Takes the place of a kill, for a run in this process."""
+
+
+def stop(words: list[str], phase: str, step: int, number: int | None = None) -> int:
+    """Run the job in this process, which gets a signal right after `step` of `phase` is logged, or without one is "killed".
+
+    Returns the exit status. A real kill is `run_signalled`.
+    """
+    log, numbers = Monitor.log, [number]
+
+    def logged(self, name, at, values):
+        log(self, name, at, values)
+        if name == phase and at >= step and numbers:
+            if (number := numbers.pop()) is None:
+                raise Killed
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "log", logged)
+        try:
+            return job(words)
+        except Killed:
+            return -signal.SIGKILL
 
 
 SIGNALLED = """
@@ -112,4 +158,4 @@ def assert_as_if_nothing_had_happened(run: Path, whole: Path) -> None:
     values = [[line.get("loss") for line in metrics(r)] for r in (run, whole)]
     assert values[0] == values[1]
     assert summary(run)["metrics"] == summary(whole)["metrics"]
-    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
+    assert {p.name for p in run.iterdir()} ^ {p.name for p in whole.iterdir()} <= {"report.html"}

@@ -34,6 +34,6 @@ def test_a_page_that_cannot_be_written_leaves_the_run_finished(data, cache, tmp_
         raise UserError("there is no room.")
 
     monkeypatch.setattr(pages, "write", write)
-    run = succeed(data, tmp_path / "run", method="finetune")
+    run = succeed(data, tmp_path / "run", method="finetune", page=True)
     assert (run / "summary.json").exists() and not (run / "report.html").exists()
     assert "warning: there is no room." in capsys.readouterr().out

@@ -4,23 +4,16 @@ import importlib.util
 import json
 import shutil
 import socket
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from run_helpers import contents, flags, sentences, succeed, table
 from safetensors.torch import load_file, save_file
 
+from engine.config import Config
 from engine.train import main
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished run, whose student is the model directory that the cases spoil."""
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METADISTIL_CACHE", str(folder / "cache"))
-        succeed(table(folder / "d.tsv", sentences()), folder / "run", method="finetune")
-    return folder / "run"
 
 
 @pytest.fixture
@@ -55,33 +48,14 @@ def refused(place, capsys):
 # Settings
 
 ALLOWED = [
-    (["--train-size", "0"], "--train-size is 0", "at least 1"),
-    (["--train-size", "-5"], "--train-size is -5", "at least 1"),
-    (["--quiz-size", "0"], "--quiz-size is 0", "at least 1"),
     (["--batch-size", "0"], "--batch-size is 0", "at least 1"),
-    (["--batch-size", "-1"], "--batch-size is -1", "at least 1"),
-    (["--micro-batch-size", "0"], "--micro-batch-size is 0", "at least 1"),
     (["--batch-size", "2.5"], "--batch-size is '2.5'", "whole number"),
     (["--batch-size", ""], "--batch-size is ''", "whole number"),
-    (["--epochs", "0"], "--epochs is 0", "at least 1"),
-    (["--epochs", "a few"], "--epochs is 'a few'", "whole number"),
-    (["--length-buckets", "0"], "--length-buckets is 0", "at least 1"),
-    (["--max-length", "2"], "--max-length is 2", "at least 4"),
-    (["--alpha", "1.5"], "--alpha is 1.5", "from 0.0 to 1.0"),
-    (["--alpha", "-0.1"], "--alpha is -0.1", "from 0.0 to 1.0"),
-    (["--temperature", "nan"], "--temperature is 'nan'", "number"),
     (["--temperature", ".nan"], "--temperature is nan", "at least"),
-    (["--temperature", "0"], "--temperature is 0", "at least"),
     (["--lr", "abc"], "--lr is 'abc'", "number"),
     (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
-    (["--seed", "-1"], "--seed is -1", "it must be"),
     (["--method", "foo"], "--method is 'foo'", "one of metadistil, lgtm, reptile, metakd, kd, finetune"),
-    (["--source", "web"], "--source is 'web'", "one of auto, hub, embedded"),
-    (["--pilot-optimizer", "lion"], "--pilot-optimizer is 'lion'", "one of sgd, adamw"),
-    (["--meta-grad", "implicit"], "--meta-grad is 'implicit'", "exact"),
-    (["--precision", "fp16"], "--precision is 'fp16'", "one of fp32, tf32, bf16"),
     (["--precision", "tf32", "--device", "cpu"], "--precision is tf32", "CUDA device", "use --precision fp32"),
-    (["--optimizer", "lion"], "--optimizer is 'lion'", "one of flat, torch, apex"),
     (["--optimizer", "apex", "--device", "cpu"], "--optimizer apex needs a CUDA device", "flat or torch"),
     (["--teacher-params", "some"], "--teacher-params is 'some'", "last-N"),
     (["--teacher-params", "last-99"], "--teacher-params is last-99", "choose last-"),
@@ -93,9 +67,7 @@ ALLOWED = [
     (["--method", "finetune", "--teacher-weights", "1"], "finetune has no teachers", "leave --teacher-weights out"),
     (["--cache-teacher-logits"], "--cache-teacher-logits", "--method metadistil", "change in every round", "--method kd"),
     (["--method", "finetune", "--cache-teacher-logits"], "--cache-teacher-logits", "has no teachers", "leave it out"),
-    (["--method", "lgtm", "--teacher-alpha", "1.5"], "--teacher-alpha is 1.5", "from 0.0 to 1.0"),
     (["--method", "lgtm", "--cache-teacher-logits"], "--cache-teacher-logits", "--method lgtm", "change in every round"),
-    (["--layer-map", "middle"], "--layer-map is 'middle'", "one of first, skip, last, both"),
     (["--method", "reptile", "--student", "tinybert"], "has 20", "64", "models of equal width", "--method metadistil"),
     (["--method", "reptile", "--teachers", "distilbert", "--student", "bert"], "--layer-map skip", "the student has 4 layers"),
     (["--method", "reptile", "--meta-grad", "first_order"], "--meta-grad first_order does not fit --method reptile"),
@@ -116,60 +88,30 @@ ALLOWED = [
     (["--teachers", ""], "--teachers", "at least one"),
     (["--teachers", " , "], "--teachers", "at least one"),
     (["--teachers", "brt"], "'brt'", "bert, roberta, distilbert, tinybert", "local directory"),
-    (["--teachers", "bert,brt"], "'brt'", "bert, roberta, distilbert, tinybert"),
-    (["--teachers", "./none"], "'./none'", "existing local directory"),
     (["--student", ""], "''", "existing local directory"),
-    (["--student", "berty"], "'berty'", "existing local directory"),
     (["--student", "nobody/nothing"], "'nobody/nothing'", "--source embedded", "local directory"),
     (["--student-layers", "5"], "--student-layers is [5]", "0 to 1"),
     (["--student-layers", "-1"], "--student-layers is [-1]", "0 to 1"),
     (["--student-layers", "0,0"], "--student-layers is [0, 0]", "once"),
     (["--student-layers", "one"], "--student-layers is 'one'", "as in 1,3,5"),
-    (["--student-layers", ""], "--student-layers is ''", "as in 1,3,5"),
     (["--device", "foo"], "--device is 'foo'", "auto, cpu, cuda"),
-    (["--device", ""], "--device is ''", "auto, cpu, cuda"),
     (["--compile", "--checkpointing", "both"], "--compile does not go with --checkpointing both", "leave one of the two out"),
-    (["--cuda-graphs", "maybe"], "--cuda-graphs is 'maybe'", "one of auto, on, off"),
     (["--cuda-graphs", "on", "--device", "cpu"], "--cuda-graphs on needs a CUDA device", "use --cuda-graphs auto"),
     (["--quiz-size", "500"], "--quiz-size is 500", "d.tsv", "120 usable rows", "smaller size or a quiz file"),
-    (["--test-size", "121"], "--test-size is 121", "d.tsv", "smaller size or a test file"),
     (["--train-size", "1"], "d.tsv", "2 rows per class", "add rows"),
     (["--data", "none.tsv"], "--data none.tsv does not exist", "existing file or folder"),
-    (["--data", "./none"], "--data ./none does not exist", "existing file or folder"),
     (["--data", "sst3"], "--data 'sst3'", "known are sst2"),
     (["--data", "mrpc"], "--data mrpc", "--source embedded", "local files"),
     (["--text-column", "words"], "d.tsv", "no column 'words'", "sentence, label", "--text-column"),
     (["--domain-column", "genre"], "d.tsv", "no column 'genre'", "sentence, label", "--domain-column"),
     (["--domain-column", "label"], "--domain-column is label", "the label column", "--label-column"),
-    (["--metric", "bleu"], "--metric is 'bleu'", "one of auto, accuracy, f1"),
     (["--metric", "pearson"], "--metric pearson", "regression", "use accuracy or f1 or matthews"),
     (["--metric", "f1", "--task", "regression"], "--metric f1", "classification", "use pearson or spearman"),
-    (["--noise-teacher", "1.5"], "--noise-teacher is 1.5", "from 0.0 to 1.0"),
-    (["--noise-student", "-0.1"], "--noise-student is -0.1", "from 0.0 to 1.0"),
-    (["--noise-kind", "swap"], "--noise-kind is 'swap'", "one of mask, vocabulary"),
     (["--method", "finetune", "--noise-teacher", "0.2"], "--noise-teacher is 0.2", "has no teachers", "--noise-student"),
     (["--method", "kd", "--cache-teacher-logits", "--noise-teacher", "0.2"], "--noise-teacher", "--cache-teacher-logits",
      "leave one of the two out"),
     (["--method", "metakd"], "--method metakd needs to know the domain", "--domain-column"),
-    (["--method", "kd", "--prepare-method", "multitask"], "--prepare-method multitask", "--domain-column"),
-    (["--prepare-method", "meta"], "--prepare-method meta", "--domain-column"),
-    (["--target-domain", "books"], "--target-domain books", "--domain-column"),
-    (["--target-fraction", "0.5"], "--target-fraction 0.5", "--domain-column"),
-    (["--teacher-domains", "others"], "--teacher-domains others", "--domain-column"),
-    (["--target-fraction", "0"], "--target-fraction is 0", "from 1e-06 to 1.0"),
-    (["--target-fraction", "1.5"], "--target-fraction is 1.5", "from 1e-06 to 1.0"),
-    (["--teacher-domains", "some"], "--teacher-domains is 'some'", "one of all, target, others, each"),
-    (["--prepare-method", "prompt"], "--prepare-method is 'prompt'", "one of finetune, multitask, meta"),
-    (["--domain-loss", "none"], "--domain-loss is 'none'", "one of reversal, shuffled"),
-    (["--domain-weight", "-1"], "--domain-weight is -1", "at least 0.0"),
-    (["--prototype-own", "-0.5"], "--prototype-own is -0.5", "at least 0.0"),
-    (["--prototype-others", "-0.5"], "--prototype-others is -0.5", "at least 0.0"),
-    (["--beta", "-1"], "--beta is -1", "at least 0.0"),
-    (["--feature-epochs", "-1"], "--feature-epochs is -1", "at least 0"),
     (["--feature-epochs", "2"], "--feature-epochs 2", "choose one with --feature-loss"),
-    (["--feature-loss", "all"], "--feature-loss is 'all'", "one of none, patient, tinybert"),
-    (["--feature-loss", "tinybert", "--student", "tinybert"], "the student tinybert has 2 heads", "bert 4", "patient or none"),
-    (["--feature-loss", "tinybert", "--teachers", "roberta"], "--feature-loss tinybert", "another tokenizer"),
     (["--feature-loss", "tinybert", "--teachers", "distilbert", "--student", "bert"], "student, which has 4, but a teacher has 2",
      "--feature-loss none"),
     (["--feature-loss", "tinybert", "--compile"], "--compile hides the attention scores", "leave one of them out"),
@@ -186,9 +128,6 @@ ALLOWED = [
     (["--resume", "--output", "none"], "--resume finds no run in none", "leave --resume out"),
     (["--report-to", "comet"], "--report-to has 'comet'", "one or more of wandb, mlflow, trackio"),
     (["--report-to", ""], "--report-to has ''", "one or more of wandb, mlflow, trackio"),
-    (["--metrics-port", "-1"], "--metrics-port is -1", "from 0 to 65535"),
-    (["--metrics-port", "65536"], "--metrics-port is 65536", "from 0 to 65535"),
-    (["--metrics-port", "http"], "--metrics-port is 'http'", "a whole number"),
     (["--metrics-port", "0", "--metrics-host", "192.0.2.1"], "--metrics-host '192.0.2.1'", "another --metrics-host"),
     (["--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 needs --metrics-port"),
 ]  # fmt: skip
@@ -200,18 +139,22 @@ def test_settings(refused, case):
     refused([*flags("d.tsv", "out"), *words], *parts)
 
 
+CHOICES = {name: get_args(kind) for section in fields(Config)
+           for name, kind in get_type_hints(section.default_factory).items() if get_origin(kind) is Literal}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_words_that_are_no_choice(refused, name):
+    refused(
+        [f"--{name.replace('_', '-')}=middle"],
+        f"--{name.replace('_', '-')} is 'middle'",
+        f"one of {', '.join(CHOICES[name])}",
+    )
+
+
 DOMAINS = [
-    (["--target-domain", "music"], "--target-domain is 'music'", "books, dvd", "or all"),
-    (["--target-fraction", "0.5"], "--target-fraction 0.5", "name it with --target-domain"),
-    (["--teacher-domains", "others"], "--teacher-domains others", "name it with --target-domain"),
-    (["--teacher-domains", "others", "--target-domain", "dvd"], "--method metakd learns from several domains", "has only one"),
-    (["--teacher-domains", "each"], "--method metakd learns from several domains", "--teacher-domains all"),
-    (["--prepare-method", "multitask"], "--prepare-method multitask makes none", "--method kd"),
-    (["--prepare-method", "finetune"], "--prepare-method finetune makes none", "--method kd"),
-    (["--domain-column", "alike"], "--method metakd learns from several domains", "--method kd"),
     (["--label-column", "stars"], "--method metakd", "a regression", "--method kd"),
     (["--student", "tinybert"], "the student tinybert has 2 heads and bert 4"),
-    (["--teachers", "bert,roberta"], "--feature-loss tinybert", "roberta has another tokenizer"),
     (["--feature-loss", "none", "--feature-epochs", "1"], "--feature-epochs 1", "choose one with --feature-loss"),
     (["--feature-epochs", "0", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep", "--feature-epochs"),
     (["--method", "kd", "--prepare-method", "multitask", "--teacher-domains", "others", "--target-domain", "dvd"],
@@ -221,19 +164,19 @@ DOMAINS = [
 
 @pytest.mark.parametrize("case", DOMAINS, ids=lambda case: " ".join(case[0]))
 def test_settings_of_domains(refused, place, case):
-    """With a column of two domains, one of a single domain, and one of numbers."""
-    rows = [(("books", "dvd")[i % 2], "one", text, i // 2 % 2, i / 8) for i, (text, _) in enumerate(sentences())]
-    table(place / "domains.tsv", rows, "kind\talike\tsentence\tlabel\tstars")
+    """With a column of two domains, and one of numbers; the others are in tests/run/test_domain_plan.py."""
+    rows = [(("books", "dvd")[i % 2], text, i // 2 % 2, i / 8) for i, (text, _) in enumerate(sentences())]
+    table(place / "domains.tsv", rows, "kind\tsentence\tlabel\tstars")
     words, *parts = case
     refused([*flags("domains.tsv", "out", method="metakd", domain_column="kind", label_column="label"), *words], *parts)
 
 
-def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, made):
+def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, finished):
     rows = [(("books", "dvd")[i % 2], text, i // 2 % 2) for i, (text, _) in enumerate(sentences())]
     table(place / "domains.tsv", rows, "kind\tsentence\tlabel")
     for how in ("meta", "multitask"):
         words = flags(
-            "domains.tsv", "out", method="kd", domain_column="kind", teachers=made / "student", prepare_method=how
+            "domains.tsv", "out", method="kd", domain_column="kind", teachers=finished / "student", prepare_method=how
         )
         refused(words, f"--prepare-method {how}", "has a trained head", "--retrain-teachers")
 
@@ -274,23 +217,13 @@ def test_absent_cuda(refused):
 
 YAML = {
     "not yaml": ("a: [1,\n b", "line 3", "not valid YAML"),
-    "a list": ("- 1\n- 2\n", "no settings", "epochs: 3"),
     "empty": ("", "no settings", "epochs: 3"),
-    "unknown key": ("teachers: bert\nlearning_rate: 3\n", "'learning_rate'", "not a setting"),
     "misspelt key": ("epoch: 3\n", "'epoch'", "did you mean epochs"),
     "nested": ("models:\n  teachers: bert\n", "'models.teachers'", "not a setting"),
-    "text for a number": ("epochs: many\n", "epochs in c.yaml is 'many'", "whole number"),
     "fraction for a count": ("batch_size: 2.5\n", "batch_size in c.yaml is '2.5'", "whole number"),
     "list for text": ("teachers: [bert, roberta]\n", "teachers in c.yaml", "text", "quotes"),
-    "number for text": ("student_layers: 1\n", "student_layers in c.yaml is '1'", "text", "quotes"),
     "nothing for a number": ("quiz_batches: null\n", "quiz_batches in c.yaml is null", "whole number"),
     "word for a switch": ("retrain_teachers: perhaps\n", "retrain_teachers in c.yaml is 'perhaps'", "true or false"),
-    "unknown choice": (
-        "method: foo\n",
-        "method in c.yaml is 'foo'",
-        "one of metadistil, lgtm, reptile, metakd, kd, finetune",
-    ),
-    "out of range": ("alpha: 7\n", "--alpha is 7", "from 0.0 to 1.0"),
 }
 
 
@@ -299,8 +232,7 @@ def test_yaml(refused, place, name):
     text, *parts = YAML[name]
     (place / "c.yaml").write_text(text)
     words = ["--config", "c.yaml", "--data", "d.tsv", "--source", "embedded", "--output", "out"]
-    error = refused(words, *parts)
-    assert "c.yaml" in error or name == "out of range"
+    refused(words, "c.yaml", *parts)
 
 
 # Data
@@ -308,15 +240,8 @@ def test_yaml(refused, place, name):
 ROWS = [f"sentence {i}\t{i % 2}" for i in range(40)]
 FILES = {
     "one class": ("a.tsv", [row[:-1] + "1" for row in ROWS], "a.tsv", "label 1", "two classes", "--label-column"),
-    "empty text": ("a.tsv", [*ROWS[:5], "\t1", *ROWS[5:]], "a.tsv, line 7", "'sentence' is empty"),
-    "blank text": ("a.tsv", [*ROWS, "  \t1"], "a.tsv, line 42", "'sentence' is empty"),
-    "nan label": ("a.tsv", [*ROWS, "fine\tNaN"], "a.tsv, line 42", "label is empty"),
-    "no label": ("a.tsv", [*ROWS, "fine\t"], "a.tsv, line 42", "label is empty"),
-    "broken tsv": ("a.tsv", [*ROWS[:2], "one\ttwo\t1", *ROWS[2:]], "a.tsv, line 4", "3 columns", "the header has 2"),
     "no rows": ("a.tsv", [], "a.tsv has no rows"),
-    "suffix": ("a.txt", ROWS, "a.txt", "suffix .txt", ".tsv, .csv"),
     "broken csv": ("a.csv", [*(row.replace("\t", ",") for row in ROWS), 'an "odd,1', '"open,1'], "a.csv, line 43"),
-    "short csv": ("a.csv", [*(row.replace("\t", ",") for row in ROWS), "alone"], "a.csv, line 42", "the header has 2"),
 }
 
 
@@ -328,37 +253,11 @@ def test_files(refused, place, name):
     refused(flags(file, "out"), *parts)
 
 
-JSON = {
-    "not json": ('{"sentence": "x", "label": ', "line 31", "not valid JSON"),
-    "not an object": ("[1, 2]", "line 31", "one JSON object"),
-    "key missing": ('{"sentence": "x"}', "line 31", "'label' is missing"),
-    "null text": ('{"sentence": null, "label": 1}', "line 31", "'sentence' must be a text, not null"),
-    "nan": ('{"sentence": "x", "label": NaN}', "line 31", "label is empty"),
-    "a list as label": ('{"sentence": "x", "label": [1]}', "line 31", "list cannot be a label"),
-}
-
-
-@pytest.mark.parametrize("name", JSON)
-def test_jsonl(refused, place, name):
-    line, *parts = JSON[name]
-    rows = [json.dumps({"sentence": f"sentence {i}", "label": i % 2}) for i in range(30)]
-    (place / "a.jsonl").write_text("\n".join([*rows, line]) + "\n")
-    refused(flags("a.jsonl", "out"), "a.jsonl", *parts)
-
-
-@pytest.mark.parametrize("part", ["validation", "test", "quiz"])
-def test_label_that_training_does_not_know(refused, place, part):
+def test_label_that_training_does_not_know(refused, place):
     (place / "set").mkdir()
     table(place / "set" / "train.tsv", sentences())
-    table(place / "set" / f"{part}.tsv", [("a new sentence", 0), ("another one", 2)])
-    refused(flags("set", "out"), f"{part}.tsv, line 3", "no label 2", "its labels are 0, 1")
-
-
-def test_other_label_set_in_validation(refused, place):
-    (place / "set").mkdir()
-    table(place / "set" / "train.tsv", sentences())
-    table(place / "set" / "dev.tsv", [("a new sentence", "positive"), ("another one", "negative")])
-    refused(flags("set", "out"), "dev.tsv, line 2", "no label 'positive'", "its labels are 0, 1")
+    table(place / "set" / "quiz.tsv", [("a new sentence", 0), ("another one", 2)])
+    refused(flags("set", "out"), "quiz.tsv, line 3", "no label 2", "its labels are 0, 1")
 
 
 def test_folder_without_training_file(refused, place):
@@ -425,18 +324,19 @@ SPOIL = {
 }
 
 
-@pytest.mark.parametrize("role", ["teachers", "student"])
 @pytest.mark.parametrize("name", SPOIL)
-def test_model_directories(refused, place, made, name, role):
+def test_model_directories(refused, place, finished, name):
+    """In turns of the teacher and of the student."""
     spoil, *parts = SPOIL[name]
-    shutil.copytree(made / "student", place / "model")
+    role = ("teachers", "student")[list(SPOIL).index(name) % 2]
+    shutil.copytree(finished / "student", place / "model")
     spoil(place / "model")
     refused(flags("d.tsv", "out", **{role: "./model"}), str(place / "model"), *parts)
     assert not (place / "executed").exists()
 
 
-def test_trained_head_in_another_order(refused, place, made):
-    shutil.copytree(made / "student", place / "model")
+def test_trained_head_in_another_order(refused, place, finished):
+    shutil.copytree(finished / "student", place / "model")
     config = json.loads((place / "model" / "config.json").read_text())
     config |= {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
     (place / "model" / "config.json").write_text(json.dumps(config))
@@ -478,16 +378,16 @@ def test_resume_of_no_run(refused, place):
 
 
 @pytest.fixture
-def interrupted(place, made):
+def interrupted(place, finished):
     """What a killed run leaves, as far as --resume looks at it before it starts."""
-    shutil.copytree(made, place / "out")
+    shutil.copytree(finished, place / "out")
     (place / "out" / "summary.json").unlink()
     return place / "out"
 
 
 def test_resume_with_changed_flags(refused, interrupted):
     refused(["--resume", "--output", "out", "--lr", "0.5", "--seed", "3"],
-            "--lr 0.5 (was 0.001)", "--seed 3 (was 0)", "start a new one")  # fmt: skip
+            "--lr 0.5 (was 0.001)", "--seed 3 (was 1)", "start a new one")  # fmt: skip
 
 
 @pytest.mark.parametrize(

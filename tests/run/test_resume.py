@@ -16,21 +16,59 @@ from run_helpers import (
     assert_same_models,
     contents,
     flags,
+    job,
     metrics,
     run_signalled,
     start,
+    stop,
     succeed,
 )
-
-from engine.train import main
 
 
 def test_a_finished_run_says_so(finished, capsys):
     before = contents(finished)
-    assert main(["--resume", "--output", str(finished)]) == 0
+    assert job(["--resume", "--output", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "is finished" in out and str(finished / "summary.json") in out
     assert contents(finished) == before
+
+
+# In this process
+
+
+SHORT = {"max_steps": 12, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 5,
+         "pilot_steps": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    return succeed(data, folder / "run", cache_dir=folder / "cache", **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"), [("metadistil", signal.SIGINT), ("metadistil", None), ("prepare roberta", None)]
+)
+def test_an_interruption_costs_nothing(phase, number, data, tmp_path, short, monkeypatch, capsys):
+    """Stopped, or as after a kill, when the last checkpoint is some steps old; other data in between is refused."""
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    copy, run = tmp_path / "d.tsv", tmp_path / "run"
+    copy.write_bytes(Path(data).read_bytes())
+    assert stop(flags(copy, run, **SHORT), phase, 3, number) == (-9 if number is None else 130)
+    if number is not None:
+        assert "Stopped by SIGINT; the checkpoint is saved. Resume with: " in capsys.readouterr().out
+    assert not (run / "summary.json").exists()
+    if number is not None:
+        copy.write_text(copy.read_text().replace("The", "A"))
+        assert job(["--resume", "--output", str(run)]) == 2
+        assert "other models or data" in capsys.readouterr().err
+        copy.write_bytes(Path(data).read_bytes())
+    assert job(["--resume", "--output", str(run)]) == 0
+    assert f"Resuming '{phase}' after step" in capsys.readouterr().out
+    assert_as_if_nothing_had_happened(run, short)
+
+
+# In processes of their own
 
 
 LONG = {"max_steps": 40, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 7}
@@ -85,19 +123,9 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
     assert run_signalled(flags(data, run, **settings), phase, step, signal.SIGKILL).returncode == -signal.SIGKILL
     assert not (run / "summary.json").exists()
     capsys.readouterr()
-    assert main(["--resume", "--output", str(run)]) == 0
+    assert job(["--resume", "--output", str(run)]) == 0
     assert f"Resuming '{phase}' after step" in capsys.readouterr().out
     assert_as_if_nothing_had_happened(run, whole)
-
-
-@pytest.mark.slow
-def test_killed_before_the_first_checkpoint(data, tmp_path, monkeypatch, uninterrupted):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
-    assert run_signalled(words, "metadistil", 5, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert_as_if_nothing_had_happened(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -118,15 +146,34 @@ def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninte
     assert_as_if_nothing_had_happened(run, uninterrupted)
 
 
+STOPS = {
+    "killed before the first checkpoint": (1000, 5, [signal.SIGKILL]),
+    "a second signal does not wait": (2, 9, [signal.SIGINT, signal.SIGTERM]),
+    "with the last step": (1000, 40, [signal.SIGTERM]),  # everything is trained and nothing exported
+    "the cache is lost": (2, 13, [signal.SIGKILL]),
+}
+
+
 @pytest.mark.slow
-def test_a_second_signal_does_not_wait_and_the_run_can_still_be_resumed(data, tmp_path, uninterrupted):
-    run = tmp_path / "run"
-    stopped = run_signalled(flags(data, run, **LONG), "metadistil", 9, signal.SIGINT, signal.SIGTERM)
-    assert stopped.returncode == 143
-    assert "Traceback" not in stopped.stderr
-    assert "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
-    assert main(["--resume", "--output", str(run)]) == 0
+@pytest.mark.parametrize("name", STOPS)
+def test_stops(name, data, tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
+    (every, step, numbers), run = STOPS[name], tmp_path / "run"
+    stopped = run_signalled(flags(data, run, **LONG | {"checkpoint_steps": every}), "metadistil", step, *numbers)
+    killed = numbers[-1] == signal.SIGKILL
+    assert stopped.returncode == (-signal.SIGKILL if killed else 143) and "Traceback" not in stopped.stderr
+    assert killed or "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
+    assert not (run / "summary.json").exists()
+    if name == "the cache is lost":
+        shutil.rmtree(tmp_path / "cache")
+    if name == "with the last step":  # no step is logged again
+        again = run_signalled(["--resume", "--output", str(run)], "metadistil", 1, signal.SIGKILL)
+        assert again.returncode == 0, again.stderr
+    else:
+        assert job(["--resume", "--output", str(run)]) == 0
     assert_same_models(run, uninterrupted)
+    if name != "the cache is lost":  # whose teachers are prepared, and logged, again
+        assert_as_if_nothing_had_happened(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -143,47 +190,14 @@ def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_with_the_last_step_keeps_the_finished_phase(data, tmp_path, uninterrupted, monkeypatch):
-    """A stop while everything is trained but nothing exported: nothing is trained again."""
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    words = flags(data, run, **LONG | {"checkpoint_steps": 1000})
-    stopped = run_signalled(words, "metadistil", 40, signal.SIGTERM)
-    assert stopped.returncode == 143 and not (run / "summary.json").exists()
-    again = run_signalled(["--resume", "--output", str(run)], "metadistil", 1, signal.SIGKILL)
-    assert again.returncode == 0, again.stderr  # no step of it was logged again
-    assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_resume_without_the_cache_prepares_the_teachers_again(data, tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    run_signalled(flags(data, run, **LONG), "metadistil", 13, signal.SIGKILL)
-    shutil.rmtree(tmp_path / "cache")
-    assert main(["--resume", "--output", str(run)]) == 0
-    assert_same_models(run, uninterrupted)
-
-
-def test_resume_refuses_data_that_changed(data, tmp_path, capsys):
-    copy, run = tmp_path / "d.tsv", tmp_path / "run"
-    copy.write_bytes(Path(data).read_bytes())
-    stopped = run_signalled(flags(copy, run, max_steps=40, log_steps=1), "metadistil", 3, signal.SIGINT)
-    assert stopped.returncode == 130
-    copy.write_text(copy.read_text().replace("The", "A"))
-    assert main(["--resume", "--output", str(run)]) == 2
-    assert "other models or data" in capsys.readouterr().err
-
-
-@pytest.mark.slow
 def test_an_output_is_for_one_process(data, tmp_path, capsys):
     run = tmp_path / "run"
     process = start(flags(data, run, **LONG | {"max_steps": 100_000, "eval_steps": 100_000}))
     try:
         wait_for(run, process, "metadistil", 2)
-        assert main(flags(data, run, **LONG)) == 2
+        assert job(flags(data, run, **LONG)) == 2
         assert f"--output {run} is in use" in capsys.readouterr().err
-        assert main(["--resume", "--output", str(run)]) == 2
+        assert job(["--resume", "--output", str(run)]) == 2
         assert f"--output {run} is in use by another process; wait for it or stop it." in capsys.readouterr().err
         before = len(metrics(run))
         wait_for(run, process, "metadistil", before + 2)  # and the first one goes on
