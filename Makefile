@@ -4,6 +4,7 @@
 PYTHON ?= python
 ARGS ?= --teachers bert,bert2 --student distilbert
 OUT ?= bench/results/gpu-check
+BENCH ?= bench.json
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +22,8 @@ check:  ## what ruff finds, and what it would format; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-bench:  ## check, then time what stands in bench/; --full takes hours
-	$(PYTHON) -m pytest bench
+bench:  ## check, then time what stands in bench/, into BENCH; --full takes hours
+	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json $(BENCH)
 
 docs:  ## write the generated parts of README.md and docs/ again
 	$(PYTHON) -m bench.table

@@ -3,21 +3,20 @@
 The same on a CUDA device, where there is one, and on a CPU, with sizes that fit each. Implementations of a pass over
 one case are timed in turns, caches flushed; `kernel_cases.py` says what passes and implementations are.
 
-    pytest bench/bench_kernels.py --save [--full] [-k "backward and bf16"]
-
-Each pass over a case is a part of bench/results/kernels.json, so runs of some of them, and on several devices, add up.
+    pytest bench/bench_kernels.py --benchmark-json kernels.json [--full] [-k "backward and bf16"]
 """
 
 from __future__ import annotations
 
 import gc
 
-import pytest
 import torch
 
-from bench.devices import Host, Run, interleaved
-from bench.kernel_cases import DTYPES, FUSED, LAUNCH, LOGITS, Case, Inputs, fused_runs, logits_runs, operations, traffic
+from bench import kernel_cases as cases
+from bench.devices import Host
+from bench.kernel_cases import DTYPES, FUSED, LAUNCH, LOGITS, Case, Inputs, operations, rows_of, traffic
 from bench.kernel_truth import validate
+from bench.replay import Group, Run, interleaved
 from engine.kernels.ops.common import backends
 
 CUDA = torch.cuda.is_available()
@@ -56,30 +55,27 @@ def fused_cases() -> list[tuple[str, Case]]:
     ]  # fmt: skip
 
 
-def passes(small: bool) -> list[tuple[str, Case]]:
+def passes(small: bool, full: bool) -> list[tuple[str, Case]]:
     """Every pass over every case."""
     if small:
         return [*((name, Case(1000, 64, "fp32")) for name in LOGITS), ("fused", Case(1000, 16, "fp32", hidden=16))]
-    return [(name, case) for case in (cuda_cases() if CUDA else cpu_cases()) for name in LOGITS] + fused_cases()
+    found = [(name, case) for case in (cuda_cases() if CUDA else cpu_cases()) for name in LOGITS] + fused_cases()
+    return [(name, case) for name, case in found if full or not case.full]
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        found = passes(metafunc.config.getoption("--small"))
-        metafunc.parametrize(("name", "case"), found, ids=[f"{name}-{case.name}" for name, case in found])
+def groups(small: bool, full: bool) -> dict[str, tuple[tuple[str, Case], list[str]]]:
+    return {f"{name}-{case.name}": ((name, case), rows_of(name, case, CUDA)) for name, case in passes(small, full)}
 
 
-def test_kernels(request, record, device, name, case):
-    if case.full and not request.config.getoption("--full"):
-        pytest.skip("--full runs it")
-    for row in measured(name, case, device, 0.0 if request.config.getoption("--small") else BUDGET):
-        record(**row)
+def test_kernels(play):
+    play()
 
 
-def measured(name: str, case: Case, device: Host, budget: float) -> list[dict]:
-    """The rows of a pass over a case: of each implementation, or why it is left out. Raises WrongError before timing."""
+def measured(given: tuple[str, Case], device: Host, budget: float | None) -> Group:
+    """A pass over a case: its implementations, or why one is left out. Raises WrongError before timing."""
+    name, case = given
     x = Inputs(name, case, device.device)
-    runs, left_out = (fused_runs if name in FUSED else logits_runs)(name, case, x, device)
+    runs, left_out = (cases.fused_runs if name in FUSED else cases.logits_runs)(name, case, x, device)
     results = {}
     for implementation, run in list(runs.items()):
         run.before()
@@ -93,22 +89,20 @@ def measured(name: str, case: Case, device: Host, budget: float) -> list[dict]:
     del results
     gc.collect()
     peaks = {n: peak(device, run) for n, run in runs.items()}
-    small = traffic(name, case) < LAUNCH
-    times = interleaved(device, runs, budget, small)
+    rounds = interleaved(device, runs, budget, small=traffic(name, case) < LAUNCH)
     common = {
-        "part": f"{device.name} {name} {case.name}", "device": device.name, "backend": backends.backend(device.name).name,
-        "pass": name, "classes": case.classes, "rows": case.rows, "hidden": case.hidden, "dtype": case.dtype,
-        "teachers": case.teachers, "bytes": traffic(name, case), "copy_rate": device.rate,
+        "device": device.name, "backend": backends.backend(device.name).name, "pass": name, "classes": case.classes,
+        "rows": case.rows, "hidden": case.hidden, "dtype": case.dtype, "teachers": case.teachers,
+        "bytes": traffic(name, case), "inputs": size(x.tensors(name)),
     }  # fmt: skip
-    if name in FUSED:
+    if rounds:
+        common["copy_rate"] = device.rate
+    if rounds and name in FUSED:
         columns = min(case.classes, 2**15)
         rate = device.product_rate(case.rows, case.hidden, columns, DTYPES[case.dtype])
         common |= {"operations": operations(case), "product_rate": rate}
-    inputs = size(x.tensors(name))
-    return [
-        *({**common, "row": n, **times[n], "error": found[n], "inputs": inputs, "outputs": outputs[n], "peak": peaks[n]} for n in runs),
-        *({**common, "row": n, "left_out": why} for n, why in left_out.items()),
-    ]  # fmt: skip
+    info = {n: common | {"error": found[n], "outputs": outputs[n], "peak": peaks[n]} for n in runs}
+    return Group(info, rounds, left_out)
 
 
 def peak(device: Host, run: Run) -> int:

@@ -8,9 +8,9 @@ step is a whole one: pilot, quiz, meta-gradient, the teacher's AdamW, rewind, th
     pilot steps     exact with M = 1, 2, 4
     as shipped      `python -m engine.train` on SST-2's own lengths, beside the published loop padded to 128, in one run
 
-    pytest bench/bench_meta_step.py --full --save
+    pytest bench/bench_meta_step.py --full --benchmark-json meta-step.json
 
-Without --full the strategies are only compared: `bench_steps.py` has the short rows.
+Without --full only equal shapes and pilot steps run; `bench_steps.py` has shorter rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from bench.baselines.published_loop import PublishedLoop
-from bench.measure import flops, measure
+from bench.measure import flops, growth
+from bench.replay import Clock, Group, replay
 from bench.step_cases import LR, SETTINGS, SIZES, Case, Setting, as_dict, engine_step, masters, plain_step
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
@@ -37,26 +40,32 @@ SHARED = ROOT.parent / "shared"
 CPU, SIZE = torch.device("cpu"), SIZES["minilm"]
 ROUNDS, BATCH, LENGTH = 3, 32, 128
 
+Step = Callable[[], Any]
+SettingOf = Callable[..., Setting]
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
+def setting(request) -> SettingOf:
+    """`setting(method, length, size, pilots)`; with --small a miniature of it."""
+    small = request.config.getoption("--small")
+
+    def setting(method: str, length: int = LENGTH, size: int = BATCH, pilots: int = 1) -> Setting:
+        case = Case(method, 4, length // 8, 1) if small else Case(method, size, length, 1)
+        return Setting(case, SIZES["miniature"] if small else SIZE, CPU, pilots)
+
+    return setting
+
+
+@pytest.fixture(scope="module")
 def full(request) -> None:
     if not request.config.getoption("--full"):
         pytest.skip("--full runs it")
 
 
-def setting(method: str, length: int = LENGTH, size: int = BATCH, pilots: int = 1) -> Setting:
-    return Setting(Case(method, size, length, 1), SIZE, CPU, pilots)
-
-
-def step_of(how: str, length: int, size: int = BATCH, pilots: int = 1, **meta):
-    """A step function of the engine: "kd" or a strategy."""
-    if how == "kd":
-        return engine_step(setting("kd", length, size))[1]
-    return engine_step(setting("metadistil", length, size, pilots), strategy=how, **meta)[1]
-
-
-def test_everything_agrees_before_it_is_timed():
-    """float32, no dropout (masks differ where a layer runs on one token): the teacher's meta-gradient, from all."""
+@pytest.fixture(scope="module")
+def checked(setting) -> None:
+    """Before anything is timed, all agree on the teacher's meta-gradient: float32, no dropout (masks differ where a layer
+    runs on one token)."""
     given = setting("metadistil", 16)
     (pilot,), (quiz,) = given.batches()
     student, (teacher,) = given.models(attention="eager", dropout=False)
@@ -78,23 +87,47 @@ def test_everything_agrees_before_it_is_timed():
             assert 0 < apart < 10 * size  # biased
 
 
+@pytest.fixture
+def time_step(checked, benchmark) -> Callable[..., None]:
+    """Times a step, and keeps beside it how much memory it needs and what is given."""
+
+    def time_step(step: Step, **info: Any) -> None:
+        benchmark.extra_info.update(info, device="cpu")
+        if benchmark.enabled:
+            benchmark.extra_info["growth"] = growth(step)
+        benchmark.pedantic(step, rounds=ROUNDS)
+
+    return time_step
+
+
+def step_of(given: Setting, strategy: str, **meta: Any) -> Step:
+    """A strategy's step, or "kd"."""
+    return engine_step(given, **({} if strategy == "kd" else {"strategy": strategy, **meta}))[1]
+
+
 EQUAL = {
-    "published loop": lambda: plain_step(setting("metadistil"))[1],
-    "plain KD in PyTorch": lambda: plain_step(setting("kd"))[1],
-    "kd": lambda: step_of("kd", LENGTH),
-    "exact": lambda: step_of("exact", LENGTH),
-    "exact, checkpointing teachers": lambda: step_of("exact", LENGTH, checkpointing="teachers"),
-    "double_backward": lambda: step_of("double_backward", LENGTH),
-    "finite_difference": lambda: step_of("finite_difference", LENGTH),
-    "first_order": lambda: step_of("first_order", LENGTH),
+    "published loop": lambda setting: plain_step(setting("metadistil"))[1],
+    "plain KD in PyTorch": lambda setting: plain_step(setting("kd"))[1],
+    "kd": lambda setting: step_of(setting("kd"), "kd"),
+    "exact": lambda setting: step_of(setting("metadistil"), "exact"),
+    "exact, checkpointing teachers": lambda setting: step_of(setting("metadistil"), "exact", checkpointing="teachers"),
+    "double_backward": lambda setting: step_of(setting("metadistil"), "double_backward"),
+    "finite_difference": lambda setting: step_of(setting("metadistil"), "finite_difference"),
+    "first_order": lambda setting: step_of(setting("metadistil"), "first_order"),
 }
 
 
+@pytest.mark.benchmark(group="meta-step equal shapes")
 @pytest.mark.parametrize("row", EQUAL)
-def test_equal_shapes(full, record, row):
-    step = EQUAL[row]()
-    found = measure(step, ROUNDS)
-    record(part="equal", row=row, flops=flops(step), **found)
+def test_equal_shapes(time_step, setting, row):
+    step = EQUAL[row](setting)
+    time_step(step, part="equal", row=row, flops=flops(step))
+
+
+@pytest.mark.benchmark(group="meta-step pilot steps")
+@pytest.mark.parametrize("pilots", [1, 2, 4])
+def test_pilot_steps(time_step, setting, pilots):
+    time_step(step_of(setting("metadistil", 64, pilots=pilots), "exact"), part="pilots", row="exact", pilots=pilots)
 
 
 # 512 tokens of double_backward without checkpointing would not fit otherwise
@@ -103,21 +136,20 @@ CHOICES = [("kd", "none"), *((s, c) for s in ("exact", "double_backward") for c 
            ("finite_difference", "none"), ("first_order", "none")]  # fmt: skip
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(n, marks=pytest.mark.benchmark(group=f"meta-step {size} x {n}")) for n, size in LENGTHS.items()],
+)
 @pytest.mark.parametrize(("strategy", "checkpointing"), CHOICES)
-def test_lengths(full, record, strategy, checkpointing, length):
-    meta = {} if strategy == "kd" else {"checkpointing": checkpointing}
-    found = measure(step_of(strategy, length, LENGTHS[length], **meta), ROUNDS)
-    record(part="lengths", row=strategy, checkpointing=checkpointing, length=length, batch=LENGTHS[length], **found)
-
-
-@pytest.mark.parametrize("pilots", [1, 2, 4])
-def test_pilot_steps(full, record, pilots):
-    record(part="pilots", row="exact", pilots=pilots, **measure(step_of("exact", 64, pilots=pilots), ROUNDS))
+def test_lengths(full, time_step, setting, strategy, checkpointing, length):
+    size = LENGTHS[length]
+    given = setting("kd" if strategy == "kd" else "metadistil", length, size)
+    step = step_of(given, strategy, checkpointing=checkpointing)
+    time_step(step, part="lengths", row=strategy, checkpointing=checkpointing, length=length, batch=size)
 
 
 @pytest.fixture(scope="module")
-def sst2(tmp_path_factory):
+def sst2(full, tmp_path_factory):
     """4,000 rows of SST-2 and models of MiniLM's size whose heads count as trained, so that nothing is fine-tuned."""
     if not (SHARED / "data" / "sst2").exists() or not (SHARED / "models" / "minilm-l6-h384").exists():
         pytest.skip("SST-2 or MiniLM's tokenizer is not beside the project")
@@ -144,11 +176,15 @@ SHIPPED = {
 RUNS = [("published loop", "fp32"), *((row, precision) for precision in ("fp32", "bf16") for row in SHIPPED)]
 
 
+@pytest.mark.benchmark(group="meta-step as shipped", timer=Clock())
 @pytest.mark.parametrize(("row", "precision"), RUNS)
-def test_as_shipped(full, record, sst2, tmp_path, row, precision):
-    """One run of all rows, so that each can be held against any other."""
+def test_as_shipped(full, checked, request, sst2, tmp_path, benchmark, row, precision):
+    """One run of all rows, so that each can be held against any other. A row's time is that of its training alone."""
     shipped = published if row == "published loop" else trained
-    record(part="shipped", row=row, precision=precision, **shipped(sst2, tmp_path, row, precision))
+    found = shipped(sst2, tmp_path, row, precision)
+    info = {"part": "shipped", "precision": precision, "device": "cpu", **found}
+    clock = request.node.get_closest_marker("benchmark").kwargs["timer"]
+    replay(benchmark, clock, Group({row: info}, {row: [info.pop("seconds")]}), row)
 
 
 def published(sst2: Path, folder: Path, row: str, precision: str) -> dict:

@@ -2,12 +2,10 @@
 
 Methods, batch sizes, lengths, numbers of teachers and precisions; `step_cases.py` says what the implementations are. Each
 is held against plain PyTorch in float32 before it is timed (`step_truth.py`), a CUDA graph against the engine's eager steps.
-Those of one case are timed in turns. On a GPU the models have the size of BERT-base and DistilBERT, on a CPU of MiniLM;
+Those of one case are a group, timed in turns. On a GPU the models have the size of BERT-base and DistilBERT, on a CPU of MiniLM;
 weights are random, dropout is on.
 
-    pytest bench/bench_steps.py --save [--full] [-k "metadistil and bf16"]
-
-Each case is a part of bench/results/steps.json, so runs of some of them, and on several devices, add up.
+    pytest bench/bench_steps.py --benchmark-json steps.json [--full] [-k "metadistil and bf16"]
 """
 
 from __future__ import annotations
@@ -15,13 +13,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import product
+from statistics import median
 from typing import Any
 
-import pytest
 import torch
 
-from bench.devices import Host, Run, interleaved
+from bench.devices import Host
 from bench.measure import flops
+from bench.replay import Group, Run, interleaved
 from bench.step_cases import DTYPES, SIZES, Case, NotCaptured, Setting, masters
 from bench.step_truth import WrongError, validate, validate_graph
 
@@ -32,13 +31,13 @@ METHODS = [("finetune", 0), ("kd", 1), ("metadistil", 1), ("kd", 2), ("metadisti
 MOST_TOKENS = 2**30 if CUDA else 2**13
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, full: bool) -> list[Case]:
     """The usual ones first, those of one shape together: they share what is expected of them."""
     if small:
         return [Case(m, 4, 16, k, p) for m, k in METHODS for p in DTYPES]
     shapes = [(b, n) for b, n in product((32, 8, 128), (128, 64, 32)) if b * n <= MOST_TOKENS]
     found = [Case(m, *shape, k, p, not usual(m, *shape, k, p)) for shape in shapes for m, k in METHODS for p in DTYPES]
-    return sorted(found, key=lambda case: case.full)
+    return sorted((case for case in found if full or not case.full), key=lambda case: case.full)
 
 
 def usual(method: str, batch: int, length: int, teachers: int, precision: str) -> bool:
@@ -51,32 +50,24 @@ def usual(method: str, batch: int, length: int, teachers: int, precision: str) -
     return shape == (32, 64) or (shape == (8, 32) and precision == "fp32")
 
 
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        found = cases(metafunc.config.getoption("--small"))
-        metafunc.parametrize("case", found, ids=[case.name for case in found])
-
-
-def test_steps(request, record, device, case):
-    if case.full and not request.config.getoption("--full"):
-        pytest.skip("--full runs it")
-    small = request.config.getoption("--small")
+def groups(small: bool, full: bool) -> dict[str, tuple[Setting, list[str]]]:
     size = SIZES["miniature distilbert" if small else "base" if CUDA else "minilm"]
-    rows = measured(Setting(case, size, device.device), device, 0.0 if small else BUDGET)
-    for row in rows:
-        record(**row)
-    failed = [row["left_out"] for row in rows if row.get("failed")]
-    assert not failed, failed  # the others of the case are kept
+    settings = [Setting(case, size, torch.device("cuda" if CUDA else "cpu")) for case in cases(small, full)]
+    return {each.case.name: (each, list(each.implementations())) for each in settings}
 
 
-def measured(setting: Setting, device: Host, budget: float) -> list[dict]:
-    """The rows of a case: of each implementation, or why it is left out. Raises WrongError before timing.
+def test_steps(play):
+    play()
 
-    A graph that is not what eager steps are is left out as failed.
+
+def measured(setting: Setting, device: Host, budget: float | None) -> Group:
+    """A case: its implementations, or why one is left out. Raises WrongError before timing.
+
+    A graph that is not what eager steps are has failed, and the others of the case are kept.
     """
     case = setting.case
     masters(setting.size, case.teachers, setting.device)  # before memory is counted
-    errors, runs, facts, left_out = {}, {}, {}, {}
+    errors, runs, facts, left_out, failed = {}, {}, {}, {}, {}
     for name, build in setting.implementations().items():
         try:
             if name == "graph":
@@ -86,25 +77,22 @@ def measured(setting: Setting, device: Host, budget: float) -> list[dict]:
             gc.collect()
             facts[name], runs[name] = prepared(device, build, counted=name != "graph")
         except torch.OutOfMemoryError:
-            left_out[name] = {"left_out": "out of memory"}
+            left_out[name] = "out of memory"
         except (NotCaptured, WrongError) as error:
             if name != "graph":
                 raise
-            left_out[name] = {"left_out": str(error), "failed": True}
+            failed[name] = str(error)
     if "graph" in runs:
         facts["graph"]["flops"], errors["graph"] = facts["engine"]["flops"], errors["engine"]
-    times = interleaved(device, runs, budget)
-    rate = device.dense_rate(DTYPES[case.precision])
+    rounds = interleaved(device, runs, budget)
     common = {
-        "part": f"{device.name} {case.name}", "device": device.name, "models": setting.size.title, "method": case.method,
-        "batch": case.batch, "length": case.length, "teachers": case.teachers, "precision": case.precision,
-        "full": case.full, "dense_rate": rate,
+        "device": device.name, "models": setting.size.title, "method": case.method, "batch": case.batch,
+        "length": case.length, "teachers": case.teachers, "precision": case.precision, "full": case.full,
     }  # fmt: skip
-    return [
-        *({**common, "row": n, **times[n], **facts[n], **rates(case, times[n]["seconds"], facts[n]["flops"], rate),
-           "error": errors[n]} for n in runs),
-        *({**common, "row": n, **why} for n, why in left_out.items()),
-    ]  # fmt: skip
+    info = {name: common | facts[name] | {"error": errors[name]} for name in runs}
+    for name, seconds in rounds.items():
+        info[name] |= rates(case, median(seconds), facts[name]["flops"], device.dense_rate(DTYPES[case.precision]))
+    return Group(info, rounds, left_out, failed)
 
 
 def prepared(device: Host, build: Callable[[], Callable[[], Any]], counted: bool) -> tuple[dict[str, int], Run]:
@@ -128,4 +116,5 @@ def rates(case: Case, seconds: float, operations: int, rate: float) -> dict[str,
         "examples_per_second": case.batch / seconds,
         "tokens_per_second": case.batch * case.length / seconds,
         "mfu": operations / seconds / rate,
+        "dense_rate": rate,
     }

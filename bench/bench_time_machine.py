@@ -14,7 +14,7 @@
 DistilBERT's size, random weights. On CUDA also what snapshots in pinned memory add to a whole meta-step. Every way is
 compared bit for bit before it is timed.
 
-    pytest bench/bench_time_machine.py --save
+    pytest bench/bench_time_machine.py --benchmark-json time-machine.json
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import copy
 import gc
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.devices import Host, Run, interleaved
-from bench.step_cases import SIZES, Case, NotCaptured, Setting, engine_step, graph_step, model
+from bench.devices import Host
+from bench.replay import Group, Run, interleaved
+from bench.step_cases import SIZES, Case, NotCaptured, Setting, Size, engine_step, graph_step, model
 from bench.step_truth import WrongError, deterministic
 from engine.meta.time_machine import TimeMachine
 from engine.params.flat import FlatParameters, Rows, Vector
@@ -38,7 +38,8 @@ BUDGET = 3.0  # seconds of timing, all implementations together
 SCALE = -0.3
 PASSES = {"snapshot": 4, "pilot": 6}  # bytes moved, over the bytes of the weights
 LOOKED_UP = 32 * 128
-METAS = [Case("metadistil", 32, 128, 1, precision) for precision in ("fp32", "bf16")]
+WAYS = ["time machine", "one buffer", "foreach", "deepcopy"]
+STORES = ["device", "pinned"]
 
 
 class Machine:
@@ -161,18 +162,33 @@ def _by_name(found: Machine) -> list[Tensor]:
     return [views[n] for n, _ in found.module.named_parameters()]
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_copies(request, record, device, name):
-    small = request.config.getoption("--small")
-    size = SIZES["miniature distilbert" if small else "base"]
-    for row in measured(
-        name, model(size, size.student_layers, student=True).to(device.device), device, BUDGET * (not small)
-    ):
-        record(**row)
+def groups(small: bool, full: bool) -> dict[str, tuple[tuple[str, Size | Setting], list[str]]]:
+    size, where = SIZES["miniature distilbert" if small else "base"], torch.device("cuda" if CUDA else "cpu")
+    ways = {name: [*WAYS, *(["time machine, pinned"] if CUDA else [])] for name in PASSES}
+    if not CUDA:
+        ways["pilot"].append("time machine, rows")
+    found = {name: ((name, size), rows) for name, rows in ways.items()}
+    if CUDA:  # on a CPU both stores are plain memory
+        steps = [Setting(Case("metadistil", 32, 128, 1, precision), size, where) for precision in ("fp32", "bf16")]
+        rows = [f"{store}{how}" for store in STORES for how in ("", ", graph")]
+        found |= {f"meta-step-{each.case.precision}": (("meta-step", each), rows) for each in steps}
+    return found
 
 
-def measured(name: str, module: nn.Module, device: Host, budget: float) -> list[dict]:
-    """The rows of a pass. Raises WrongError before timing."""
+def test_time_machine(play):
+    play()
+
+
+def measured(given: tuple[str, Size | Setting], device: Host, budget: float | None) -> Group:
+    """A pass over all weights of a student's size, or whole meta-steps of a setting."""
+    name, what = given
+    if name == "meta-step":
+        return meta_steps(what, device, budget)
+    return copies(name, model(what, what.student_layers, student=True).to(device.device), device, budget)
+
+
+def copies(name: str, module: nn.Module, device: Host, budget: float | None) -> Group:
+    """The ways of a pass. Raises WrongError before timing."""
     found = implementations(device, name, module)
     for each in found.values():
         validate(name, each)
@@ -182,51 +198,32 @@ def measured(name: str, module: nn.Module, device: Host, budget: float) -> list[
         keep[n]()
         found[n].back()
 
-    times = interleaved(device, {n: Run(lambda n=n: there_and_back(n)) for n in found}, budget)
-    size = sum(p.numel() for p in module.parameters())
-    common = {
-        "part": f"{device.name} {name}",
-        "device": device.name,
-        "pass": name,
-        "weights": size,
-        "copy_rate": device.rate,
-    }
-    return [{**common, "row": n, **times[n], "bytes": PASSES[name] * 4 * each.moved} for n, each in found.items()]
-
-
-@pytest.mark.skipif(not CUDA, reason="on a CPU both stores are plain memory")
-@pytest.mark.parametrize("case", METAS, ids=[case.name for case in METAS])
-def test_what_the_pinned_store_adds(record, device, case):
-    rows = meta_steps(Setting(case, SIZES["base"], device.device), device, BUDGET)
-    for row in rows:
-        record(**row)
-    failed = [row["left_out"] for row in rows if row.get("failed")]
-    assert not failed, failed
+    rounds = interleaved(device, {n: Run(lambda n=n: there_and_back(n)) for n in found}, budget)
+    common = {"device": device.name, "pass": name, "weights": sum(p.numel() for p in module.parameters())}
+    if rounds:
+        common["copy_rate"] = device.rate
+    return Group({n: common | {"bytes": PASSES[name] * 4 * each.moved} for n, each in found.items()}, rounds)
 
 
 def meta_steps(
-    setting: Setting, device: Host, budget: float, stores: Sequence[str] = ("device", "pinned"), capture=None
-) -> list[dict]:
-    """Rows of whole meta-steps by store, eager and as a graph. Raises WrongError before timing."""
+    setting: Setting, device: Host, budget: float | None, stores: Sequence[str] = STORES, capture=None
+) -> Group:
+    """Whole meta-steps by store, eager and as a graph. Raises WrongError before timing."""
     same_weights(setting, stores)
     gc.collect()
-    runs, left_out = {}, {}
+    runs, failed = {}, {}
     for store in stores:
         runs[store] = Run(engine_step(setting, store=store)[1])
         try:
             runs[f"{store}, graph"] = Run(graph_step(setting, capture, store=store)[1])
         except NotCaptured as error:
-            left_out[f"{store}, graph"] = str(error)
-    times = interleaved(device, runs, budget)
+            failed[f"{store}, graph"] = str(error)
     case = setting.case
     common = {
-        "part": f"{device.name} meta-step {case.precision}", "device": device.name, "pass": "meta-step", "batch": case.batch,
-        "length": case.length, "precision": case.precision, "models": setting.size.title,
+        "device": device.name, "pass": "meta-step", "batch": case.batch, "length": case.length,
+        "precision": case.precision, "models": setting.size.title,
     }  # fmt: skip
-    return [
-        *({**common, "row": n, **times[n]} for n in runs),
-        *({**common, "row": n, "left_out": why, "failed": True} for n, why in left_out.items()),
-    ]
+    return Group({n: dict(common) for n in runs}, interleaved(device, runs, budget), failed=failed)
 
 
 def same_weights(setting: Setting, stores: Sequence[str]) -> None:

@@ -1,20 +1,23 @@
-"""What the benchmarks share: flags, the device, and a file of results with hardware and versions.
+"""What the benchmarks share: flags, the device, groups that are timed in turns, and the facts of the machine.
 
-The flags are defined here, so a benchmark is named on the command line: `pytest bench/bench_steps.py --full --save`.
+The flags are defined here, so a benchmark is named on the command line: `pytest bench/bench_steps.py --full`.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from bench.devices import Cuda, Host
-from bench.records import Recorder
+from bench.machine import machine
+from bench.records import subject_of
+from bench.replay import Group, replay, rows_of
 
-RESULTS = Path(__file__).parent / "results"
 NO_TIME = "no time is left (--seconds)"
 
 
@@ -24,36 +27,65 @@ def pytest_addoption(parser):
     group.addoption(
         "--small", action="store_true", help="miniatures and few rows, to see that everything works; times say nothing"
     )
-    group.addoption("--save", action="store_true", help="write <subject>.json into --results")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder of the results (default: bench/results)")
-    group.addoption("--seconds", type=float, help="start no more rows after so many seconds")
+    group.addoption("--seconds", type=float, help="measure nothing more after so many seconds")
 
 
 def pytest_configure(config):
     config.bench_started = time.monotonic()
-    if config.getoption("--small") and config.getoption("--save") and config.getoption("--results") == RESULTS:
-        raise pytest.UsageError("--small measures nothing that is worth keeping; name another folder with --results.")
 
 
-def pytest_runtest_setup(item):
-    most = item.config.getoption("--seconds")
-    if most is not None and time.monotonic() - item.config.bench_started > most:
-        pytest.skip(NO_TIME)
+def pytest_benchmark_generate_machine_info(config):
+    """In place of pytest-benchmark's, which names the host and lists what its processor can do."""
+    return machine(torch.device(here().name))
+
+
+def pytest_benchmark_update_json(config, output_json):
+    if config.getoption("--small"):
+        output_json["small"] = True  # `bench.table merge` then refuses it
+
+
+def pytest_generate_tests(metafunc):
+    """A test of what `group` measures becomes one of each row of the groups that its module has."""
+    if "group" in metafunc.fixturenames:
+        rows = rows_of(subject_of(metafunc.module.__name__), groups(metafunc.module, metafunc.config))
+        metafunc.parametrize(("group", "row"), rows, indirect=["group"], scope="module")
+
+
+def groups(module: ModuleType, config: pytest.Config) -> dict[str, tuple[Any, list[str]]]:
+    """Of a benchmark's module, by name: what its `measured` takes, and the rows that come of it."""
+    return module.groups(small=config.getoption("--small"), full=config.getoption("--full"))
+
+
+def here() -> Host:
+    return Cuda() if torch.cuda.is_available() else Host()
 
 
 @pytest.fixture(scope="session")
 def device() -> Host:
     """What is measured on: the GPU where there is one."""
-    return Cuda() if torch.cuda.is_available() else Host()
+    return here()
+
+
+@pytest.fixture(scope="session")
+def timed(request) -> bool:
+    """Whether pytest-benchmark times anything, or rows are only checked (--benchmark-disable)."""
+    option = request.config.getoption
+    return option("--benchmark-enable") or not option("--benchmark-disable")
 
 
 @pytest.fixture(scope="module")
-def record(request) -> Recorder:
-    """`record(part=..., **row)` keeps a row; with --save they go to <subject>.json (bench_<subject>.py).
+def group(request, device, timed) -> Group:
+    """A group of rows, checked and then timed in turns by its module's `measured`, however many of them are asked for."""
+    most = request.config.getoption("--seconds")
+    if most is not None and time.monotonic() - request.config.bench_started > most:
+        pytest.skip(NO_TIME)
+    given, _ = groups(request.module, request.config)[request.param]
+    budget = 0.0 if request.config.getoption("--small") else request.module.BUDGET
+    return request.module.measured(given, device, budget if timed else None)
 
-    Parts are compared within themselves, so a run of some of them leaves the others in the file, with the machine that
-    they were measured on. A row may name its `device`; otherwise it is the CPU.
-    """
-    subject = request.module.__name__.split(".")[-1].removeprefix("bench_").replace("_", "-")
-    save, folder = request.config.getoption("--save"), request.config.getoption("--results")
-    return Recorder(subject, folder / f"{subject}.json" if save else None)
+
+@pytest.fixture
+def play(request, group, row, benchmark) -> Callable[[], None]:
+    """Replays a row's recorded rounds as a benchmark."""
+    clock = request.node.get_closest_marker("benchmark").kwargs["timer"]
+    return lambda: replay(benchmark, clock, group, row)

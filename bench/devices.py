@@ -7,15 +7,12 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import torch
 
 from engine.profiling.allocated import allocated
-
-LEAST, MOST = 5, 50  # rounds; three, where one takes seconds
-SAMPLE = 2e-3  # seconds: shorter calls are repeated in a round until it takes so long
 
 
 class Host:
@@ -136,41 +133,3 @@ class Cuda(Host):
             return kept
 
         return replay
-
-
-class Run(NamedTuple):
-    """A call to be timed, and what has to be done before each, untimed."""
-
-    call: Callable[[], Any]
-    before: Callable[[], Any] = lambda: None
-
-
-def interleaved(device: Host, runs: dict[str, Run], budget: float, small: bool = False) -> dict[str, dict[str, Any]]:
-    """Times of several runs, one of each in a round, so that whatever else the machine does meets all of them alike.
-
-    Caches are flushed before each, unless it is `small`: launching is then what costs, and calls are repeated. Whoever
-    is first in a round is last in the next. Each has run before, so that nothing is compiled here.
-    """
-    expected = {}
-    for name, (call, before) in runs.items():
-        before()
-        expected[name] = device.seconds(call)
-    repeat = {name: max(1, min(1000, int(SAMPLE / s))) if small else 1 for name, s in expected.items()}
-    total = sum(expected[name] * repeat[name] for name in runs)
-    rounds = max(LEAST if total < 2 else 3, min(MOST, int(budget / total)))
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for i in range(rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            runs[name].before()
-            if not small:
-                device.flush()
-            found[name].append(device.seconds(runs[name].call, repeat[name]))
-    return {name: _summary(seconds) for name, seconds in found.items()}
-
-
-def _summary(seconds: list[float]) -> dict[str, Any]:
-    lower, middle, upper = quantiles(seconds, n=4, method="inclusive")
-    return {"seconds": middle, "lower": lower, "upper": upper, "fastest": min(seconds), "slowest": max(seconds),
-            "rounds": len(seconds)}  # fmt: skip

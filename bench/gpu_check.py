@@ -6,7 +6,7 @@
 
 The parts run one after the other, whatever becomes of the one before; each has its share of the time, and what one
 leaves of it is the next one's. The folder holds summary.txt, log.txt, junit.xml, tables.md and a .json a benchmark. Needs
-torch, triton, transformers, pytest and numpy, and no network: what the parts import keeps to that.
+torch, triton, transformers, pytest, pytest-benchmark and numpy, and no network: what the parts import keeps to that.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from bench import records, table
+from bench import table
 from bench.gpu_tests import gpu_tests
+from bench.machine import describe, machine
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "gpu-check"
@@ -77,17 +79,22 @@ def parts(device: str, out: Path) -> list[Part]:
     pytest, here = [sys.executable, "-m", "pytest", "-q"], device == "cuda"
     marked = [*pytest, "-m", "gpu", "--durations=5"]
     files = [f for f in gpu_tests()[0] if f != GRAPHS]
-    bench = ["--save", "--results", str(out), "--seconds", "{seconds}", *([] if here else ["--small"])]
+
+    def bench(subject: str, *more: str) -> list[str]:
+        limits = ["--seconds", "{seconds}", *([] if here else ["--small"])]
+        file = f"bench/bench_{subject.replace('-', '_')}.py"
+        return [*pytest, file, "--benchmark-only", f"--benchmark-json={out / subject}.json", *limits, *more]
+
     usual = ["-k", "32x2 or 32768 or fused"] if here else []  # two classes, 32,768 classes, last layers
     compiled = COMPILE.format(devices={"cpu", "cuda"} if here else set())
     return [
         Part("compile", "operations in C++ and CUDA", 0.24, [sys.executable, "-c", compiled], tests=False),
         Part("tests", "tests marked gpu", 0.16, [*marked, *files], some=here),
         Part("graphs", "CUDA graphs against eager steps", 0.12, [*marked, GRAPHS], some=here),
-        Part("kernels", "benchmark of the kernels", 0.16, [*pytest, "bench/bench_kernels.py", *bench, *usual], some=True),
-        Part("time-machine", "benchmark of the time machine", 0.08, [*pytest, "bench/bench_time_machine.py", *bench], some=True),
-        Part("telemetry", "benchmark of telemetry", 0.06, [*pytest, "bench/bench_telemetry.py", *bench], some=True),
-        Part("steps", "benchmark of whole steps", 0.18, [*pytest, "bench/bench_steps.py", *bench], some=True),
+        Part("kernels", "benchmark of the kernels", 0.16, bench("kernels", *usual), some=True),
+        Part("time-machine", "benchmark of the time machine", 0.08, bench("time-machine"), some=True),
+        Part("telemetry", "benchmark of telemetry", 0.06, bench("telemetry"), some=True),
+        Part("steps", "benchmark of whole steps", 0.18, bench("steps"), some=True),
     ]  # fmt: skip
 
 
@@ -163,7 +170,7 @@ def tables(out: Path) -> tuple[str, str]:
     found, status = [], "passed"
     for file in sorted(out.glob("*.json")):
         try:
-            found.append(f"## {file.stem}\n\n{table.render(records.read(file))}\n")
+            found.append(f"## {file.stem}\n\n{table.render(file)}\n")
         except Exception as error:  # noqa: BLE001  (the other tables are wanted all the same)
             found.append(f"## {file.stem}\n\n{type(error).__name__}: {error}\n")
             status = f"failed ({file.name}: {type(error).__name__})"
@@ -171,7 +178,7 @@ def tables(out: Path) -> tuple[str, str]:
 
 
 def summary(parts: Sequence[Part], tables: str, device: str, seconds: float) -> str:
-    lines = [records.describe(**records.machine(torch.device(device))), ""]
+    lines = [describe(**machine(torch.device(device))), ""]
     for part in parts:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(part.counts.items()))
         lines.append(f"{part.name:<13} {part.status:<22} {part.took:5.0f} s  {counts or part.title}")
@@ -259,6 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "no CUDA device is here; run this on a machine with a GPU, or see that it works with --device cpu.",
             file=sys.stderr,
         )
+        return 2
+    timing = [p.name for p in parts(given.device, out) if p.name in given.parts and "--benchmark-only" in p.command]
+    if timing and find_spec("pytest_benchmark") is None:
+        print(f"{', '.join(timing)} need pytest-benchmark; install it, or name other --parts.", file=sys.stderr)
         return 2
     return 1 if check(out, given.device, given.seconds, given.parts) else 0
 

@@ -19,7 +19,7 @@ def gpu_tests() -> tuple[list[str], dict[str, set[str]]]:
     """Files to run, and of the others what they lack: file -> packages."""
     lacking = {
         str(f.relative_to(ROOT)): missing(f)
-        for f in sorted((ROOT / "tests").glob("test_*.py"))
+        for f in sorted((ROOT / "tests").rglob("test_*.py"))
         if MARK in f.read_text()
     }
     return [f for f, packages in lacking.items() if not packages], {

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.devices import Host, Run
+from bench.devices import Host
+from bench.replay import Run
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
 from engine.kernels.ops.kd_loss import naive
 from engine.kernels.ops.meta_cotangent import naive as naive_cotangent
@@ -167,6 +168,18 @@ def missing(implementation: str, device: str) -> str:
     if implementation == "torch.compile" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         return "there is no C++ compiler"
     return ""
+
+
+def rows_of(name: str, case: Case, cuda: bool) -> list[str]:
+    """The implementations of a pass, those included that a machine may have to leave out."""
+    if name in FUSED:
+        return ["ours", "reference", "eager", "liger"]
+    if name == "cotangent":
+        return ["ours", "reference", "eager"]
+    if name == "double":
+        return ["ours", "eager"]
+    graph = ["graph"] if cuda and traffic(name, case) < LAUNCH else []
+    return ["ours", "reference", "eager", "torch.compile", "liger", *graph]
 
 
 # Passes: name -> implementation -> run, whose call returns what is compared with the truth

@@ -1,36 +1,27 @@
-"""What a step takes: seconds, growth of resident memory, floating-point operations."""
+"""What a step takes beside time: growth of resident memory, floating-point operations."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 from engine.telemetry.flops import FlopCounter
 
 
-def measure(step: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Median of `rounds` steps with the extremes, after one that allocates what is kept and two whose memory is read.
-
-    `growth` is the highest resident memory in a step over what was resident before it, in bytes.
-    """
+def growth(step: Callable[[], Any]) -> int:
+    """The highest resident memory in a step over what was resident before it, in bytes: the larger of two steps, after one
+    that allocates what is kept."""
     step()
-    growth = []
+    found = []
     for _ in range(2):
         release()
         before = memory("VmRSS")
         reset_peak()
         step()
-        growth.append(memory("VmHWM") - before)
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": median(seconds), "fastest": min(seconds), "slowest": max(seconds), "growth": max(growth)}
+        found.append(memory("VmHWM") - before)
+    return max(found)
 
 
 def flops(step: Callable[[], Any]) -> int:

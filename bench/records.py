@@ -1,122 +1,81 @@
-"""Files of results: rows, the machines that they were measured on, and how two runs' rows come together."""
+"""Results of benchmarks, as pytest-benchmark writes them, and how those of several runs and machines come together.
+
+A file under bench/results/ holds one subject's rows (bench_<subject>.py). It has pytest-benchmark's form, so its commands
+read it; a row that an earlier run measured has the machine of that run in its `extra_info`. Groups are compared within themselves, so they are
+replaced whole: a run of some of them leaves the others.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-PACKAGES = ("torch", "transformers", "numpy", "triton", "liger-kernel")
-Result = dict[str, Any]  # kind, machines, rows; a row's `machine` is the place of its machine in `machines`
+Results = dict[str, Any]  # what pytest-benchmark writes: machine_info, commit_info, benchmarks, datetime, version
+KEPT = ("group", "name", "fullname", "param", "params", "extra_info")
 
 
-def read(file: Path) -> Result:
-    return json.loads(file.read_text()) if file.exists() else {"rows": []}
+def read(file: Path) -> Results:
+    return json.loads(file.read_text())
 
 
-def write(file: Path, kind: str, rows: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"kind": kind, **rows}, indent=1) + "\n")
+def subject_of(name: str) -> str:
+    """Of a module or of a test: `bench/bench_time_machine.py::test_it[row]` and `bench.bench_time_machine` give time-machine."""
+    module = name.partition("::")[0].removesuffix(".py").replace("/", ".").rpartition(".")[2]
+    return module.removeprefix("bench_").replace("_", "-")
 
 
-def merged(old: Result, rows: list[dict], found: dict[str, dict]) -> Result:
-    """Rows of an old file, but for the parts that were measured again, and new ones; each with its `machine`'s place.
+def by_subject(results: Results) -> dict[str, Results]:
+    """A run's results a subject, without what would make them long."""
+    found: dict[str, Results] = {}
+    for row in results["benchmarks"]:
+        mine = found.setdefault(subject_of(row["fullname"]), results | {"benchmarks": []})
+        stats = {name: value for name, value in row["stats"].items() if name != "data"}  # the rounds, one by one
+        mine["benchmarks"].append({name: row[name] for name in KEPT} | {"stats": stats})
+    return found
 
-    `found` has the machine of each device. A row without a `device` is the CPU's. In files of one machine its facts stand
-    beside the rows.
+
+def joined(old: Results, new: Results) -> Results:
+    """Two files' rows, the groups of the new one in place of what the old one has of them on the same kind of device."""
+    measured = {_place(row) for row in new["benchmarks"]}
+    kept = [
+        row | {"extra_info": {"machine": old["machine_info"]} | row["extra_info"]}
+        for row in old["benchmarks"] if _place(row) not in measured
+    ]  # fmt: skip
+    return new | {"benchmarks": kept + new["benchmarks"]}
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str]:
+    return row["extra_info"]["device"], row["group"]
+
+
+def merge(files: list[Path], folder: Path) -> list[str]:
+    """Take the results of these files into the folder; the subjects that were there, in order.
+
+    Raises ValueError for results of miniatures.
     """
-    return _together(old, [(row, found[row.get("device", "cpu")]) for row in rows])
+    subjects = {}
+    for file in files:
+        results = read(file)
+        if results.get("small"):
+            raise ValueError(f"{file} was measured with --small, and says nothing that is worth keeping.")
+        for subject, found in by_subject(results).items():
+            ours = folder / f"{subject}.json"
+            together = joined(read(ours), found) if ours.exists() else found
+            ours.parent.mkdir(parents=True, exist_ok=True)
+            ours.write_text(json.dumps(together, indent=1) + "\n")
+            subjects[subject] = None
+    return sorted(subjects)
 
 
-def joined(old: Result, new: Result) -> Result:
-    """Two files' rows, the new ones in place of old ones of the same part."""
-    return _together(old, _placed(new))
+def rows(results: Results) -> list[dict[str, Any]]:
+    """What tables are made of: each row's `extra_info`, its group, and in seconds its median, quartiles and extremes."""
+    return [
+        {"machine": results["machine_info"]} | row["extra_info"] | {"group": row["group"]} | _times(row["stats"])
+        for row in results["benchmarks"]
+    ]  # fmt: skip
 
 
-def _together(old: Result, new: list[tuple[dict, dict]]) -> Result:
-    parts = {row["part"] for row, _ in new}
-    kept = [(row, m) for row, m in _placed(old) if row["part"] not in parts] + new
-    machines: list[dict] = []
-    for _, m in kept:
-        if m not in machines:
-            machines.append(m)
-    return {"machines": machines, "rows": [{**row, "machine": machines.index(m)} for row, m in kept]}
-
-
-def _placed(results: Result) -> list[tuple[dict, dict]]:
-    """Each row with its machine."""
-    known = results.get("machines") or [{k: results.get(k) for k in ("hardware", "versions")}]
-    return [(row, known[row.get("machine", 0)]) for row in results["rows"]]
-
-
-class Recorder:
-    """Keeps rows of one subject and, given a file, writes them there one by one: a run that is stopped leaves what it had."""
-
-    def __init__(self, subject: str, file: Path | None):
-        self.subject, self.file, self.rows = subject, file, []
-        self._old = {"rows": []} if file is None else read(file)
-        self._machines: dict[str, dict] = {}
-
-    def __call__(self, **row: Any) -> None:
-        self.rows.append(row)
-        if self.file is None:
-            return
-        name = row.get("device", "cpu")
-        if name not in self._machines:
-            self._machines[name] = machine(torch.device(name))
-        write(self.file, self.subject, merged(self._old, self.rows, self._machines))
-
-
-def machine(device: torch.device) -> dict[str, dict]:
-    """Hardware and versions. Nothing of the engine is asked: a lent GPU machine has no library of data sets."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        versions |= {"cuda": torch.version.cuda, "driver": driver()}
-    return {"hardware": {"device": str(device), "name": name, "threads": torch.get_num_threads()}, "versions": versions}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver, from its library, else as torch finds it."""
-    try:
-        import pynvml
-    except ImportError:
-        from torch.utils import collect_env
-
-        return collect_env.get_nvidia_driver_version(collect_env.run)
-    pynvml.nvmlInit()
-    try:
-        found = pynvml.nvmlSystemGetDriverVersion()
-        return found.decode() if isinstance(found, bytes) else found
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def describe(hardware: dict[str, Any], versions: dict[str, str]) -> str:
-    """A machine in one line of a caption."""
-    shown = [hardware["name"], f"torch {versions['torch']}"]
-    if hardware["device"].startswith("cuda"):
-        names = {"triton": "triton", "liger-kernel": "liger-kernel", "cuda": "CUDA", "driver": "driver"}
-        shown += [f"{title} {versions[name]}" for name, title in names.items() if versions.get(name)]
-    else:
-        threads = hardware["threads"]
-        shown.insert(1, f"{threads} thread{'s' * (threads != 1)}")
-    return ", ".join([*shown, f"Python {versions['python']}"]) + "."
+def _times(stats: dict[str, Any]) -> dict[str, float]:
+    names = {"seconds": "median", "lower": "q1", "upper": "q3", "fastest": "min", "slowest": "max"}
+    return {ours: stats[theirs] for ours, theirs in names.items() if theirs in stats}

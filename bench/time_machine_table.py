@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-from typing import Any
-
-from bench.kernel_table import NOT_YET, duration
-from bench.records import describe
+from bench.layout import NOT_YET, Peers, Row, duration, machines, peers, spread
 
 TITLES = {
     "time machine": "time machine", "time machine, rows": "time machine, embeddings by rows",
@@ -16,22 +12,21 @@ TITLES = {
 PASSES = ("snapshot", "pilot")
 
 
-def render_time_machine(results: dict[str, Any]) -> str:
+def render_time_machine(rows: list[Row]) -> str:
     """A table for each kind of device, and a sentence where none is a GPU."""
-    rows, parts = results["rows"], []
+    parts = []
     for device, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):
-        if here := [row for row in rows if row["device"] == device and row["pass"] in PASSES]:
-            machines = dict.fromkeys(row["machine"] for row in here)
-            parts.append(_copies(title, here, [results["machines"][i] for i in machines]))
+        found = [row for row in rows if row["device"] == device]
+        if here := [row for row in found if row["pass"] in PASSES]:
+            parts.append(_copies(title, here))
         elif device == "cuda":
             parts.append(NOT_YET)
-        parts += _steps([row for row in rows if row["device"] == device and row["pass"] == "meta-step"])
+        parts += _steps([row for row in found if row["pass"] == "meta-step"])
     return "\n\n".join(parts)
 
 
-def _copies(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> str:
+def _copies(title: str, rows: list[Row]) -> str:
     by_name = {(row["row"], row["pass"]): row for row in rows}
-    spread = [100 * (row["upper"] - row["lower"]) / row["seconds"] for row in rows]
     return "\n".join([
         f"{title}, {rows[0]['weights']:,} weights:",
         "",
@@ -42,25 +37,24 @@ def _copies(title: str, rows: list[dict[str, Any]], machines: list[dict[str, Any
             for name, shown in TITLES.items() if any((name, p) in by_name for p in PASSES)
         ),
         "",
-        "Every way was compared bit for bit first. Medians, in turns in one run, caches flushed before each; quartiles lie "
-        f"{median(spread):.0f} % of the median apart ({max(spread):.0f} % at most). Counted are 16 bytes a weight for a "
+        "Every way was compared bit for bit first. Medians, in turns in one run, caches flushed before each; "
+        f"{spread(rows)}. Counted are 16 bytes a weight for a "
         "snapshot and a rewind, 24 with a pilot step between them, whatever passes a way takes; a large copy moved "
-        f"{rows[0]['copy_rate'] / 1e9:,.0f} GB/s, read and written both counted. " + " ".join(describe(**m) for m in machines),
+        f"{rows[0]['copy_rate'] / 1e9:,.0f} GB/s, read and written both counted. " + machines(rows),
     ])  # fmt: skip
 
 
-def _cells(row: dict[str, Any] | None) -> list[str]:
+def _cells(row: Row | None) -> list[str]:
     if row is None:
         return ["", "", ""]
     rate = row["bytes"] / row["seconds"]
     return [duration(row["seconds"]), f"{rate / 1e9:,.0f}", f"{100 * rate / row['copy_rate']:.0f} %"]
 
 
-def _steps(rows: list[dict[str, Any]]) -> list[str]:
+def _steps(rows: list[Row]) -> list[str]:
     """What snapshots in pinned memory add to a meta-step, in a sentence a precision."""
     found = []
-    for precision in dict.fromkeys(row["precision"] for row in rows):
-        timed = {row["row"]: row for row in rows if row["precision"] == precision and "seconds" in row}
+    for timed in peers(rows):
         parts = [
             f"{_more(timed, suffix):+.1f} % to {what} of {duration(timed['device' + suffix]['seconds'])}"
             for suffix, what in (("", "an eager step"), (", graph", "a CUDA graph's"))
@@ -70,10 +64,10 @@ def _steps(rows: list[dict[str, Any]]) -> list[str]:
             row = next(iter(timed.values()))
             found.append(
                 f"Snapshots in pinned host memory add {' and '.join(parts)} ({row['models']}, {row['batch']} x "
-                f"{row['length']}, {precision})."
+                f"{row['length']}, {row['precision']})."
             )
     return found
 
 
-def _more(timed: dict[str, dict[str, Any]], suffix: str) -> float:
+def _more(timed: Peers, suffix: str) -> float:
     return 100 * (timed["pinned" + suffix]["seconds"] / timed["device" + suffix]["seconds"] - 1)

@@ -71,6 +71,8 @@ def _read(words: list[str]) -> bool:
             for word in rest:
                 known = word in ("-m", "slow", "gpu") or word.startswith("--benchmark-") or f'"{word}"' in conftest
                 assert (ROOT / word).exists() if not word.startswith("-") and "/" in word else known, word
+        case ["pytest-benchmark", "compare", _]:
+            pass
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
         case ["bash", script, *_]:

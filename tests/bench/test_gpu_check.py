@@ -14,11 +14,12 @@ from bench.gpu_check import Part, check, main, parts
 from bench.gpu_tests import MARK, gpu_tests, missing
 
 ROOT = Path(__file__).parents[2]
-LEAN = {f"tests/test_{name}.py" for name in ("cuda_graph_gpu", "flat_gpu", "kernels_gpu", "native", "time_machine")}
+LEAN = {"tests/models/test_cuda_graph_gpu.py", "tests/params/test_flat_gpu.py", "tests/kernels/test_kernels_gpu.py"}
+LEAN |= {"tests/params/test_native.py", "tests/meta/test_time_machine.py"}
 # What a lent machine need not have.
 ABSENT = {
     "datasets", "dill", "multiprocess", "jsonargparse", "torchdata", "torchmetrics", "liger_kernel", "tensorboard", "rich",
-    "peft", "hypothesis", "pytest_benchmark", "pyarrow", "pandas", "sklearn", "scipy",
+    "peft", "hypothesis", "pyarrow", "pandas", "sklearn", "scipy",
 }  # fmt: skip
 SITE = f"""
 import sys
@@ -42,6 +43,7 @@ def bare(tmp_path):
         **os.environ,
         "PYTHONPATH": str(tmp_path / "site"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "pytest_benchmark.plugin",
         "CUDA_VISIBLE_DEVICES": "",
     }
 
@@ -80,8 +82,8 @@ def test_gpu_tests_and_benchmarks_can_be_imported_where_little_is_installed(bare
 def test_all_marked_files_are_run_where_everything_is_installed():
     files, lacking = gpu_tests()
     marked = {
-        f"tests/{f.name}"
-        for f in (ROOT / "tests").glob("*.py")
+        f.relative_to(ROOT).as_posix()
+        for f in (ROOT / "tests").rglob("test_*.py")
         if f"@{MARK}" in f.read_text() or f"[{MARK}" in f.read_text()
     }
     assert marked <= set(files) and not lacking
@@ -97,15 +99,15 @@ def test_missing_follows_imports(tmp_path):
         "class A:\n    import absent_6\n"
     )
     assert missing(file) == {"absent_1", "absent_2", "absent_6"}
-    found = gpu_check.ROOT / "tests" / "test_data_read.py"
+    found = gpu_check.ROOT / "tests" / "data" / "test_data_read.py"
     from bench import gpu_tests
 
     gpu_tests._installed.cache_clear()
     with pytest.MonkeyPatch.context() as patch:  # over the engine, and through a helper
         patch.setattr(gpu_tests, "find_spec", lambda name: None if name in ("datasets", "hypothesis") else name)
         assert "datasets" in missing(found)
-        assert missing(ROOT / "tests" / "test_time_machine_sequences.py") == {"hypothesis"}
-        assert not missing(ROOT / "tests" / "test_time_machine.py")
+        assert missing(ROOT / "tests" / "meta" / "test_time_machine_sequences.py") == {"hypothesis"}
+        assert not missing(ROOT / "tests" / "meta" / "test_time_machine.py")
     gpu_tests._installed.cache_clear()
 
 
@@ -125,6 +127,14 @@ def test_a_gpu_is_asked_for(monkeypatch, capsys, tmp_path):
     )
 
 
+def test_pytest_benchmark_is_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_check, "check", lambda *given: 0)
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "kernels, time-machine, telemetry, steps need pytest-benchmark; install it" in capsys.readouterr().err
+    assert main(["--device", "cpu", "--out", str(tmp_path), "--parts", "compile", "tests", "graphs"]) == 0
+
+
 def test_parts(tmp_path):
     on_gpu, on_cpu = parts("cuda", tmp_path), parts("cpu", tmp_path)
     assert sum(part.share for part in on_gpu) == pytest.approx(1)
@@ -132,10 +142,12 @@ def test_parts(tmp_path):
     assert graphs.command[-1] == gpu_check.GRAPHS and (ROOT / gpu_check.GRAPHS).exists()
     assert gpu_check.GRAPHS not in next(part for part in on_gpu if part.name == "tests").command
     for one, other in zip(on_gpu, on_cpu, strict=True):
-        assert ("--small" in other.command) == ("--save" in other.command) == ("--save" in one.command)
+        assert (
+            ("--small" in other.command) == ("--benchmark-only" in other.command) == ("--benchmark-only" in one.command)
+        )
         assert "--small" not in one.command
     assert len(gpu_check.WRITTEN) <= 8  # what comes back from a lent machine
-    assert set(gpu_check.WRITTEN) >= {f"{part.name}.json" for part in on_gpu if "--save" in part.command}
+    assert set(gpu_check.WRITTEN) >= {f"{part.name}.json" for part in on_gpu if "--benchmark-only" in part.command}
 
 
 def script(code):
@@ -166,7 +178,7 @@ except KeyboardInterrupt:
 def test_every_part_runs_and_the_folder_holds_what_was_found(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "STOP", 1.0)
     (tmp_path / "steps.json").write_text("{}")  # of an earlier run
-    results = {"kind": "kernels", "rows": []}
+    results = {"benchmarks": []}
     skipped = WRITE.format(inner='<skipped message="no time"/>')
     made = [
         Part("fails", "", 0.4, script("print('what went wrong'); raise SystemExit(3)"), tests=False),
@@ -209,7 +221,7 @@ def test_time_that_is_left_is_the_next_ones(monkeypatch, tmp_path):
 
 
 def test_results_that_make_no_table_are_a_failure(tmp_path):
-    (tmp_path / "kernels.json").write_text('{"kind": "kernels", "rows": [{"device": "cpu"}]}')
+    (tmp_path / "kernels.json").write_text('{"benchmarks": [{"device": "cpu"}], "machine_info": {}}')
     rendered, status = gpu_check.tables(tmp_path)
     assert status.startswith("failed (kernels.json: KeyError") and "KeyError" in rendered
 
@@ -224,6 +236,6 @@ def test_the_whole_check_in_small_where_little_is_installed(bare, tmp_path):
     assert "All passed" in summary and "needs a CUDA device" in summary
     for subject in ("kernels", "steps", "telemetry", "time-machine"):
         results = json.loads((out / f"{subject}.json").read_text())
-        assert results["rows"] and results["machines"][0]["hardware"]["device"] == "cpu"
+        assert results["benchmarks"] and results["machine_info"]["hardware"]["device"] == "cpu"
         assert f"## {subject}" in (out / "tables.md").read_text()
     assert "Error" not in (out / "tables.md").read_text()
