@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from graph_simulator import SimulatedCapture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import succeed, summary
 
+from engine.batch import Batch
 from engine.data.batches import QuizBatches, evaluation_batches, training_rows
 from engine.data.buckets import Buckets
 from engine.data.encoded import EncodedSplit, EncodedSplits
@@ -20,6 +22,9 @@ from engine.data.token_files import Tokens
 from engine.data.token_table import TokenTable
 from engine.embedded import generate
 from engine.embedded.models import train_bpe, train_wordpiece
+from engine.losses.objectives import Objective
+from engine.meta.micro_batches import parts as cut_batch
+from engine.models.cuda_graph import StepGraphs
 
 ROWS, CPU = 45, torch.device("cpu")
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -40,7 +45,8 @@ def tokenizers(texts):
 @pytest.fixture(scope="module")
 def dataset(texts):
     """The label names the row."""
-    return Dataset.from_dict({"text": texts, "label": [i + 0.5 for i in range(ROWS)]})
+    columns = {"text": texts, "label": [i + 0.5 for i in range(ROWS)], "domain": [i % 3 for i in range(ROWS)]}
+    return Dataset.from_dict(columns)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,49 @@ def test_rows_are_grouped_by_their_longest_encoding(split):
         assert part.widths.tolist() == table.buckets(table.lengths).tolist()
         kept = split.with_answers([[np.zeros((ROWS, 2), np.float32)]]).only({table.encoding.key})
         assert kept.tables == [table] and kept.widths.tolist() == split.widths.tolist()
+
+
+# Columns
+
+
+def test_batches_carry_columns(split, dataset, tmp_path):
+    assert split.columns["domain"].dtype == torch.int64
+    weight = np.arange(ROWS) / 2
+    more = split.with_columns({"weight": weight, "hard": np.arange(ROWS) % 5 == 0})
+    assert "weight" not in split.columns and split.batch([3]).columns.keys() == {"domain"}
+    batch = more.only({split.tables[1].encoding.key}).batch([7, 3, 20])
+    assert batch.columns["domain"].tolist() == [1, 0, 2]
+    assert torch.equal(batch.columns["weight"], torch.tensor([3.5, 1.5, 10.0]))
+    assert torch.equal(batch.columns["hard"], torch.tensor([0, 0, 1]))
+    assert more.with_columns({"weight": weight + 1}).batch([0]).columns["weight"].tolist() == [1]
+    plain = dataset.remove_columns("domain")
+    encodings = [table.encoding for table in split.tables]
+    assert EncodedSplit(plain, encodings, content_hash(plain), tmp_path).batch([0, 1]).columns == {}
+    with pytest.raises(AssertionError):
+        split.with_columns({"short": np.arange(ROWS - 1)})
+
+
+def test_columns_go_where_the_batch_goes(split):
+    batch = split.with_answers([[np.ones((ROWS, 2), np.float32)]]).batch(list(range(10)))
+    assert batch.to(torch.device("meta")).columns["domain"].is_meta
+    found = cut_batch(batch, Objective(), 4)
+    assert torch.cat([part.batch.columns["domain"] for part in found]).tolist() == [i % 3 for i in range(10)]
+    leaves, spec = torch.utils._pytree.tree_flatten(batch)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again, Batch) and torch.equal(again.columns["domain"], batch.columns["domain"])
+    assert spec != torch.utils._pytree.tree_flatten(Batch(batch.labels, batch.inputs, batch.answers))[1]
+
+
+def test_a_captured_step_reads_the_columns_of_each_batch(split):
+    def step(batches):
+        return {"domains": batches[0].columns["domain"].sum().float()}
+
+    graphs = StepGraphs(step, CPU, capture=SimulatedCapture())
+    short = np.argsort(split.lengths, kind="stable")[:4].tolist()
+    for i in range(12):
+        rows = [*short[1:], short[0]] if i % 2 else [short[0]] * 4
+        assert graphs([split.batch(rows)])["domains"] == sum(row % 3 for row in rows)
+    assert graphs.captured
 
 
 # Order

@@ -51,11 +51,13 @@ def test_every_format_gives_the_same_splits(tmp_path, suffix):
     assert hashes(splits) == hashes(load(in_format(tmp_path, ".jsonl", rows)))
 
 
-def test_windows_files(tmp_path):
+def test_windows_files_are_read_and_other_encodings_refused(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_bytes(b"\xef\xbb\xbfsentence\tlabel\r\n" + b"".join(b"row %d\t%d\r\n" % (i, i % 2) for i in range(40)))
     splits = load(path)
     assert splits.task.label_names == ("0", "1") and not any("\r" in text for text in splits.train[0]["text"])
+    path.write_bytes(path.read_bytes() + b"caf\xe9\t1\n")
+    assert "a.tsv, line 42" in refused(path)
 
 
 def test_csv_texts_may_span_lines_and_be_long(tmp_path):
@@ -73,7 +75,6 @@ TSV_FAULTS = [
     ("", "line 12 is empty"),
     ("  \t1", "line 12: the text in 'sentence' is empty"),
     ("text\t", "line 12: the label is empty"),
-    ("text\t ", "line 12: the label is empty"),
     ("text\tNaN", "line 12: the label is empty"),
     ("text\t-1", "line 12: the label -1 marks a row without a label"),
 ]
@@ -83,12 +84,6 @@ TSV_FAULTS = [
 def test_broken_tsv_row(tmp_path, row, expected):
     path = write(tmp_path / "a.tsv", [*numbered(10), row, *numbered(10, "more")])
     assert f"a.tsv, {expected}" in refused(path)
-
-
-def test_not_utf8(tmp_path):
-    path = write(tmp_path / "a.tsv", numbered(10))
-    path.write_bytes(path.read_bytes() + b"caf\xe9\t1\n")
-    assert "a.tsv, line 12" in refused(path)
 
 
 JSON_FAULTS = [
@@ -131,17 +126,14 @@ def test_empty_files(tmp_path):
     for content in ("", "\n\n", "sentence\tlabel\n"):
         path.write_text(content)
         assert "a.tsv is empty" in refused(path) or "a.tsv has no rows" in refused(path)
-
-
-def test_repeated_column_name(tmp_path):
-    assert "more than one column named 'a'" in refused(write(tmp_path / "a.tsv", ["x\t1\t2"], "a\tlabel\ta"))
+    assert "more than one column named 'a'" in refused(write(path, ["x\t1\t2"], "a\tlabel\ta"))
 
 
 def test_reading_is_fast(tmp_path):
-    path = write(tmp_path / "a.tsv", numbered(70_000))
+    path = write(tmp_path / "a.tsv", numbered(30_000))
     start = time.process_time()
     load(path, 2)
-    assert time.process_time() - start < 8  # 0.4 s of processor time on an idle core; quadratic code takes minutes
+    assert time.process_time() - start < 8  # 0.2 s of processor time on an idle core; quadratic code takes minutes
 
 
 # Columns
@@ -189,25 +181,15 @@ def test_columns_are_not_found(tmp_path, header, config, expected):
     assert all(part in message for part in expected)
 
 
-def test_a_held_out_file_needs_the_columns_too(tmp_path):
-    write(tmp_path / "train.tsv", numbered(40))
-    write(tmp_path / "test.tsv", ["a\t1"], "text\tlabel")
-    assert "test.tsv has no column 'sentence'" in refused(tmp_path)
-
-
 # Labels
 
 
 def test_integers_sort_by_size_and_words_by_the_alphabet(tmp_path):
-    rows = [f"row {i}\t{[2, 10, 1][i % 3]}" for i in range(60)]
-    assert load(write(tmp_path / "a.tsv", rows)).task.label_names == ("1", "2", "10")
-    rows = [f"row {i}\t{['b', 'c', 'a'][i % 3]}" for i in range(60)]
-    assert load(write(tmp_path / "b.tsv", rows)).task.label_names == ("a", "b", "c")
-
-
-def test_the_same_number_written_differently_is_one_class(tmp_path):
+    for labels, names in (([2, 10, 1], ("1", "2", "10")), (["b", "c", "a"], ("a", "b", "c"))):
+        rows = [f"row {i}\t{labels[i % 3]}" for i in range(60)]
+        assert load(write(tmp_path / "a.tsv", rows)).task.label_names == names
     write(tmp_path / "train.tsv", numbered(60))
-    write(tmp_path / "test.tsv", ["a\t1.0", "b\t 0"])
+    write(tmp_path / "test.tsv", ["a\t1.0", "b\t 0"])  # the same number written differently is one class
     test = load(tmp_path).test
     assert dict(zip(test["text"], test["label"], strict=True)) == {"a": 1, "b": 0}
 
@@ -239,13 +221,6 @@ def test_one_class_and_too_many(tmp_path):
     assert "two classes" in refused(write(tmp_path / "a.tsv", numbered(50, classes=1)))
     message = refused(write(tmp_path / "a.tsv", numbered(1500, classes=1001)))
     assert "1,001 different labels" in message and "--label-column" in message
-
-
-def test_class_names_of_parquet(tmp_path):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    rows = {"text": [f"row {i}" for i in range(50)], "label": [i % 2 for i in range(50)]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    assert load(tmp_path).task.label_names == ("no", "yes")
 
 
 # Folders and paths

@@ -1,4 +1,4 @@
-"""A column of domains: read, checked, held in every cut, carried by batches; splits that are parts of others."""
+"""A column of domains: read, checked, held in every cut."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,29 +6,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from data_helpers import hashes, load, numbered, parts, refused, write
-from graph_simulator import SimulatedCapture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_helpers import succeed, summary
 from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
-from engine.batch import Batch
 from engine.data.cut import Pool
-from engine.data.encoded import EncodedSplit
-from engine.data.encoding import Encoding
-from engine.data.splits import content_hash
-from engine.embedded import generate
-from engine.embedded.models import train_bpe, train_wordpiece
-from engine.losses.objectives import Objective
-from engine.meta.micro_batches import parts as cut_batch
-from engine.models.cuda_graph import StepGraphs
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 HEADER = "kind\tsentence\tlabel"
 SIZES = {"quiz_size": 12, "validation_size": 24, "test_size": 30, "train_size": 90}
-CPU = torch.device("cpu")
 
 
 def rows(count, domains=("zoo", "art", "law"), word="row"):
@@ -106,13 +93,6 @@ def test_a_cut_of_a_row_a_domain_has_every_class():
     assert sorted(domains[taken]) == list(range(8)) and Counter(classes[taken]) == {0: 4, 1: 4}
 
 
-def test_one_domain_cuts_as_none():
-    classes = np.random.default_rng(0).integers(0, 3, 200)
-    plain, one = Pool(classes, 3, 1), Pool(classes, 3, 1, np.zeros(200, int))
-    for size, leave in ((17, 1), (40, 0), (200, 0)):
-        assert plain.cut(size, leave).tolist() == one.cut(size, leave).tolist()
-
-
 def test_regression_has_domains(tmp_path):
     lines = [f"{'ab'[i % 2]}\trow {i}\t{i / 8}" for i in range(120)]
     splits = load(write(tmp_path / "a.tsv", lines, HEADER), domain_column="kind")
@@ -120,38 +100,23 @@ def test_regression_has_domains(tmp_path):
     assert all(abs(2 * sum(part["domain"]) - len(part)) <= 1 for part in parts(splits).values())
 
 
-def test_one_domain_is_allowed(tmp_path):
-    splits = load(write(tmp_path / "a.tsv", rows(100, ["only"]), HEADER), domain_column="kind")
-    assert splits.task.domains == ("only",)
-
-
 # Refusals
 
 
-def test_a_domain_that_training_does_not_know(tmp_path):
+def test_a_domain_that_training_does_not_know_and_one_without_rows(tmp_path):
     write(tmp_path / "train.tsv", rows(60), HEADER)
     write(tmp_path / "dev.tsv", [*rows(4, word="dev"), "sea\tnew\t1"], HEADER)
     message = refused(tmp_path, domain_column="kind")
     assert "dev.tsv, line 6" in message and "'sea'" in message and "its domains are art, law, zoo" in message
-
-
-def test_a_domain_without_rows_is_said(tmp_path):
-    write(tmp_path / "train.tsv", rows(60), HEADER)
     write(tmp_path / "dev.tsv", rows(4, ["art", "zoo"], "dev"), HEADER)
     assert any("dev.tsv has no example of the domain 'law'." in n for n in load(tmp_path, domain_column="kind").notes)
-
-
-@pytest.mark.parametrize(("value", "said"), [("", "is empty"), ("  ", "is empty")])
-def test_an_empty_domain(tmp_path, value, said):
-    path = write(tmp_path / "a.tsv", [*rows(10), f"{value}\tno domain\t1"], HEADER)
-    message = refused(path, domain_column="kind")
-    assert f"{path}, line 12: the domain in 'kind' {said}" in message
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ('"kind": null', "is empty"),
+        ('"kind": null', "the domain in 'kind' is empty"),
+        ('"kind": "  "', "is empty"),
         ('"kind": NaN', "is empty"),
         ('"kind": [1]', "must be a name, not list"),
         ("", "missing"),
@@ -182,13 +147,9 @@ def test_a_column_of_something_else(tmp_path, header, columns, what):
     assert f"--domain-column is {columns['domain_column']}, which is the {what} column" in message
 
 
-def test_a_usual_name_is_free_for_the_domain(tmp_path):
-    """`category` and `title` are looked for as label and text, unless they are the domain."""
-    path = write(tmp_path / "a.tsv", rows(60), "category\ttitle\tsentiment")
-    assert len(load(path, domain_column="category").task.domains) == 3
-
-
 def test_an_absent_column_and_a_column_of_ids(tmp_path):
+    usual = write(tmp_path / "a.tsv", rows(60), "category\ttitle\tsentiment")  # looked for as label and text, if free
+    assert len(load(usual, domain_column="category").task.domains) == 3
     path = write(tmp_path / "a.tsv", rows(60), HEADER)
     message = refused(path, domain_column="genre")
     assert "no column 'genre'" in message and "--domain-column" in message
@@ -217,76 +178,6 @@ def test_domains_of_the_hub(loaded):  # noqa: F811
     assert splits.task.domains == ("x", "y") and len(splits.validation) == 20
     for name, count in (("train", 100), ("validation", 10)):
         assert f"user/name {name}: {count} rows without a text, a label or a domain of train left out." in splits.notes
-
-
-# Batches
-
-
-@pytest.fixture(scope="module")
-def texts():
-    sentences = [text for text, _ in generate(120, seed=3)]
-    return [" ".join(sentences[2 * i : 2 * i + 1 + i % 4]) for i in range(45)]
-
-
-@pytest.fixture(scope="module")
-def dataset(texts):
-    columns = {"text": texts, "label": [i % 2 for i in range(45)], "domain": [i % 3 for i in range(45)]}
-    return datasets.Dataset.from_dict(columns)
-
-
-@pytest.fixture(scope="module")
-def split(dataset, texts, tmp_path_factory):
-    encodings = [Encoding.of(train(texts), 64) for train in (train_wordpiece, train_bpe)]
-    return EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path_factory.mktemp("tokens"), 4, batch_size=8)
-
-
-def test_batches_carry_columns(split, dataset, tmp_path):
-    assert split.columns["domain"].dtype == torch.int64
-    weight = np.arange(45) / 2
-    more = split.with_columns({"weight": weight, "hard": np.arange(45) % 5 == 0})
-    assert "weight" not in split.columns and split.batch([3]).columns.keys() == {"domain"}
-    batch = more.only({split.tables[1].encoding.key}).batch([7, 3, 20])
-    assert batch.columns["domain"].tolist() == [1, 0, 2]
-    assert torch.equal(batch.columns["weight"], torch.tensor([3.5, 1.5, 10.0]))
-    assert torch.equal(batch.columns["hard"], torch.tensor([0, 0, 1]))
-    assert more.with_columns({"weight": weight + 1}).batch([0]).columns["weight"].tolist() == [1]
-    plain = dataset.remove_columns("domain")
-    encodings = [table.encoding for table in split.tables]
-    assert EncodedSplit(plain, encodings, content_hash(plain), tmp_path).batch([0, 1]).columns == {}
-    with pytest.raises(AssertionError):
-        split.with_columns({"short": np.arange(44)})
-
-
-def test_columns_go_where_the_batch_goes(split):
-    batch = split.with_answers([[np.ones((45, 2), np.float32)]]).batch(list(range(10)))
-    assert batch.to(torch.device("meta")).columns["domain"].is_meta
-    found = cut_batch(batch, Objective(), 4)
-    assert torch.cat([part.batch.columns["domain"] for part in found]).tolist() == [i % 3 for i in range(10)]
-    leaves, spec = torch.utils._pytree.tree_flatten(batch)
-    again = torch.utils._pytree.tree_unflatten(leaves, spec)
-    assert isinstance(again, Batch) and torch.equal(again.columns["domain"], batch.columns["domain"])
-    assert spec != torch.utils._pytree.tree_flatten(Batch(batch.labels, batch.inputs, batch.answers))[1]
-
-
-def test_a_captured_step_reads_the_columns_of_each_batch(split):
-    def step(batches):
-        return {"domains": batches[0].columns["domain"].sum().float()}
-
-    graphs = StepGraphs(step, CPU, capture=SimulatedCapture())
-    short = np.argsort(split.lengths, kind="stable")[:4].tolist()
-    for i in range(12):
-        rows = [*short[1:], short[0]] if i % 2 else [short[0]] * 4
-        assert graphs([split.batch(rows)])["domains"] == sum(row % 3 for row in rows)
-    assert graphs.captured
-
-
-# Whole runs
-
-
-def test_a_run_with_domains(tmp_path, cache):
-    lines = [f"{'ab'[i % 2]}\t{text}\t{label}" for i, (text, label) in enumerate(generate(160, 0))]
-    out = succeed(write(tmp_path / "a.tsv", lines, HEADER), tmp_path / "out", domain_column="kind", method="kd")
-    assert any("domain kind (a 32, b 32)" in note for note in summary(out)["notes"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
 from engine import embedded
@@ -51,7 +53,7 @@ def test_corpus_is_another_one_for_another_seed_and_begins_the_longer_one():
     assert embedded.generate(1000, seed=2)[:100] == embedded.generate(100, seed=2)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 301, 4000])
+@pytest.mark.parametrize("count", [0, 1, 301, 4000])
 def test_corpus_is_distinct_and_balanced(count):
     rows = embedded.generate(count, seed=1)
     assert len(rows) == count == len({text.lower() for text, _ in rows})
@@ -100,27 +102,9 @@ def test_vocabulary_is_of_a_natural_size_and_no_single_word_decides(parts):
 def test_bag_of_words_falls_short(parts):
     """Logistic regression on word counts: better than chance, far below what the teachers reach (about 96 %)."""
     train, held_out = parts["train"][: embedded.SIZES["train"]], parts["validation"]
-    index = {word: i for i, word in enumerate(sorted({word for text, *_ in train for word in words(text)}))}
-
-    def counts(rows):
-        x = torch.zeros(len(rows), len(index))  # [N, V]
-        for i, (text, *_) in enumerate(rows):
-            for word in words(text):
-                if word in index:
-                    x[i, index[word]] += 1
-        return x, torch.tensor([float(label) for _, label, *_ in rows])
-
-    (x, y), (x_held, y_held) = counts(train), counts(held_out)
-    weight = torch.zeros(len(index) + 1, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.05)
-    for _ in range(150):
-        optimizer.zero_grad()
-        logits = x @ weight[:-1] + weight[-1]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + 1e-4 * weight.square().sum()
-        loss.backward()
-        optimizer.step()
-    accuracy = (((x_held @ weight[:-1] + weight[-1]) > 0).float() == y_held).float().mean().item()
-    assert 0.55 < accuracy < 0.85
+    counts = CountVectorizer(token_pattern=r"[\w'-]+")
+    model = LogisticRegression().fit(counts.fit_transform([row[0] for row in train]), [row[1] for row in train])
+    assert 0.55 < model.score(counts.transform([row[0] for row in held_out]), [row[1] for row in held_out]) < 0.85
 
 
 READINGS = [
@@ -158,13 +142,6 @@ def test_same_seed_same_weights_and_global_state_untouched(texts, alias):
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[name], value) for name, value in again.items())
     assert not all(torch.equal(first[name], value) for name, value in other.items())
-
-
-def test_weights_survive_saving(built, tmp_path):
-    for alias, (model, _) in built.items():
-        model.save_pretrained(tmp_path / alias)
-        loaded = type(model).from_pretrained(tmp_path / alias).state_dict()
-        assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items()), alias
 
 
 @pytest.mark.parametrize("num_labels, problem_type", [(3, "single_label_classification"), (1, "regression")])
@@ -216,19 +193,6 @@ def test_tokenizer_round_trip(built, texts, alias, tmp_path):
         for options in [{}, {"truncation": True, "max_length": 12}, {"padding": True}]:
             assert tokenizer(*arguments, **options).data == loaded(*arguments, **options).data
     assert loaded.model_max_length == tokenizer.model_max_length == 128
-
-
-def test_pairs(built):
-    bert, roberta = built["bert"][1], built["roberta"][1]
-    a, b = "the acting was superb", "the score was dull"
-    pair = bert(a, b)
-    one, two = (bert(text, add_special_tokens=False)["input_ids"] for text in (a, b))
-    cls, sep = bert.cls_token_id, bert.sep_token_id
-    assert pair["input_ids"] == [cls, *one, sep, *two, sep]
-    assert pair["token_type_ids"] == [0] * (len(one) + 2) + [1] * (len(two) + 1)
-    one, two = (roberta(text, add_special_tokens=False)["input_ids"] for text in (a, b))
-    bos, eos = roberta.bos_token_id, roberta.eos_token_id
-    assert roberta(a, b)["input_ids"] == [bos, *one, eos, eos, *two, eos]
 
 
 @pytest.mark.parametrize("alias", embedded.ALIASES)

@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_helpers import assert_same_models, flags, metrics, run_signalled, sentences, succeed, summary, table
+from run_helpers import metrics, succeed, summary
 
-from engine import train
 from engine.batch import Batch
 from engine.data.batches import QuizBatches, TrainingBatches, evaluation_batches, training_rows
 from engine.data.encoded import EncodedSplit
@@ -102,16 +101,6 @@ def test_words_are_kept_beside_the_tokens(scene, monkeypatch):
     again = words_of(scene.dataset, Encoding(encoding.key, None, 64), scene.content, scene.cache)  # tokenises nothing
     assert np.array_equal(first, again) and len(first) == len(tokens.ids)
     assert f"{scene.content[:16]}-{encoding.key}-words" in folders
-    files = {file.name for file in (scene.cache / f"{scene.content[:16]}-{encoding.key}").iterdir()}
-    assert files <= {"ids.npy", "offsets.npy", "types.npy", "checksums.json"}
-
-
-def test_without_noise_no_words_are_made(tokenizers, tmp_path):
-    clean = made(["a soup", "the motel"], tokenizers.values(), tmp_path)
-    before = sorted(tmp_path.iterdir())
-    clean.split.batch([0, 1], epoch=0)
-    clean.noisy(teacher=0.0)  # a probability of 0 is none
-    assert sorted(tmp_path.iterdir()) == before
 
 
 # What is replaced
@@ -134,7 +123,7 @@ def test_whole_words_and_never_a_special_token(
     clean, batch = one.split.batch(rows), split.batch(rows, epoch)
     assert ids(batch, key).equal(ids(clean, key))
     if p == 0:
-        assert batch.inputs.keys() == clean.inputs.keys()
+        assert batch.inputs.keys() == clean.inputs.keys() and not list(cache.glob("*-words"))
         return
     noised, special = batch.inputs[f"{key}/student"], special_ids(tokenizer)
     masked = one.noisy(student=p).batch(rows, epoch).inputs[f"{key}/student"]["input_ids"] != ids(clean, key)
@@ -282,14 +271,13 @@ def test_only_training_batches_have_noise(scene):
     assert set(only.batch([0, 1], 0).inputs) == {scene.keys[1]}  # nobody of a role reads it
 
 
-def test_an_epoch_from_any_start(scene):
+def test_an_epoch_has_its_own_noise_from_any_start(scene):
     batches = TrainingBatches(scene.noisy(0.2, 0.5, "vocabulary"), 8, 3, CPU)
-    for epoch in range(2):
-        whole = list(batches.epoch(epoch))
-        for start in (1, 5):
-            assert all(equal(a, b) for a, b in zip(batches.epoch(epoch, start), whole[start:], strict=True))
-        rows = training_rows(scene.split.widths, 8, 3, epoch)
-        assert all(equal(a, batches.split.batch(r, epoch)) for a, r in zip(whole, rows, strict=True))
+    for epoch, start in ((0, 0), (1, 5)):
+        rows = training_rows(scene.split.widths, 8, 3, epoch)[start:]
+        assert all(
+            equal(a, batches.split.batch(r, epoch)) for a, r in zip(batches.epoch(epoch, start), rows, strict=True)
+        )
 
 
 # Networks
@@ -327,11 +315,6 @@ def test_masks_of_a_tokenizer_without_one(scene):
 # Whole runs
 
 
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    return table(tmp_path_factory.mktemp("data") / "reviews.tsv", sentences(200))
-
-
 def record(monkeypatch):
     """What each training step reads: (role, whether it differs from the clean encoding)."""
     seen, call = [], Encoder.__call__
@@ -344,12 +327,12 @@ def record(monkeypatch):
     return seen
 
 
-def test_a_run_with_noise(reviews, tmp_path, cache, monkeypatch, capsys):
+def test_a_run_with_noise(data, tmp_path, monkeypatch, capsys):
     """The distillation's batches alone have it: not the teachers' preparation, the warm-up, the quiz, the validations."""
     settings = {"method": "metadistil", "student_warmup_epochs": 1, "log_steps": 1}
-    clean = succeed(reviews, tmp_path / "clean", **settings)
+    clean = succeed(data, tmp_path / "clean", **settings)
     seen = record(monkeypatch)
-    noisy = succeed(reviews, tmp_path / "noisy", noise_teacher=0.2, noise_student=0.4, **settings)
+    noisy = succeed(data, tmp_path / "noisy", noise_teacher=0.2, noise_student=0.4, **settings)
     said = " ".join(capsys.readouterr().out.split())
     assert "20 % of the words that the teacher reads and 40 % of the words that the student reads are replaced" in said
     assert {role for role, _, noised in seen if noised} == {"teacher", "student"}
@@ -363,28 +346,7 @@ def test_a_run_with_noise(reviews, tmp_path, cache, monkeypatch, capsys):
     assert prepared[0] == prepared[1]
 
 
-def test_finetuning_reads_noise_where_it_trains(reviews, tmp_path, cache, monkeypatch):
+def test_finetuning_reads_noise_where_it_trains(data, tmp_path, monkeypatch):
     seen = record(monkeypatch)
-    succeed(reviews, tmp_path / "finetune", method="finetune", noise_student=0.2, noise_kind="vocabulary")
+    succeed(data, tmp_path / "finetune", method="finetune", noise_student=0.2, noise_kind="vocabulary")
     assert {(training, noised) for _, training, noised in seen} == {(True, True), (False, False)}
-
-
-@pytest.mark.slow
-def test_the_same_on_resume(reviews, tmp_path, cache):
-    changes = {"method": "metadistil", "noise_teacher": 0.3, "noise_student": 0.3, "epochs": 3, "log_steps": 1}
-    whole = succeed(reviews, tmp_path / "whole", **changes)
-    words = flags(reviews, tmp_path / "cut", **changes)
-    stopped = run_signalled(words, "metadistil", 6, 15)
-    assert stopped.returncode == 128 + 15, stopped.stdout + stopped.stderr
-    assert train.main(["--resume", "--output", str(tmp_path / "cut")]) == 0
-    assert_same_models(whole, tmp_path / "cut")
-
-
-def test_what_has_no_place_for_noise(reviews, tmp_path, capsys):
-    for changes, said in (
-        ({"method": "finetune", "noise_teacher": 0.2}, "has no teachers; use --noise-student"),
-        ({"method": "kd", "noise_teacher": 0.2, "cache_teacher_logits": True}, "leave one of the two out"),
-    ):
-        assert train.main(flags(reviews, tmp_path / "out", **changes)) == 2
-        error = capsys.readouterr().err
-        assert said in error and "--noise-teacher" in error and error.count("\n") == 1
