@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import _pytree as pytree
 
 from engine.config import DataConfig
 from engine.data.splits import content_hash, load_splits
@@ -44,3 +46,9 @@ def texts(dataset):
 
 def hashes(splits):
     return {name: content_hash(part) for name, part in parts(splits).items()}
+
+
+def equal(a, b) -> bool:
+    """Whether two batches hold the same, bit for bit."""
+    (leaves, spec), (others, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return spec == other and all(torch.equal(s, t) for s, t in zip(leaves, others, strict=True))

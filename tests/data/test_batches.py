@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_helpers import equal
 from datasets import Dataset
-from graph_simulator import SimulatedCapture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import succeed, summary
@@ -24,7 +24,6 @@ from engine.embedded import generate
 from engine.embedded.models import train_bpe, train_wordpiece
 from engine.losses.objectives import Objective
 from engine.meta.micro_batches import parts as cut_batch
-from engine.models.cuda_graph import StepGraphs
 
 ROWS, CPU = 45, torch.device("cpu")
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -57,14 +56,6 @@ def split(dataset, tokenizers, tmp_path_factory):
 
 def rows_of(batch):
     return (batch.labels - 0.5).long().tolist()
-
-
-def equal(a, b):
-    return (
-        torch.equal(a.labels, b.labels)
-        and a.inputs.keys() == b.inputs.keys()
-        and all(torch.equal(t, b.inputs[k][n]) for k, v in a.inputs.items() for n, t in v.items())
-    )
 
 
 # Tokens
@@ -121,12 +112,6 @@ def test_padding_against_a_loop(examples, training, buckets, batch_size, typed, 
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in got.values())
 
 
-def test_a_length_beyond_the_plan_goes_to_a_multiple_of_8_and_no_further_than_the_model_reads():
-    table = table_of([3, 6, 7, 17, 29], training=[3, 6], max_length=30)
-    widths = [table.pad(np.array([row]))["input_ids"].shape[1] for row in range(5)]
-    assert widths == [3, 6, 8, 24, 30]
-
-
 def test_padding_waste(dataset, tokenizers, tmp_path):
     encodings = [Encoding.of(tokenizer, 64) for tokenizer in tokenizers.values()]
     split = EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path, buckets=2)
@@ -157,14 +142,6 @@ def test_tokens_are_reused(dataset, tokenizers, tmp_path):
     other = dataset.select(range(10))
     with pytest.raises(AssertionError, match="tokenised again"):
         encode(other, Encoding(encoding.key, Untouchable(), 64), content_hash(other), tmp_path)
-
-
-def test_tokens_stay_on_disk(split):
-    for table in split.tables:
-        maps = [table.tokens.ids, table.tokens.offsets, *([] if table.tokens.types is None else [table.tokens.types])]
-        assert all(isinstance(array, np.memmap) and array.mode == "r" for array in maps)
-        assert np.shares_memory(table._ids, table.tokens.ids) and np.shares_memory(table._starts, table.tokens.offsets)
-        assert table.tokens.types is None or np.shares_memory(table._types, table.tokens.types)
 
 
 def test_encodings_are_told_apart_by_content(texts, tokenizers, dataset, tmp_path):
@@ -248,18 +225,6 @@ def test_columns_go_where_the_batch_goes(split):
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert isinstance(again, Batch) and torch.equal(again.columns["domain"], batch.columns["domain"])
     assert spec != torch.utils._pytree.tree_flatten(Batch(batch.labels, batch.inputs, batch.answers))[1]
-
-
-def test_a_captured_step_reads_the_columns_of_each_batch(split):
-    def step(batches):
-        return {"domains": batches[0].columns["domain"].sum().float()}
-
-    graphs = StepGraphs(step, CPU, capture=SimulatedCapture())
-    short = np.argsort(split.lengths, kind="stable")[:4].tolist()
-    for i in range(12):
-        rows = [*short[1:], short[0]] if i % 2 else [short[0]] * 4
-        assert graphs([split.batch(rows)])["domains"] == sum(row % 3 for row in rows)
-    assert graphs.captured
 
 
 # Order

@@ -117,6 +117,8 @@ def test_broken_csv_and_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 no")
     assert "not a readable parquet file" in refused(path)
+    datasets.Dataset.from_dict({"foo": ["a"], "label": [0]}).to_parquet(path)
+    assert "no text column with a usual name; it has the columns foo, label" in refused(path)
     datasets.Dataset.from_dict({"text": ["a", "b", None], "label": [0, 1, 1]}).to_parquet(path)
     assert "a.parquet, row 3: 'text' must be a text, not null" in refused(path)
 
@@ -168,7 +170,7 @@ def test_columns_are_found(tmp_path, header, config, expected):
 @pytest.mark.parametrize(
     ("header", "config", "expected"),
     [
-        ("foo\tlabel", {}, ("no text column", "foo, label", "--text-column")),
+        ("foo\tlabel", {}, ("no text column", "its first line names the columns foo, label", "--text-column")),
         ("text\tfoo", {}, ("no label column", "text, foo", "--label-column")),
         ("text\tlabel", {"text_column": "foo"}, ("no column 'foo'", "text, label", "--text-column")),
         ("text\tlabel", {"pair_column": "foo"}, ("no column 'foo'", "--pair-column")),

@@ -81,9 +81,6 @@ def test_glue_from_the_hub(loaded):
     assert any("test has no labels" in note and "cut from train" in note for note in splits.notes)
     assert len(splits.validation) == 50 and len(splits.test) == 2000 and len(splits.quiz) == 100
     assert {text[0] for text in splits.test["text"]} == {"t"}
-
-
-def test_labelled_test_of_the_hub_is_used(loaded):
     loaded.answer = fake_glue(test_label=1)
     assert {text[0] for text in from_hub(train_size=500).test["text"]} == {"x"}
 
@@ -94,14 +91,6 @@ def test_labelled_test_of_the_hub_is_used(loaded):
 def test_other_data_of_the_hub(loaded, data, asked):
     from_hub(data, train_size=500)
     assert loaded.calls == [(asked, False)]
-
-
-def test_mnli_uses_the_matched_split(loaded):
-    answer = fake_glue()
-    answer["validation_matched"] = answer.pop("validation")
-    answer["validation_mismatched"] = answer.pop("test")
-    loaded.answer = answer
-    assert len(from_hub("mnli", train_size=500).validation) == 50
 
 
 def test_broken_rows_of_the_hub_are_left_out(loaded):

@@ -196,31 +196,37 @@ def test_content_hash():
 
 # Real data
 
+LABELS = ("0", "1")
+ENTAILMENT = ("entailment", "not_entailment")
+MNLI = ("contradiction", "entailment", "neutral")
+GENRES = ("fiction", "government", "slate", "telephone", "travel")
+
 
 @pytest.mark.parametrize(
-    ("name", "samples", "expected", "names"),
+    ("name", "samples", "train", "validation", "test", "names", "metric", "column", "domains"),
     [
-        ("sst2", 2, {"train 1": 30_000, "train 0": 30_000, "quiz": 100, "validation": 872, "test": 2000}, ("0", "1")),
-        ("cola", 1, {"train 0": 7_565, "quiz": 100, "validation": 1043, "test": 851}, ("0", "1")),
-        ("mrpc", 1, {"train 0": 3_202, "quiz": 100, "validation": 408, "test": 366}, ("0", "1")),
-        ("rte", 1, {"train 0": 2_140, "quiz": 100, "validation": 277, "test": 248}, ("entailment", "not_entailment")),
-        (
-            "mnli", 1, {"train 0": 11_590, "quiz": 100, "validation": 9815, "test": 1298},
-            ("contradiction", "entailment", "neutral"),
-        ),
-        ("amazon", 1, {"train 0": 6_232, "quiz": 100, "validation": 720, "test": 800}, ("0", "1")),
+        ("sst2", 2, 30_000, 872, 2000, LABELS, "accuracy", None, ()),
+        ("cola", 1, 7_565, 1043, 851, LABELS, "matthews", None, ()),
+        ("mrpc", 1, 3_202, 408, 366, LABELS, "f1", None, ()),
+        ("rte", 1, 2_140, 277, 248, ENTAILMENT, "accuracy", None, ()),
+        ("mnli", 1, 11_590, 9815, 1298, MNLI, "accuracy", "genre", GENRES),
+        ("amazon", 1, 6_232, 720, 800, LABELS, "accuracy", "domain", ("books", "dvd", "electronics", "kitchen")),
     ],
-)  # fmt: skip
-def test_real_data(name, samples, expected, names):
+)
+def test_real_data(name, samples, train, validation, test, names, metric, column, domains):
     if not (REAL / name).is_dir():
         pytest.skip(f"no folder {name} beside the repository, under shared/data")
     splits = load(REAL / name, samples)
     found = parts(splits)
-    assert {part: len(rows) for part, rows in found.items()} == expected
+    sizes = {"quiz": 100, "validation": validation, "test": test} | {f"train {i}": train for i in range(samples)}
+    assert {part: len(rows) for part, rows in found.items()} == sizes
     assert splits.task.label_names == names and splits.task.pair == (name in ("mrpc", "rte", "mnli"))
+    assert splits.task.metric == metric
     sets = {part: set(texts(rows)) for part, rows in found.items()}
     assert sum(map(len, sets.values())) == len(set().union(*sets.values()))
     if name == "mrpc":  # texts keep their unbalanced quotes
         assert any(text.startswith('"') and text.count('"') == 1 for text in splits.train[0]["text"])
-    if name == "cola":
-        assert any("19 rows left out, with the text of an earlier one" in note for note in splits.notes)
+    if column is not None:
+        with_domains = load(REAL / name, domain_column=column)
+        assert with_domains.task.domains == domains
+        assert all(set(part["domain"]) == set(range(len(domains))) for part in parts(with_domains).values())

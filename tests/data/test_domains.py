@@ -1,7 +1,6 @@
 """A column of domains: read, checked, held in every cut."""
 
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,7 +12,6 @@ from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
 from engine.data.cut import Pool
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 HEADER = "kind\tsentence\tlabel"
 SIZES = {"quiz_size": 12, "validation_size": 24, "test_size": 30, "train_size": 90}
 
@@ -178,18 +176,3 @@ def test_domains_of_the_hub(loaded):  # noqa: F811
     assert splits.task.domains == ("x", "y") and len(splits.validation) == 20
     for name, count in (("train", 100), ("validation", 10)):
         assert f"user/name {name}: {count} rows without a text, a label or a domain of train left out." in splits.notes
-
-
-@pytest.mark.parametrize(
-    ("name", "column", "domains"),
-    [
-        ("amazon", "domain", ("books", "dvd", "electronics", "kitchen")),
-        ("mnli", "genre", ("fiction", "government", "slate", "telephone", "travel")),
-    ],
-)
-def test_real_data(name, column, domains):
-    if not (REAL / name).is_dir():
-        pytest.skip(f"no folder {name} beside the repository, under shared/data")
-    splits = load(REAL / name, domain_column=column)
-    assert splits.task.domains == domains
-    assert all(set(part["domain"]) == set(range(len(domains))) for part in parts(splits).values())

@@ -1,7 +1,5 @@
 """GLUE's tasks by name: columns, splits, order of labels and metrics, from the hub and from local files."""
 
-from pathlib import Path
-
 import datasets
 import pytest
 from data_helpers import load, numbered, refused, texts, write
@@ -11,8 +9,6 @@ from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 from engine.data.glue import METRICS, task_of
 from engine.embedded import generate
 from engine.report.tables import closing_table
-
-REAL = Path(__file__).parents[3] / "shared" / "data"
 
 # As the benchmark's data set on the hub has them: columns of text, names of labels, further columns and splits.
 TWO = ("sentence1", "sentence2")
@@ -134,15 +130,6 @@ def test_files_that_are_not_used_are_named(tmp_path):
 def test_a_metric_of_another_kind(tmp_path, metric, task):
     message = refused(write(tmp_path / "a.tsv", numbered(60)), metric=metric, task=task)
     assert message.startswith(f"--metric {metric} is a metric of a ") and "use " in message
-
-
-@pytest.mark.parametrize(("name", "text", "metric"), [("cola", "sentence", "matthews"), ("mrpc", "sentence1 + sentence2", "f1"),
-                                                      ("rte", "premise + hypothesis", "accuracy")])  # fmt: skip
-def test_real_data(name, text, metric):
-    if not (REAL / name).is_dir():
-        pytest.skip(f"no folder {name} beside the repository, under shared/data")
-    splits = load(REAL / name)
-    assert splits.task.metric == metric and f"text {text}, label label, 2 classes" in splits.notes[-1]
 
 
 # Whole runs

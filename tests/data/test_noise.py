@@ -1,10 +1,12 @@
 """Noise in training batches: whole words, no special token, a function of seed, epoch and row; nothing without it."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from data_helpers import equal
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,13 +66,6 @@ def made(texts, tokenizers, cache, pairs=None, max_length=64):
 
 def ids(batch: Batch, key: str):
     return batch.inputs[key]["input_ids"]
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    leaves = [torch.utils._pytree.tree_flatten(batch) for batch in (a, b)]
-    return leaves[0][1] == leaves[1][1] and all(
-        torch.equal(s, t) for s, t in zip(leaves[0][0], leaves[1][0], strict=True)
-    )
 
 
 # Words
@@ -198,6 +193,22 @@ def test_replacements_are_all_over_the_vocabulary(scene):
     assert (counts > 0).sum() == allowed  # 60,000 draws of 1,200
     expected = len(found) / allowed
     assert ((counts - expected) ** 2 / expected).sum() < allowed + 6 * (2 * allowed) ** 0.5  # chi-squared
+
+
+def test_what_a_word_becomes_says_nothing_of_which_words_are_replaced(scene):
+    """A random number serves once: the token at place i does not get what decided about word i."""
+    key, split, low, decided = scene.keys[0], scene.noisy(student=0.5, kind="vocabulary"), [], []
+    words = words_of(scene.dataset, scene.encodings[0], scene.content, scene.cache)
+    for epoch in range(8):
+        batch = split.batch(list(range(60)), epoch)
+        for row, (start, end) in enumerate(pairwise(scene.split.tables[0]._starts)):
+            after = ids(batch, f"{key}/student")[row].tolist()
+            changed = [a != b for a, b in zip(after, ids(batch, key)[row].tolist(), strict=True)]
+            of_word = dict(zip(words[start:end].tolist(), changed, strict=False))
+            places = [i for i in range(end - start) if changed[i] and i in of_word]
+            low += [after[i] < len(scene.encodings[0].tokenizer) / 2 for i in places]
+            decided += [of_word[i] for i in places]
+    assert abs(np.corrcoef(low, decided)[0, 1]) < 5 / len(low) ** 0.5
 
 
 # A function of seed, epoch, row and encoding
