@@ -10,13 +10,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from engine.cli import help_text
 from engine.config import Config
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
-Every flag of `python -m engine.train`, written by `python -m docs.make_settings` from `engine/config.py`. A YAML file of the
-same names (`teacher_lr: 1e-5` for `--teacher-lr 1e-5`) is given by `--config`; flags win over it. `--print_config` prints what
-a command line comes to, and `config.yaml` of a run records it.
+Every flag of `python -m engine.train`, written by `python -m docs.make_settings` from `engine/config.py` and the files of
+methods and divergences. A YAML file of the same names (`teacher_lr: 1e-5` for `--teacher-lr 1e-5`) is given by `--config`; flags
+win over it. `--print_config` prints what a command line comes to, and `config.yaml` of a run records it.
 
 A default of "open" is settled when method, models and data are known; the meaning says to what. Other commands
 (`engine.compare`, `engine.profiling`) take these flags too, and list their own with `--help`.
@@ -40,7 +41,7 @@ def page() -> str:
 
 
 def _row(f: Field, kind: Any) -> str:
-    cells = [f"`--{f.name.replace('_', '-')}`", _values(f, kind), _default(f.default), f.metadata["help"]]
+    cells = [f"`--{f.name.replace('_', '-')}`", _values(f, kind), _default(f.default), help_text(f)]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -62,7 +63,8 @@ def _values(f: Field, kind: Any) -> str:
     if kind is bool:
         return "a switch"
     if kind is str:
-        return "text"
+        names = f.metadata["names"]
+        return "text" if names is None else ", ".join(f"`{name}`" for name in names) + ", or a `.py` file"
     low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
     noun = {int: "whole number", float: "number"}[kind]
     return noun if low is None else f"{noun} from {low:g}" + (f" to {high:g}" if high is not None else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from argparse import ArgumentError
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -16,9 +16,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from engine.config import Config
 from engine.errors import UserError
+from engine.plugins import METHODS
 
 TYPES = {f.name: get_type_hints(section.default_factory)[f.name]
          for section in fields(Config) for f in fields(section.default_factory)}  # fmt: skip
+NAMES = {f.name: f.metadata["names"] for section in fields(Config) for f in fields(section.default_factory)
+         if f.metadata["names"] is not None}  # fmt: skip
 KINDS = {int: "a whole number", float: "a number", bool: "true or false",
          str: "text (in a YAML file, put it in quotes)"}  # fmt: skip
 SEE_HELP = "see python -m engine.train --help"
@@ -43,13 +46,31 @@ def parser() -> ArgumentParser:
         group = result.add_argument_group(cls.__doc__)
         types = get_type_hints(cls)
         for f in fields(cls):
-            flag, help, default = "--" + f.name.replace("_", "-"), f.metadata["help"], f.default
-            assert default is not MISSING, f.name
+            flag = "--" + f.name.replace("_", "-")
+            assert f.default is not MISSING, f.name
             if types[f.name] is bool:
-                group.add_argument(flag, action="store_true", help=help)
-            else:
-                group.add_argument(flag, type=types[f.name], default=default, help=help)
+                group.add_argument(flag, action="store_true", help=help_text(f))
+                continue
+            names = f.metadata["names"]
+            shown = {} if names is None else {"metavar": "{" + ",".join(names) + ",FILE.py}"}
+            group.add_argument(flag, type=types[f.name], default=f.default, help=help_text(f), **shown)
     return result
+
+
+def help_text(field: Field) -> str:
+    """The field's text, with what the files of methods and divergences add to it."""
+    text, names, usual = field.metadata["help"], field.metadata["names"], field.metadata["otherwise"]
+    if names is not None:
+        text += ": " + "; ".join(f"{name}, {facts['help']}" for name, facts in names.every().items())
+    if usual is not None:
+        chosen = {name: facts.get("defaults", {}) for name, facts in METHODS.every().items()}
+        others = [f"{name} {_shown(values[field.name])}" for name, values in chosen.items() if field.name in values]
+        text += f" (default: {'; '.join([_shown(usual), *others])})"
+    return text
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -78,7 +99,7 @@ def _values(argv: list[str]) -> dict[str, Any]:
         kind, optional = _kind(name)
         if (value is None and not optional) or (kind is bool and not isinstance(value, bool)):
             raise UserError(_wrong_type(name, "null" if value is None else repr(value), argv))
-    return parsed
+    return parsed | {name: names.settle(parsed[name], _where(name, argv)) for name, names in NAMES.items()}
 
 
 def _sentence(message: str, argv: list[str]) -> str:
@@ -109,12 +130,16 @@ def _sentence(message: str, argv: list[str]) -> str:
 
 
 def _wrong_type(name: str, given: str, argv: list[str]) -> str:
-    flag = "--" + name.replace("_", "-")
-    typed = any(word.split("=")[0] == flag for word in argv)
-    where = flag if typed or _config_file(argv) is None else f"{name} in {_config_file(argv)}"
     kind, _ = _kind(name)
     allowed = KINDS[kind] if kind in KINDS else "one of " + ", ".join(get_args(kind))
-    return f"{where} is {given}; it must be {allowed}."
+    return f"{_where(name, argv)} is {given}; it must be {allowed}."
+
+
+def _where(name: str, argv: list[str]) -> str:
+    """The flag, or the setting in the file that has it."""
+    flag, file = "--" + name.replace("_", "-"), _config_file(argv)
+    typed = any(word.split("=")[0] == flag for word in argv)
+    return flag if typed or file is None else f"{name} in {file}"
 
 
 def _kind(name: str) -> tuple[Any, bool]:

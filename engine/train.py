@@ -37,7 +37,7 @@ def run(config: Config, console: Console, interrupts: Interrupts, started: float
     """`command` is what was typed, and `started` when, on the monotonic clock."""
     from engine.run.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
 
-    output = OutputDirectory(config.run.output, config.method.method, config.run.resume)
+    output = OutputDirectory(config.run.output, config.method.name, config.run.resume)
     config.run.output = str(output.path)
     if output.finished():
         console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine import __version__, cli
 from engine.errors import UserError
+from engine.plugins import METHODS
 
 Settings = dict[str, Any]  # flat names of engine.config to values
 
@@ -57,7 +58,7 @@ class Row:
     @property
     def teachers(self) -> list[str]:
         """As the grid names them; none where there is no teacher."""
-        if self.method == "finetune":
+        if METHODS.facts(self.method)["teachers"] == "none":
             return []
         return [name.strip() for name in self.settings.get("teachers", "bert").split(",") if name.strip()]
 

@@ -26,6 +26,7 @@ from engine import cli
 from engine.compare.grid import Grid, Row, Settings, alike
 from engine.config import LARGEST_SEED
 from engine.errors import UserError
+from engine.plugins import METHODS, short_name
 
 GRID_KEYS = {"title", "note", "split", "seeds", "against", "settings", "models", "rows", "small"}
 ROW_KEYS = {"name", "published", "each", "show", "against", "small"}
@@ -38,12 +39,16 @@ SMALL = {"seeds": 2, "train_size": 2000, "epochs": 1, "prepare_epochs": 1}  # wh
 
 def of_methods(methods: str, teachers: str, student: str) -> dict[str, Any]:
     """The grid of a command line without a file: each teacher's own figure, then one row a method."""
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    taught = any(name != "finetune" for name in names)
+    names = [METHODS.settle(name.strip(), "--methods") for name in methods.split(",") if name.strip()]
+    taught = any(METHODS.facts(name)["teachers"] != "none" for name in names)
     members = [name.strip() for name in teachers.split(",") if name.strip()] if taught else []
     rows: list[dict[str, Any]] = [{"name": "fine-tuned", "show": member} for member in dict.fromkeys(members)]
-    rows += [{"name": name, "method": name} for name in names]
-    return {"title": f"{', '.join(names)}", "settings": {"teachers": teachers, "student": student}, "rows": rows}
+    rows += [{"name": short_name(name), "method": name} for name in names]
+    return {
+        "title": ", ".join(map(short_name, names)),
+        "settings": {"teachers": teachers, "student": student},
+        "rows": rows,
+    }
 
 
 def read(file: str) -> dict[str, Any]:
@@ -126,8 +131,8 @@ def _row(entry: Any, common: Settings, small: Settings, scale: str, flags: Setti
                         "values; use --values to choose among them, or --data NAME=PLACE for where data are.")  # fmt: skip
     row = Row(entry["name"], _typed(settings, where), _published(entry.get("published"), where), each, show,
               entry.get("against"))  # fmt: skip
-    if row.method != "finetune" and not row.teachers:
-        raise UserError(f"{where}: the method {row.method} needs teachers; name at least one.")
+    if METHODS.facts(row.method)["teachers"] != "none" and not row.teachers:
+        raise UserError(f"{where}: the method {short_name(row.method)} needs teachers; name at least one.")
     if show is not None and show not in row.teachers:
         raise UserError(f"{where}: show is {show!r}; it must be one of its teachers, {', '.join(row.teachers)}.")
     return row

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.compare.grid import Cell, Grid, Row
 from engine.compare.stats import estimate, paired
+from engine.plugins import short_name
 from engine.report.units import duration
 
 Result = dict[str, Any]
@@ -53,7 +54,7 @@ def described(grid: Grid, cell: Cell, summary: dict) -> str:
 def _row(grid: Grid, number: int, row: Row, done: list[tuple[Cell, dict]]) -> Result:
     cells = [_cell(row, cell, summary, grid.split) for cell, summary in done]
     found: Result = {
-        "name": row.name, "method": row.method, "models": row.models, "title": row.title, "teacher": row.show is not None,
+        "name": row.name, "method": short_name(row.method), "models": row.models, "title": row.title, "teacher": row.show is not None,
         "values": row.values if row.each else None, "published": row.published,
         "settings": {k: v for k, v in grid.cell(number, row.values[0], grid.seeds[0]).settings.items()
                      if k not in ("teachers", "student", "data", "cache_dir", "seed")},

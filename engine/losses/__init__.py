@@ -1,4 +1,5 @@
-"""What students and teachers are trained by: the loss head, teacher weights, which layers are compared.
+"""The losses of students and teachers: the loss head, the teachers' weights, the layers that are compared, the domain head.
 
-Imports kernels, models, params and what stands below them. Another loss is one file here.
+Imports kernels, models, params and what stands below them. Another divergence for the soft loss is one file in `divergences/`;
+another part of the loss is a term of `objectives.py`.
 """

@@ -10,7 +10,7 @@ apart and encoder and embeddings learn to keep it from that. Only for examples t
 cross-entropy is below log(domains that there are examples of): reversed without that bound, the gradient that misleads the
 classifier outgrows the task's, and a teacher of four domains stayed at chance on its task (docs/log.md). `shuffled`, as the
 published code has it: f' = f, and the classifier is taught the domains of other examples of the batch
-(engine.methods.meta_teacher).
+(engine.methods.common.meta_teacher).
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import kd_loss, mean_logits, meta_cotangent
+from engine.kernels import mean_logits
+from engine.losses.divergences import DIVERGENCES, Divergence
 from engine.models.network import Outputs
 
-SoftLoss = Literal["kl", "mse_prob", "mse_logits"]
 FeatureLoss = Literal["none", "patient", "tinybert"]
 
 
@@ -21,14 +21,11 @@ FeatureLoss = Literal["none", "patient", "tinybert"]
 class Objective:
     """L = alpha soft(student, mean of teachers) + (1 - alpha) hard(student, labels) + beta features, mean over the batch.
 
-    kl          T^2 KL(softmax(zbar/T) || softmax(z_S/T)), summed over classes     (Hinton et al. 2015)
-    mse_prob    T^2 mean_{B,C} (softmax(zbar/T) - softmax(z_S/T))^2                 (MetaDistil's public code)
-    mse_logits  mean_{B,C} (zbar - z_S)^2
-
-    with zbar = sum_k w_k z_k, w_k = 1/K unless given. hard is cross-entropy, or the squared error of the one output in a
-    regression. Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H],
-    and of `tinybert` (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real
-    tokens of example i, W the projection that the student learns:
+    soft compares the student's logits with zbar = sum_k w_k z_k, w_k = 1/K unless given, by the divergence with the name
+    `soft_loss` (engine.losses.divergences). hard is cross-entropy, or the squared error of the one output in a regression.
+    Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H], and of `tinybert`
+    (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real tokens of example i, W the
+    projection that the student learns:
 
     patient     sum_k w_k mean_{B,layers,H} (h_S/|h_S| - h_k/|h_k|)^2         (W h_S for h_S where widths differ)
     tinybert    sum_k w_k mean_B sum_layers [ mean_{n_i,H} (W h_S - h_k)^2 + mean_{heads,n_i,n_i} (a_S - a_k)^2 ]
@@ -39,7 +36,7 @@ class Objective:
     Every loss is multiplied by `share`: what a part of a batch counts in the batch's mean (engine.meta.micro_batches).
     """
 
-    soft_loss: SoftLoss = "kl"
+    soft_loss: str = "kl"
     temperature: float = 5.0
     alpha: float = 0.5
     regression: bool = False
@@ -49,7 +46,7 @@ class Objective:
     share: float = 1.0
 
     def __post_init__(self):
-        for name, allowed in (("soft_loss", get_args(SoftLoss)), ("feature_loss", get_args(FeatureLoss))):
+        for name, allowed in (("soft_loss", DIVERGENCES), ("feature_loss", get_args(FeatureLoss))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if not self.temperature > 0 or not 0 <= self.alpha <= 1 or not self.beta >= 0:
@@ -58,8 +55,12 @@ class Objective:
                 "and at least 0.")  # fmt: skip
         if not self.on_logits and self.feature_loss == "none":
             raise ValueError("a loss that is not on_logits needs a feature_loss.")
-        if self.regression and self.soft_loss != "mse_logits":
-            raise ValueError(f"{self.soft_loss} is constant for the one output of a regression; use mse_logits.")
+        if self.regression and not self.divergence.regression:
+            raise ValueError(f"{self.soft_loss} is not for the one output of a regression; use mse_logits.")
+
+    @property
+    def divergence(self) -> Divergence:
+        return DIVERGENCES[self.soft_loss]
 
     def hard(self, student: Tensor, labels: Tensor) -> Tensor:
         """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]."""
@@ -84,9 +85,9 @@ class Objective:
         """
         if not self.on_logits:
             return self._counted(self.beta * self._features(student, teachers, weights, by_example))
-        logits = [teacher.logits for teacher in teachers]
-        if self.soft_loss == "kl":
-            loss = kd_loss(
+        logits, divergence = [teacher.logits for teacher in teachers], self.divergence
+        if divergence.loss is not None:
+            loss = divergence.loss(
                 student.logits, logits, labels, temperature=self.temperature, alpha=self.alpha, weights=weights
             )
         else:
@@ -94,11 +95,7 @@ class Objective:
             if mean.shape != student.logits.shape:
                 raise ValueError(
                     f"student logits are {tuple(student.logits.shape)}, teachers' are {tuple(mean.shape)}; they must agree.")  # fmt: skip
-            if self.soft_loss == "mse_logits":
-                soft = _mean_square(student.logits - mean)
-            else:
-                student_p = F.softmax(student.logits / self.temperature, -1)
-                soft = self.temperature**2 * _mean_square(student_p - F.softmax(mean / self.temperature, -1))
+            soft = divergence.soft(student.logits, mean, self.temperature)
             loss = self.alpha * soft + (1 - self.alpha) * self._hard(student.logits, labels)
         if self.feature_loss != "none":
             loss = loss + self.beta * self._features(student, teachers, weights, by_example)
@@ -153,14 +150,15 @@ class Objective:
     ) -> tuple[list[Outputs], Tensor | None]:  # fmt: skip
         """c = d/d o < dL/do_S, u > for every output o of every teacher, and for `weights` where they require gradient.
 
-        u are the student's tangents, of its outputs' shapes. The closed form for `kl`; for the others autograd at the head
-        alone, on tensors of [B, C] and [B, layers, H].
+        u are the student's tangents, of its outputs' shapes. The divergence's closed form where it has one (kl) and logits
+        alone are compared; else autograd at the head, on tensors of [B, C] and [B, layers, H].
         """
         learned = weights is not None and weights.requires_grad
-        if self.soft_loss == "kl" and self.feature_loss == "none" and not learned:
+        closed_form = self.divergence.cotangents
+        if closed_form is not None and self.feature_loss == "none" and not learned:
             logits = [t.logits for t in teachers]
             settings = {"temperature": self.temperature, "alpha": self.alpha, "weights": weights}
-            found = meta_cotangent(student.logits, logits, tangents.logits, **settings)
+            found = closed_form(student.logits, logits, tangents.logits, **settings)
             return [Outputs(self._counted(c)) for c in found], None
         with torch.enable_grad():
             student = student.detached(requires_grad=True)

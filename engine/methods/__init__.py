@@ -1,42 +1,21 @@
 """The methods: one file each, a step function over state and batches that returns device scalars.
 
-Adding a method is its file, one row of `METHODS` and its name in `engine.config`. Steps are functions of tensors: they know
-nothing of epochs, schedules, logging, checkpoints or graphs; the trainer wraps them.
+Imports losses, meta, models and what stands below them. Steps know nothing of epochs, schedules, logging, checkpoints or
+graphs: the trainer wraps them. What methods share is in `common/`.
+
+Another method is one file here that ends in
+
+    METHOD = Method(step=step, help="...", teachers="frozen")
+
+with what `common/method.py` describes. `--method`, its help, the defaults, comparisons and reports take it from there. A file
+elsewhere does as well: by its path, `--method my_method.py`, or as an entry point of an installed package, in the group
+`metadistil.methods`, as in `mine = "my_package.my_method"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
-
-from engine.batch import Batch
-from engine.methods import finetune, kd, lgtm, metadistil, metakd, reptile
-from engine.methods.state import State
-
-Step = Callable[[State, Sequence[Batch], Sequence[Batch]], dict[str, Tensor]]  # state, batches, quiz batches
-
-
-@dataclass(frozen=True)
-class Method:
-    """A step, what it needs of its teachers (none, frozen ones, or ones that learn), and of what they learn: a quiz through
-    the meta-gradient, or the student's weights (engine.meta.reptile)."""
-
-    step: Step
-    teachers: Literal["none", "frozen", "learning"]
-    learn_from: Literal["quiz", "weights"] | None = None
-    own_loss: bool = False  # teachers also learn the task, and from the student
-
-
-METHODS: dict[str, Method] = {
-    "finetune": Method(finetune.step, "none"),
-    "kd": Method(kd.step, "frozen"),
-    "metakd": Method(metakd.step, "frozen"),
-    "metadistil": Method(metadistil.step, "learning", "quiz"),
-    "lgtm": Method(lgtm.step, "learning", "quiz", own_loss=True),
-    "reptile": Method(reptile.step, "learning", "weights"),
-}
+from engine.methods.common.method import Method, Step
+from engine.methods.common.state import State
+from engine.plugins import METHODS
 
 __all__ = ["METHODS", "Method", "State", "Step"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.methods.state import State
+from engine.methods import Method, State
 from engine.models.network import Network, Outputs
 from engine.sections import section
 
@@ -37,3 +37,12 @@ def step(state: State, batches: Sequence[Batch], quizzes: Sequence[Batch] = ()) 
 def _evaluate(teacher: Network, batch: Batch) -> Outputs:
     with teacher.in_mode(train=False):
         return teacher(batch)
+
+
+METHOD = Method(
+    step=step,
+    help="by frozen teachers",
+    teachers="frozen",
+    title="KD",
+    report="The teachers are frozen, and the student learns from their averaged logits and from the labels.",
+)

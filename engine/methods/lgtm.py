@@ -18,6 +18,17 @@ T^2, which the published temperature of 1 hides, is the soft loss's of every met
 
 from __future__ import annotations
 
-from engine.methods import metadistil
+from engine.methods import Method
+from engine.methods.metadistil import step  # what differs is the meta-step's settings: `teacher_alpha` and its pilot
 
-step = metadistil.step  # what differs is the meta-step's settings: `teacher_alpha` and its pilot
+METHOD = Method(
+    step=step,
+    help="by teachers that learn to teach, and also learn the task and from the student",
+    teachers="learning",
+    learn_from="quiz",
+    own_loss=True,
+    defaults={"temperature": 1.0, "alpha": 1.0, "pilot_optimizer": "adamw"},
+    title="LGTM",
+    report="As in MetaDistil the quiz loss flows back into every teacher, here through an AdamW pilot step, and teachers also keep "
+    "learning the task and from the student.",
+)

@@ -79,7 +79,7 @@ class Profiling(Rehearsal):
         super().__init__(config, task, student, teachers, device)
 
     def fit(self, phase: Phase) -> Progress:
-        if phase.name != self.config.method.method:
+        if phase.name != self.config.method.name:
             return Progress()  # a step of another phase is none of this method's
         state = phase.state
         for network in state.networks():
@@ -178,7 +178,7 @@ def measure(
     method = config.method
     strategy = method.meta_grad if METHODS[method.method].learn_from == "quiz" else None
     optim, length = config.optim, config.data.max_length
-    words = [strategy or method.method, *([method.checkpointing] if method.checkpointing != "none" else []), config.run.precision,
+    words = [strategy or method.name, *([method.checkpointing] if method.checkpointing != "none" else []), config.run.precision,
              *([f"micro{optim.micro_batch_size}"] if optim.micro_batch_size else []), f"{optim.batch_size}x{length}"]  # fmt: skip
     found = Measured(
         "-".join(words),

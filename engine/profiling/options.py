@@ -18,8 +18,7 @@ UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", 1) for i in ("", "i") for b in ("", "B")
 }  # fmt: skip
 SEE_HELP = "see python -m engine.profiling --help"
-METHODS = get_type_hints(MethodConfig)
-STRATEGIES = list(get_args(METHODS["meta_grad"]))
+STRATEGIES = list(get_args(get_type_hints(MethodConfig)["meta_grad"]))
 CHECKPOINTING = ["none", "student", "teachers", "both"]
 
 

@@ -53,7 +53,7 @@ def run(given: Options, console: Console) -> None:
         for number, setting in enumerate(asked, 1):
             config = setting.applied(given.config)
             measured = measure(config, task, student, teachers, device, given.steps, output.path / "traces")
-            found["rows"].append({"method": given.config.method.method, **asdict(measured)})
+            found["rows"].append({"method": given.config.method.name, **asdict(measured)})
             output.write("profile.json", found)
             console.say(f"[{number}/{len(asked)}] {_said(found['rows'][-1], measured)}")
         output.write("table.md", tables.page(found) + "\n")

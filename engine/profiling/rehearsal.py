@@ -134,7 +134,7 @@ def refuse(config: Config) -> None:
     """Raises UserError for settings that do not go together, or whose memory is not estimated."""
     choices.refuse(config)
     method = config.method
-    for name, known in {"method": method.method != "metakd", "prepare_method": method.prepare_method in (None, "finetune"),
+    for name, known in {"method": not METHODS[method.method].meta_teachers, "prepare_method": method.prepare_method in (None, "finetune"),
                         "teacher_domains": config.data.teacher_domains != "each", "compile": not config.run.compile}.items():  # fmt: skip
         if not known:
             value = getattr(method, name, getattr(config.data, name, ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from engine.plugins import short_name
 from engine.profiling.ledger import CATEGORIES
 from engine.report.markdown import markdown_table
 from engine.report.units import BYTES, TIME, WORK, Units, decimals, rate, unit_of
@@ -144,7 +145,7 @@ def caption(found: dict[str, Any]) -> str:
     threads = f", {device['threads']} thread{'s' * (device['threads'] != 1)}" * (device["device"] == "cpu")
     apart = max((abs(row["seen"] / row["peak"] - 1) for row in found["rows"] if row["peak"]), default=0.0)
     return (
-        f"Method {settings['method']}, {', '.join(dict.fromkeys(row['precision'] for row in found['rows']))}; "
+        f"Method {short_name(settings['method'])}, {', '.join(dict.fromkeys(row['precision'] for row in found['rows']))}; "
         + (f"teachers: {teachers}; " if teachers else "")
         + f"student: {_model(models['student'])}. Times are those of the median of {found['steps']} steps, without the wait for "
         "data; memory is the most that torch's allocator had given out at once, and what the ledger of tensors saw of it was "

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UserError
+from engine.plugins import short_name
 from engine.report.units import finite
 
 SHAPES: dict[str, type] = {"settings": dict, "teachers": list, "student": dict, "phases": dict, "metrics": dict,
@@ -38,7 +39,12 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.summary.get("method") or self.settings.get("method") or "")
+        return short_name(self.method_setting)
+
+    @property
+    def method_setting(self) -> str:
+        """As --method takes it: a name, or the path of a file."""
+        return str(self.settings.get("method") or self.summary.get("method") or "")
 
     @property
     def metric(self) -> str:

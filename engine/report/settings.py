@@ -61,7 +61,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     given = {name: value for name, (value, _) in settings.given.items() if re.fullmatch(r"\w+", name)}
     found.append(("Repeat the run with flags alone", _joined("engine.train", _flags(given | settings.chosen))))
     if run.method and run.method != "finetune":
-        methods = ",".join(dict.fromkeys(["finetune", "kd", run.method]))
+        methods = ",".join(dict.fromkeys(["finetune", "kd", run.method_setting]))
         flags = _flags({name: value for name, value in given.items() if name not in BELONGS_TO_COMPARISON})
         words = ["--methods", methods, *flags, "--seeds", "5"]
         found.append(("Compare the method with others, over five seeds", _joined("engine.compare", words)))

@@ -122,7 +122,7 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
         splits, smaller = mapping(student.get("metrics")), finite(run.summary.get("times_smaller"))
         figures = [metric_value(mapping(splits.get(split)).get(m), m) if m == run.metric else "" for m in metrics
                    for split in ("validation", "test")]  # fmt: skip
-        rows.append([Cell(label, href=f"#run-{number}"), f"{method_name(run.method)}: {models(run)}", *figures, count(student.get("parameters")),
+        rows.append([Cell(label, href=f"#run-{number}"), f"{method_name(run)}: {models(run)}", *figures, count(student.get("parameters")),
                      f"{smaller:.2f} ×" if smaller else "", duration(training(run)) if run.finished else "not finished",
                      rate(main.get("examples_per_second")), peak, energy])  # fmt: skip
     measures = [f"{split} {metric_header(m)}" for m in metrics for split in ("validation", "test")]

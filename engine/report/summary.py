@@ -28,7 +28,7 @@ def summarise(
     for entry in [*teachers, student]:
         entry[metric] = entry["metrics"]["test"][metric]
     return {
-        "method": config.method.method,
+        "method": config.method.name,
         "source": overall,
         "sources": sources,
         "teachers": teachers,
@@ -37,7 +37,7 @@ def summarise(
         "metric": metric,
         "metrics": student["metrics"],
         "task": {"kind": task.kind, "labels": list(task.label_names), "pair": task.pair},
-        "examples_per_second": phases[config.method.method]["examples_per_second"],
+        "examples_per_second": phases[config.method.name]["examples_per_second"],
         "phases": phases,
         **facts,
         "seed": config.run.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.plugins import METHODS
 from engine.report.load import Run, mapping
 from engine.report.units import count, duration, enumerated, finite, metric_name, metric_words
 
@@ -11,31 +12,19 @@ DEMONSTRATION = (
     "This is the embedded demonstration: miniature, randomly initialised models or a generated corpus stand in for real "
     "ones. Its figures say nothing about the real models."
 )
-METHODS = {
-    "metadistil": ("MetaDistil", "Each round the student takes a pilot step and is quizzed on held-out examples; the quiz loss "
-                   "flows back into every teacher, the student is rewound, and takes the real step from teachers that teach "
-                   "it better."),
-    "lgtm": ("LGTM", "As in MetaDistil the quiz loss flows back into every teacher, here through an AdamW pilot step, and "
-             "teachers also keep learning the task and from the student."),
-    "reptile": ("ReptileDistil", "Each round the student takes a pilot step; every teacher takes a step towards the student's "
-                "moved weights; the student is rewound and takes the real step. There is no quiz."),
-    "metakd": ("Meta-KD", "One meta-teacher was trained on several domains. The student learns its inner states first, then "
-               "its logits; each example is weighted by the teacher's expertise on it."),
-    "kd": ("KD", "The teachers are frozen, and the student learns from their averaged logits and from the labels."),
-    "finetune": ("fine-tuning", "There is no teacher: the student learns from the labels alone."),
-}  # fmt: skip
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def method_name(method: str) -> str:
-    return METHODS.get(method, (method or "an unknown method", ""))[0]
+def method_name(run: Run) -> str:
+    return METHODS.known(run.method_setting).get("title") or run.method or "an unknown method"
 
 
 def teachers_of(run: Run) -> list[str]:
     """Names; of a run that is not finished, as they were given."""
     if run.finished:
         return [str(entry.get("name")) for entry in run.summary.get("teachers", [])]
-    return [] if run.method == "finetune" else _split(run.settings.get("teachers"))
+    taught = METHODS.known(run.method_setting).get("teachers") != "none"
+    return _split(run.settings.get("teachers")) if taught else []
 
 
 def student_of(run: Run) -> str:
@@ -50,12 +39,12 @@ def models(run: Run) -> str:
 def title(run: Run) -> str:
     teachers = teachers_of(run)
     source = f" from {enumerated(teachers)}" if teachers else ""
-    return f"{student_of(run)}{source} by {method_name(run.method)}"
+    return f"{student_of(run)}{source} by {method_name(run)}"
 
 
 def what_was_trained(run: Run) -> str:
     """One paragraph: method, models and sizes, data, steps, machine."""
-    said = [_models(run), METHODS.get(run.method, ("", ""))[1], _data(run)]
+    said = [_models(run), METHODS.known(run.method_setting).get("report", ""), _data(run)]
     if run.finished:
         steps = finite(run.phase(run.method).get("steps"))
         seconds = run.summary.get("seconds")
@@ -103,7 +92,7 @@ def course(label: str, steps: list[float], values: list[float], show) -> str:
 
 
 def _models(run: Run) -> str:
-    method, student, teachers = method_name(run.method), student_of(run), teachers_of(run)
+    method, student, teachers = method_name(run), student_of(run), teachers_of(run)
     if not run.finished:
         source = f", with the teacher{'s' * (len(teachers) != 1)} {enumerated(teachers)}" if teachers else ""
         return f"This run trains the student {student} by {method}{source}."

@@ -1,8 +1,10 @@
-"""What settings come to once models and data are known: refusals, defaults, and the choices that depend on several of them."""
+"""Settings once models and data are known: which are refused, their defaults, and the choices that depend on several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from engine.config import Config
 from engine.data.noise import Reader
 from engine.data.splits import Task
 from engine.errors import UserError
+from engine.losses.divergences import DIVERGENCES
 from engine.losses.layer_map import LayerMap, layer_map
 from engine.losses.objectives import Objective
 from engine.methods import METHODS
@@ -24,17 +27,10 @@ from engine.params import optim
 PAPER = {"lr": 6e-5, "teacher_lr": 1e-5, "prepare_lr": 6e-5, "epochs": 3, "prepare_epochs": 3}
 
 
-DEFAULTS = {"temperature": 5.0, "alpha": 0.5, "feature_loss": "none", "prepare_method": "finetune"}
-METHOD_DEFAULTS = {
-    "lgtm": {"temperature": 1.0, "alpha": 1.0},
-    "metakd": {"temperature": 2.0, "alpha": 1.0, "feature_loss": "tinybert", "prepare_method": "meta"},
-}
-
-
 def settle_device(config: Config, say: Callable[[str], None]) -> torch.device:
-    """The device of a run, with its precision set and written into `config`.
+    """The device of a run. Sets the precision, and writes it into `config`.
 
-    Raises UserError for a device that does not exist, and for what does not go with it or with the method.
+    Raises UserError for a device that does not exist, and for settings that do not go with it or with the method.
     """
     refuse(config)
     device = _device(config.run.device)
@@ -58,48 +54,47 @@ def refuse(config: Config) -> None:
 def _refuse_answers(config: Config) -> None:
     """Raises UserError where --cache-teacher-logits has nothing to keep."""
     method = config.method
+    if not method.cache_teacher_logits:
+        return
     teachers = METHODS[method.method].teachers
-    by_method = METHOD_DEFAULTS.get(method.method, {})
-    together = method.feature_epochs == 0 or (method.feature_epochs is None and method.method != "metakd")
-    tinybert = (method.feature_loss or by_method.get("feature_loss")) == "tinybert"
-    if method.cache_teacher_logits and tinybert and together:
-        raise UserError("--cache-teacher-logits cannot keep what --feature-loss tinybert compares, the states of every token; "
-                        "leave it out, or give --feature-epochs, after which there are logits alone.")  # fmt: skip
-    if method.cache_teacher_logits and teachers != "frozen":
+    if teachers != "frozen":
         why = "whose teachers change in every round" if teachers == "learning" else "which has no teachers"
-        raise UserError(
-            f"--cache-teacher-logits keeps what frozen teachers answer, and does not fit --method {method.method}, {why}; use "
-            "--method kd, or leave it out.")  # fmt: skip
+        raise UserError(f"--cache-teacher-logits keeps the answers of frozen teachers, and does not fit --method {method.method}, "
+                        f"{why}; use --method kd, or leave it out.")  # fmt: skip
+    chosen = _by_method(config)
+    if chosen["feature_loss"] == "tinybert" and chosen["feature_epochs"] == 0:
+        raise UserError("--cache-teacher-logits cannot keep the states of every token, which --feature-loss tinybert compares; "
+                        "leave it out, or give --feature-epochs, after which only logits are compared.")  # fmt: skip
 
 
 def _refuse_noise(config: Config) -> None:
-    """Raises UserError for noise in what no teacher reads."""
+    """Raises UserError for noise that no teacher would read."""
     method = config.method
     if method.noise_teacher and METHODS[method.method].teachers == "none":
         raise UserError(f"--noise-teacher is {method.noise_teacher}, but --method {method.method} has no teachers; use "
                         "--noise-student, or leave it out.")  # fmt: skip
     if method.noise_teacher and method.cache_teacher_logits:
-        raise UserError("--noise-teacher changes what teachers read in every epoch, and --cache-teacher-logits asks them once; "
-                        "leave one of the two out.")  # fmt: skip
+        raise UserError("--noise-teacher changes the teachers' batches in every epoch, and --cache-teacher-logits computes their "
+                        "answers only once; leave one of the two out.")  # fmt: skip
 
 
 def _refuse_compile(config: Config) -> None:
     """Raises UserError where --compile and --checkpointing want the same layers."""
     choice = config.method.checkpointing
     if config.run.compile and choice != "none" and METHODS[config.method.method].teachers == "learning":
-        raise UserError(f"--compile does not go with --checkpointing {choice}, which runs layers in its own way so that they "
-                        "have second derivatives; leave one of the two out.")  # fmt: skip
+        raise UserError(f"--compile does not go with --checkpointing {choice}, which computes layers in its own way to have their "
+                        "second derivatives; leave one of the two out.")  # fmt: skip
 
 
 def _refuse_without_quiz(config: Config) -> None:
-    """Raises UserError for settings of a meta-gradient where a method has none."""
+    """Raises UserError for settings of a meta-gradient if the method has none."""
     method = config.method
     if METHODS[method.method].learn_from != "weights":
         return
     allowed = {
         "meta_grad": (method.meta_grad == "exact", "takes no meta-gradient"),
-        "pilot_optimizer": (method.pilot_optimizer is None, "has a pilot step of its own, a new AdamW's"),
-        "pilot_steps": (method.pilot_steps == 1, "takes one step a batch"),
+        "pilot_optimizer": (method.pilot_optimizer is None, "always takes its pilot step by a new AdamW"),
+        "pilot_steps": (method.pilot_steps == 1, "takes one pilot step in a round"),
         "quiz_batches": (method.quiz_batches == 1, "draws no quiz batches"),
         "checkpointing": (method.checkpointing in ("none", "student"), "has no backward pass through teachers"),
         "teacher_params": (not method.teacher_params.startswith("lora"), "moves weights that the student has too"),
@@ -111,7 +106,7 @@ def _refuse_without_quiz(config: Config) -> None:
 
 
 def _device(given: str) -> torch.device:
-    """The device of `--device`; raises UserError where it does not exist."""
+    """The device of --device; raises UserError if it does not exist."""
     if given == "auto":
         given = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -130,31 +125,52 @@ def _device(given: str) -> torch.device:
 
 
 def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[ModelSource]) -> None:
-    """Fill in what was left to the method and to the models: the papers' settings, or those that suit the embedded miniatures."""
-    by_student = _defaults_for([student])
-    by_teachers = _defaults_for(teachers)
-    optim = config.optim
-    for name, defaults in {"lr": by_student, "epochs": by_student, "teacher_lr": by_teachers,
-                           "prepare_lr": by_teachers, "prepare_epochs": by_teachers}.items():  # fmt: skip
-        if getattr(optim, name) is None:
-            setattr(optim, name, defaults[name])
-    method = config.method
-    by_method = DEFAULTS | METHOD_DEFAULTS.get(method.method, {})
-    feature_loss = method.feature_loss or by_method["feature_loss"]
-    by_method["feature_epochs"] = optim.epochs if method.method == "metakd" and feature_loss != "none" else 0
-    by_method["beta"] = 1.0 if feature_loss == "tinybert" else 100.0
-    by_method["pilot_lr"] = optim.lr
-    if METHODS[method.method].learn_from != "weights":  # whose pilot step is its own
-        by_method["pilot_optimizer"] = "adamw" if METHODS[method.method].own_loss else "sgd"
-    for name, default in by_method.items():
-        if getattr(method, name) is None:
-            setattr(method, name, default)
+    """Replace None by the method's own default, or by what suits the models: the papers' settings, or the embedded miniatures'.
+
+    Raises UserError for a default of the method's file that is none of these settings, or out of its range.
+    """
+    by_student, by_teachers = _defaults_for([student]), _defaults_for(teachers)
+    chosen: dict[str, Any] = {"lr": by_student["lr"], "epochs": by_student["epochs"]}
+    chosen |= {name: by_teachers[name] for name in ("teacher_lr", "prepare_lr", "prepare_epochs")}
+    chosen |= _by_method(config)
+    sections = {f.name: section for section in config.sections() for f in fields(section)}
+    referring = sorted(chosen, key=lambda name: _referred(chosen[name]) is not None)  # last, to what is settled by then
+    for name in referring:
+        if getattr(sections[name], name) is None:
+            other = _referred(chosen[name])
+            setattr(sections[name], name, chosen[name] if other is None else getattr(sections[other], other))
+    for section in config.sections():
+        section.check()
     if config.run.teacher_seed is None:
         config.run.teacher_seed = config.run.seed
 
 
+def _by_method(config: Config) -> dict[str, Any]:
+    """The settings that depend on the method: as they were given, else the method's default, else the usual one."""
+    method, given = METHODS[config.method.method], config.to_flat()
+    chosen = {f.name: f.metadata["otherwise"] for f in fields(config.method) if f.metadata["otherwise"] is not None}
+    for name, default in method.defaults.items():
+        other = _referred(default) or name
+        if Config().to_flat().get(name, "") is not None or other not in given:
+            raise UserError(f"--method {config.method.method} has the default {name}={default!r}, but {name} is no setting whose "
+                            "default is None in engine/config.py, or there is no such other setting; correct the method's file.")  # fmt: skip
+    chosen |= method.defaults
+    chosen |= {name: given[name] for name in chosen if given[name] is not None}
+    if chosen["feature_loss"] == "none" and given["feature_epochs"] is None:
+        chosen["feature_epochs"] = 0
+    if method.learn_from == "weights" and given["pilot_optimizer"] is None:
+        del chosen["pilot_optimizer"]  # its pilot step is its own
+    return {"beta": 1.0 if chosen["feature_loss"] == "tinybert" else 100.0} | chosen
+
+
+def _referred(default: Any) -> str | None:
+    """ "--epochs" -> "epochs", for a default that takes over another setting's value."""
+    is_flag = isinstance(default, str) and default.startswith("--")
+    return default[2:].replace("-", "_") if is_flag else None
+
+
 def settle_source(config: Config, sources: Sequence[ModelSource], data: str) -> None:
-    """Record where everything came from, so that config.yaml and --resume do not take the other when the hub is back."""
+    """Record the source of models and data, so that config.yaml and --resume keep to it when the hub can be reached again."""
     named = {data, *(source.kind for source in sources)} - {"local"}
     if len(named) == 1:
         config.models.source = named.pop()
@@ -169,7 +185,7 @@ def _defaults_for(sources: Sequence[ModelSource]) -> dict[str, float]:
 
 
 def layer_numbers(given: str) -> list[int]:
-    """Of --student-layers; raises UserError for what is not a list of numbers."""
+    """The numbers of --student-layers; raises UserError for anything else."""
     try:
         return [int(part) for part in given.split(",")]
     except ValueError as e:
@@ -177,17 +193,19 @@ def layer_numbers(given: str) -> list[int]:
 
 
 def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objective:
-    """The losses of a run. Raises UserError for a stage on features without any."""
+    """The losses of a run. Raises UserError for epochs on features without a feature loss."""
     method = config.method
     taught, regression = METHODS[method.method].teachers != "none", task.kind == "regression"
-    if regression and method.soft_loss != "mse_logits":
+    if regression and not DIVERGENCES[method.soft_loss].regression:
         if taught:
-            say(f"--soft-loss {method.soft_loss} is constant for one output; this regression uses mse_logits instead.")
+            say(
+                f"--soft-loss {method.soft_loss} does not compare the one output of a regression; mse_logits is used instead."
+            )
         method.soft_loss = "mse_logits"
     features = method.feature_loss if taught else "none"
     if taught and method.feature_epochs and features == "none":
         raise UserError(
-            f"--feature-epochs {method.feature_epochs} trains on a feature loss; choose one with --feature-loss."
+            f"--feature-epochs {method.feature_epochs} needs a feature loss to train on; choose one with --feature-loss."
         )
     return Objective(method.soft_loss, method.temperature, method.alpha, regression, features, method.beta)
 
@@ -195,7 +213,7 @@ def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objecti
 def noise_readers(
     config: Config, student: Network, teachers: Sequence[Network], say: Callable[[str], None]
 ) -> dict[str, Reader]:
-    """Who reads training batches with noise, by role; nobody where both probabilities are 0. Networks are told their role."""
+    """Who reads training batches with noise, by role; empty if both probabilities are 0. Each network is told its role."""
     settings, found = config.method, {}
     for role, networks, probability in (
         ("teacher", teachers, settings.noise_teacher),
@@ -206,16 +224,14 @@ def noise_readers(
             for network in networks:
                 network.role = role
     if found:
-        shares = " and ".join(
-            f"{100 * reader.probability:g} % of the words that the {role} reads" for role, reader in found.items()
-        )
+        shares = " and ".join(f"{100 * reader.probability:g} % of the {role}'s words" for role, reader in found.items())
         by = {"mask": "the mask token", "vocabulary": "random tokens"}[settings.noise_kind]
-        say(f"Noise: in training batches {shares} are replaced by {by}.")
+        say(f"Noise: {shares} are replaced by {by} in training batches.")
     return found
 
 
 def check_checkpointing(choice: str, student: Network, teachers: Sequence[Network]) -> None:
-    """Raises UserError for a choice that has no second derivatives, or a model whose layers are not known."""
+    """Raises UserError for a choice without second derivatives, and for a model whose layers are not known."""
     if choice in REFUSED:
         raise UserError(f"--checkpointing {choice} is refused: {REFUSED[choice]}; use student, teachers or both.")
     networks = [student] if choice in ("student", "both") else []
@@ -228,9 +244,9 @@ def check_checkpointing(choice: str, student: Network, teachers: Sequence[Networ
 
 
 def layer_maps(config: Config, student: Network, teachers: Sequence[Network]) -> list[LayerMap]:
-    """--layer-map for each teacher, from what of it is trainable now; none where a method compares no weights.
+    """The layer map (--layer-map) of each teacher's trainable weights; none if the method compares no weights.
 
-    Raises UserError where two models cannot be compared.
+    Raises UserError for two models that cannot be compared.
     """
     if METHODS[config.method.method].learn_from != "weights":
         return []
@@ -242,13 +258,13 @@ def layer_maps(config: Config, student: Network, teachers: Sequence[Network]) ->
 
 
 def teacher_weights(config: Config, teachers: int) -> list[float] | str | None:
-    """--teacher-weights; raises UserError where they do not fit the teachers or the method."""
+    """The value of --teacher-weights; raises UserError if it does not fit the teachers or the method."""
     given, method = config.method.teacher_weights, config.method.method
     if given is None:
         return None
     if given == "learned":
         if METHODS[method].learn_from != "quiz":
-            raise UserError(f"--teacher-weights learned follow the meta-gradient, which --method {method} has not; use "
+            raise UserError(f"--teacher-weights learned needs the meta-gradient, which --method {method} does not have; use "
                             "--method metadistil, or leave it out.")  # fmt: skip
         return given
     if not teachers:

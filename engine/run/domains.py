@@ -12,6 +12,7 @@ from datasets import Dataset
 from engine.config import Config
 from engine.data.splits import Splits, Task
 from engine.errors import UserError
+from engine.methods import METHODS
 from engine.models.load import ModelSource
 
 
@@ -92,7 +93,7 @@ def _refuse_without_domains(config: Config) -> None:
         f"--target-domain {data.target_domain}": data.target_domain != "all",
         f"--target-fraction {data.target_fraction}": data.target_fraction < 1,
         f"--teacher-domains {data.teacher_domains}": data.teacher_domains != "all",
-        f"--method {method.method}": method.method == "metakd",
+        f"--method {method.method}": METHODS[method.method].meta_teachers,
         f"--prepare-method {method.prepare_method}": method.prepare_method in ("multitask", "meta"),
     }
     for what, given in wanted.items():
@@ -104,10 +105,11 @@ def _refuse_without_domains(config: Config) -> None:
 def _refuse_several(config: Config, task: Task, target: int | None) -> None:
     """What needs several domains and classes."""
     data, method = config.data, config.method
-    if method.method == "metakd" and method.prepare_method != "meta":
-        raise UserError(f"--method metakd learns from meta-teachers, and --prepare-method {method.prepare_method} makes none; "
+    meta_teachers = METHODS[method.method].meta_teachers
+    if meta_teachers and method.prepare_method != "meta":
+        raise UserError(f"--method {method.method} learns from meta-teachers, and --prepare-method {method.prepare_method} makes none; "
                         "leave it out, or use --method kd.")  # fmt: skip
-    prepare = f"--prepare-method {method.prepare_method}" if method.method != "metakd" else "--method metakd"
+    prepare = f"--prepare-method {method.prepare_method}" if not meta_teachers else f"--method {method.method}"
     if method.prepare_method == "finetune":
         if len(task.domains) < 2 and data.teacher_domains in ("others", "each"):
             raise UserError(f"--teacher-domains {data.teacher_domains} needs several domains, and --domain-column "
@@ -119,7 +121,7 @@ def _refuse_several(config: Config, task: Task, target: int | None) -> None:
     left = len(task.domains) - (data.teacher_domains == "others")
     if left < 2 or data.teacher_domains == "each" or (data.teacher_domains == "target" and target is not None):
         given = f" of --teacher-domains {data.teacher_domains}" if len(task.domains) > 1 else ""
-        instead = "--method kd" if method.method == "metakd" else "--prepare-method finetune"
+        instead = "--method kd" if meta_teachers else "--prepare-method finetune"
         raise UserError(f"{prepare} learns from several domains, and a teacher{given} has only one; give data with more, "
                         f"--teacher-domains all, or {instead}.")  # fmt: skip
     if method.prepare_method == "multitask" and data.teacher_domains == "others":

@@ -44,7 +44,7 @@ class Matching:
 
 
 def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matching:
-    """What --feature-loss compares, --method metakd with the models' domain features besides.
+    """What --feature-loss compares, and with meta-teachers the models' domain features besides.
 
     Raises UserError where two models' states cannot be compared, or cannot be had in a run with these settings.
     """
@@ -66,7 +66,7 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
     _check_alike(config, teachers)
     if method.feature_loss == "tinybert":
         _check_run(config)
-    if method.feature_loss == "tinybert" and method.method == "metakd":
+    if method.feature_loss == "tinybert" and METHODS[method.method].meta_teachers:
         own, theirs = ([replace(inner, domain="feature") for inner in each] for each in (own, theirs))
     return Matching(own[0], theirs, config.run.seed)
 

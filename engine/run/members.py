@@ -11,6 +11,7 @@ from engine.data.encoding import Encoding
 from engine.data.splits import Splits, Task
 from engine.errors import UserError
 from engine.losses.domain_head import widen
+from engine.methods import METHODS
 from engine.models.compiling import CompiledLayers
 from engine.models.load import ModelSource, keep_layers, load_model
 from engine.models.network import Encoder
@@ -96,7 +97,7 @@ class _Loading:
 def _give_heads(config: Config, member: Member, task: Task) -> None:
     """Give a teacher the heads that --prepare-method trains; raises UserError where it has a trained one already."""
     how = config.method.prepare_method
-    if how == "finetune" or config.method.method == "finetune":
+    if how == "finetune" or METHODS[config.method.method].teachers == "none":
         return
     if member.trained_head:
         raise UserError(f"--prepare-method {how} trains teachers in its own way, and {member.source.name} has a trained head; "

@@ -35,7 +35,7 @@ def close(
         detach(network.module)  # what it learned for its student's sake alone is not exported
     teachers = [_measure(setup, teacher.member)[0] | _preparation(teacher) for teacher in stages.teachers]
     student, logits = _measure(setup, setup.models.student)
-    student["best_step"] = stages.trainer.resume.finished[setup.config.method.method].best_step
+    student["best_step"] = stages.trainer.resume.finished[setup.config.method.name].best_step
     if METHODS[setup.config.method.method].teachers == "learning":
         _warn_of_fallen(setup, teachers)
     if stages.learned_weights is not None:

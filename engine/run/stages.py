@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.data.noise import Noise
 from engine.losses.objectives import Objective
-from engine.methods import METHODS, State
+from engine.methods import METHODS, Method, State
 from engine.models.features import detach
 from engine.models.network import Network
 from engine.run.answers import Answers, answers_of
@@ -31,7 +31,7 @@ class Stages:
     teachers         ready to teach
     answers          what they say to the training set, where that is kept
     learned_weights  of the teachers, where they learn
-    expertise        [n] of the student's training examples, for metakd
+    expertise        [n] of the student's training examples, where meta-teachers teach
     """
 
     setup: Setup
@@ -41,10 +41,14 @@ class Stages:
     learned_weights: Network | None = None
     expertise: Tensor | None = None
 
+    @property
+    def method(self) -> Method:
+        return METHODS[self.setup.config.method.method]
+
     def run(self) -> None:
         """Raises Interrupted when a signal stops it."""
         method, members = self.setup.config.method, self.setup.models.teachers
-        typical = [self._typicality(member) for member in members if method.method == "metakd"]
+        typical = [self._typicality(member) for member in members if self.method.meta_teachers]
         self.teachers = [self.prepare(member) for member in members]
         if typical:
             self.expertise = self._expertise(typical)
@@ -52,7 +56,7 @@ class Stages:
         stages |= (
             {"features": self._features} if self.setup.losses.matching is not None and method.feature_epochs else {}
         )
-        stages[method.method] = self._distil
+        stages[method.name] = self._distil
         begun = next((i for i, name in enumerate(stages) if self.trainer.resume.stands_in(name)), 0)
         for stage in list(stages.values())[begun:]:
             stage()
@@ -61,7 +65,7 @@ class Stages:
         teacher = prepare(self.setup, member, self.trainer)
         domains = self.setup.examples.domains
         learned = domains.of_teacher(member.source)
-        if self.setup.config.method.method != "metakd":
+        if not self.method.meta_teachers:
             detach(member.network.module)  # nobody compares domains by it
         elif learned != domains.everything:
             unseen = domains.everything - learned
@@ -90,15 +94,16 @@ class Stages:
         return torch.stack(found).mean(0)
 
     def _warm_up(self) -> None:
-        self._fit("warm up", "finetune", self.setup.config.method.student_warmup_epochs, self.setup.losses.objective)
+        self._fit(
+            "warm up", METHODS["finetune"], self.setup.config.method.student_warmup_epochs, self.setup.losses.objective
+        )
 
     def _features(self) -> None:
         """The student learns its teachers' inner states alone; by no validation, for its head has learned nothing yet."""
         settings, losses, models = self.setup.config.method, self.setup.losses, self.setup.models
         objective = replace(losses.objective, on_logits=False)
-        method = "metakd" if settings.method == "metakd" else "kd"
         with losses.matching.between(models.student.network, models.taught()):
-            self._fit("features", method, settings.feature_epochs, objective, chosen=False)
+            self._fit("features", METHODS["kd"], settings.feature_epochs, objective, chosen=False)
 
     def _distil(self) -> None:
         config, losses, models = self.setup.config, self.setup.losses, self.setup.models
@@ -109,15 +114,15 @@ class Stages:
                 self.answers = [self.answer(teacher) for teacher in teachers]
             if not joint:
                 objective = replace(objective, feature_loss="none")
-            self._fit(method.method, method.method, config.optim.epochs, objective, config.optim.max_steps,
+            self._fit(method.name, self.method, config.optim.epochs, objective, config.optim.max_steps,
                       noise=self.setup.examples.noise)  # fmt: skip
 
     def _fit(
-        self, phase: str, method_name: str, epochs: int, objective: Objective, max_steps: int | None = None,
+        self, phase: str, method: Method, epochs: int, objective: Objective, max_steps: int | None = None,
         chosen: bool = True, noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """One stage of the student; the weights that stay are `chosen` by validation, or else the last."""
-        setup, method, encoded = self.setup, METHODS[method_name], self.setup.examples.encoded
+        setup, encoded = self.setup, self.setup.examples.encoded
         optim, settings, train = setup.config.optim, setup.config.method, encoded.train[0]
         if noise is not None:
             train = train.with_noise(noise)
@@ -128,7 +133,7 @@ class Stages:
         for network in [student, *teachers]:
             network.module.to(setup.device)
         state = State(learner(student, optim, optim.lr, plan.steps), objective, micro_batch=optim.micro_batch_size)
-        if method_name == "metakd" and objective.feature_loss != "none":
+        if self.expertise is not None and method.teachers == "frozen" and objective.feature_loss != "none":
             train, state.by_example = train.with_columns({"expertise": self.expertise}), "expertise"
         if learning:
             self.learned_weights = let_teachers_learn(setup, state, method, teachers, objective, plan.rounds)

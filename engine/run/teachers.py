@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from engine.data.encoded import EncodedSplit, EncodedSplits
 from engine.errors import UserError
 from engine.losses.domain_head import DomainHead
 from engine.losses.objectives import Objective
-from engine.methods import METHODS, Method, State, meta_teacher
+from engine.methods import METHODS, Method, State
+from engine.methods.common import meta_teacher
 from engine.models.features import InnerStates, attach
 from engine.models.load import content_hash
 from engine.models.network import Encoder
@@ -107,7 +108,8 @@ def _with_domains(setup: Setup, network: Encoder, data: EncodedSplits, sample: i
     head = DomainHead(network.module.config.hidden_size, len(setup.task.domains), settings.domain_loss == "reversal",
                       setup.config.run.teacher_seed, len(train.columns["domain"].unique()))  # fmt: skip
     attach(network.module, "domain", head.to(setup.device))
-    return train, Method(meta_teacher.step(settings.domain_weight, settings.domain_loss == "shuffled"), "none")
+    step = meta_teacher.step(settings.domain_weight, settings.domain_loss == "shuffled")
+    return train, replace(METHODS["finetune"], step=step)
 
 
 def _key(setup: Setup, member: Member, data: EncodedSplits, plan: Plan) -> str:

@@ -345,7 +345,7 @@ def test_a_run_with_noise(data, tmp_path, monkeypatch, capsys):
     seen = record(monkeypatch)
     noisy = succeed(data, tmp_path / "noisy", noise_teacher=0.2, noise_student=0.4, **settings)
     said = " ".join(capsys.readouterr().out.split())
-    assert "20 % of the words that the teacher reads and 40 % of the words that the student reads are replaced" in said
+    assert "20 % of the teacher's words and 40 % of the student's words are replaced" in said
     assert {role for role, _, noised in seen if noised} == {"teacher", "student"}
 
     def losses(run, phase):

@@ -27,7 +27,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from engine.batch import Batch
 from engine.losses.domain_head import DomainHead
 from engine.losses.objectives import Objective
-from engine.methods import METHODS, State, meta_teacher
+from engine.methods import METHODS, State
+from engine.methods.common import meta_teacher
 from engine.models.features import InnerStates, all_layers, attach
 from engine.models.learner import Learner
 from engine.models.network import Encoder

@@ -1,5 +1,7 @@
 """One round of each method against its published update, written out with autograd, AdamW and clipping on copies."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from method_oracle import (
     schedule_positions,
 )
 
+from engine.config import MethodConfig
 from engine.meta.strategies import STRATEGIES
 from engine.methods import METHODS
 
@@ -199,11 +202,14 @@ def test_loss_falls_on_a_learnable_problem(method):
     assert held_out() < 0.7 * start
 
 
-def test_the_flags_offer_what_there_is():
-    from typing import get_args, get_type_hints
-
-    from engine.config import MethodConfig
-
-    types = get_type_hints(MethodConfig)
-    assert set(get_args(types["method"])) == set(METHODS)
-    assert set(get_args(types["meta_grad"])) == set(STRATEGIES)
+def test_the_files_of_the_folder_are_the_methods():
+    assert set(METHODS) == {"finetune", "kd", "lgtm", "metadistil", "metakd", "reptile"}
+    for name, method in METHODS.items():
+        said = METHODS.facts(name)  # read from the text of the file
+        assert said == {key: getattr(method, key) for key in said} and said.keys() >= {
+            "help",
+            "teachers",
+            "title",
+            "report",
+        }
+    assert set(get_args(get_type_hints(MethodConfig)["meta_grad"])) == set(STRATEGIES)

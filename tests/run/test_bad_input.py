@@ -54,7 +54,7 @@ ALLOWED = [
     (["--temperature", ".nan"], "--temperature is nan", "at least"),
     (["--lr", "abc"], "--lr is 'abc'", "number"),
     (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
-    (["--method", "foo"], "--method is 'foo'", "one of metadistil, lgtm, reptile, metakd, kd, finetune"),
+    (["--method", "foo"], "--method is 'foo'", "one of finetune, kd, lgtm, metadistil, metakd, reptile"),
     (["--precision", "tf32", "--device", "cpu"], "--precision is tf32", "CUDA device", "use --precision fp32"),
     (["--optimizer", "apex", "--device", "cpu"], "--optimizer apex needs a CUDA device", "flat or torch"),
     (["--teacher-params", "some"], "--teacher-params is 'some'", "last-N"),

@@ -26,6 +26,8 @@ def other_value(name: str):
         kind = next(k for k in get_args(kind) if k is not type(None))
     if choices := get_args(kind):
         return next(choice for choice in choices if choice != option.default)
+    if (names := option.metadata["names"]) is not None:
+        return next(name for name in names if name != option.default)
     if kind is str:
         return "0,1" if name == "student_layers" else f"other {name}"
     low, high = option.metadata["minimum"], option.metadata["maximum"]

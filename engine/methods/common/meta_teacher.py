@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.losses.objectives import Objective
-from engine.methods.finetune import train
-from engine.methods.state import State
+from engine.methods.common.state import State
+from engine.methods.common.train import train
 from engine.models.network import Outputs
 
 
