@@ -1,15 +1,8 @@
 """Students, teachers, batches and quizzes in float64, and the meta-gradients that strategies find for them."""
 
 import torch
+from small_models import transformer
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
 from engine.batch import Batch
 from engine.losses.objectives import Objective
@@ -38,26 +31,9 @@ def network(family, classes, seed, layers=1, dropout=0.1, dtype=torch.float64):
     torch.manual_seed(seed)
     if family in ("cnn", "mlp"):
         return Network(small(family, classes, dropout).to(dtype), lambda m, b: m(b.inputs["image"]), family)
-    common = {"vocab_size": WORDS, "num_labels": classes, "initializer_range": 0.4, "attn_implementation": "sdpa"}
-    if family == "distilbert":
-        module = DistilBertForSequenceClassification(
-            DistilBertConfig(
-                dim=8, hidden_dim=16, n_layers=layers, n_heads=2, max_position_embeddings=16, dropout=dropout,
-                attention_dropout=dropout, seq_classif_dropout=dropout, pad_token_id=0, **common,
-            )
-        )  # fmt: skip
-    else:
-        config, kind = {
-            "bert": (BertConfig, BertForSequenceClassification),
-            "roberta": (RobertaConfig, RobertaForSequenceClassification),
-        }[family]
-        module = kind(
-            config(
-                hidden_size=8, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
-                max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-                pad_token_id=PADDING[encoding(family)], **common,
-            )
-        )  # fmt: skip
+    module = transformer(
+        family, seed, layers=layers, classes=classes, words=WORDS, positions=16, dropout=dropout, spread=0.4
+    )
     network = Encoder(family, module.to(dtype), encoding(family))
     network.table_rows = WORDS
     return network

@@ -22,20 +22,32 @@ WORDS, PAD, LONGEST = 30, {"bert": 0, "roberta": 1, "distilbert": 0}, 80
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def tiny(family, kind="sdpa", attention_dropout=0.1):
-    torch.manual_seed(0)
-    common = {"vocab_size": WORDS, "num_labels": 3, "initializer_range": 0.2, "attn_implementation": kind,
-              "max_position_embeddings": LONGEST + 2, "pad_token_id": PAD[family]}  # fmt: skip
+def transformer(
+    family, seed=0, *, layers=2, width=8, heads=2, classes=3, words=WORDS, positions=LONGEST + 2, dropout=0.1,
+    attention_dropout=None, attention="sdpa", spread=0.2,
+):  # fmt: skip
+    """A classifier of this family with random weights of size `spread`, in the mode that transformers leaves it in."""
+    torch.manual_seed(seed)
+    of_attention = dropout if attention_dropout is None else attention_dropout
+    common = {"vocab_size": words, "num_labels": classes, "initializer_range": spread, "attn_implementation": attention,
+              "max_position_embeddings": positions, "pad_token_id": PAD[family]}  # fmt: skip
     if family == "distilbert":
-        sizes = {"dim": 8, "hidden_dim": 16, "n_layers": 2, "n_heads": 2, "attention_dropout": attention_dropout}
-        return DistilBertForSequenceClassification(DistilBertConfig(**sizes, **common)).eval()
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "attention_probs_dropout_prob": attention_dropout}  # fmt: skip
+        return DistilBertForSequenceClassification(DistilBertConfig(
+            dim=width, hidden_dim=2 * width, n_layers=layers, n_heads=heads, dropout=dropout, attention_dropout=of_attention,
+            seq_classif_dropout=dropout, **common,
+        ))  # fmt: skip
     config, kind = {
         "bert": (BertConfig, BertForSequenceClassification),
         "roberta": (RobertaConfig, RobertaForSequenceClassification),
     }[family]
-    return kind(config(**sizes, **common)).eval()
+    return kind(config(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=of_attention, **common,
+    ))  # fmt: skip
+
+
+def tiny(family, kind="sdpa", attention_dropout=0.1):
+    return transformer(family, attention=kind, attention_dropout=attention_dropout).eval()
 
 
 def batch(family, length=9, size=4, seed=0):

@@ -7,51 +7,22 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from small_models import WORDS, transformer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
 from engine.meta.tape import Tape, UnrecordedRandomness
 
 # Largest difference of a tangent over its largest entry. The sums run in another order, and in bf16 (8 bits) plain
 # forward mode rounds after every pass where a rule here has one.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
-WORDS = 20
 
 
 @pytest.fixture(autouse=True)
 def math_attention():
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def transformer(family, attention="eager", attention_dropout=0.1):
-    common = {"vocab_size": WORDS, "num_labels": 3, "initializer_range": 0.4, "attn_implementation": attention}
-    if family == "distilbert":
-        return DistilBertForSequenceClassification(
-            DistilBertConfig(
-                dim=8, hidden_dim=16, n_layers=2, n_heads=2, max_position_embeddings=16, pad_token_id=0,
-                attention_dropout=attention_dropout, **common,
-            )
-        )  # fmt: skip
-    config, kind, pad = {
-        "bert": (BertConfig, BertForSequenceClassification, 0),
-        "roberta": (RobertaConfig, RobertaForSequenceClassification, 1),
-    }[family]
-    return kind(
-        config(
-            hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=pad,
-            max_position_embeddings=16, attention_probs_dropout_prob=attention_dropout, **common,
-        )
-    )  # fmt: skip
 
 
 def words():
@@ -109,12 +80,12 @@ def conv1d():
 
 
 MODELS = {
-    "bert": lambda: (transformer("bert"), words()),
-    "distilbert": lambda: (transformer("distilbert"), words()),
-    "roberta": lambda: (transformer("roberta"), words()),
-    "bert-sdpa": lambda: (transformer("bert", "sdpa", attention_dropout=0.0), words()),
-    "bert-sdpa-dropout": lambda: (transformer("bert", "sdpa"), words()),
-    "distilbert-sdpa-dropout": lambda: (transformer("distilbert", "sdpa"), words()),
+    "bert": lambda: (transformer("bert", attention="eager", spread=0.4), words()),
+    "distilbert": lambda: (transformer("distilbert", attention="eager", spread=0.4), words()),
+    "roberta": lambda: (transformer("roberta", attention="eager", spread=0.4), words()),
+    "bert-sdpa": lambda: (transformer("bert", attention_dropout=0.0, spread=0.4), words()),
+    "bert-sdpa-dropout": lambda: (transformer("bert", spread=0.4), words()),
+    "distilbert-sdpa-dropout": lambda: (transformer("distilbert", spread=0.4), words()),
     "cnn": cnn,
     "mlp": mlp,
     "conv1d": conv1d,
@@ -204,43 +175,23 @@ def test_recording_is_a_plain_forward(model, precision):
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", MODELS)
-def test_replay_is_forward_mode(model):
-    scene = Scene(model)
-    logits, u = scene.plain()
-    tape, recorded = scene.record()
-    for _ in range(2):  # a tape may be replayed again
-        replayed, tangent = scene.replay(tape)
-        assert torch.equal(replayed, recorded)
-        assert_close(replayed, logits, torch.float64)
-        assert u.abs().max() > 0
-        assert_close(tangent, u, torch.float64)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_backward_after_replay(model):
-    """The graph that shares tensors with the tape is what it was."""
-    scene = Scene(model)
-    gradients = []
-    for replays in (0, 2):
-        tape, logits = scene.record()
-        for _ in range(replays):
-            scene.replay(tape)
-        gradients.append(scene.gradients(logits))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("model", MODELS)
-def test_other_precisions(model, precision):
-    """Weights and tangents of that dtype, and float32 ones under autocast."""
+def test_replay_is_forward_mode(model, precision):
+    """A tape may be replayed again; a replay draws nothing, and leaves the graph that shares its tensors as it was."""
     scene = Scene(model, *PRECISIONS[precision])
-    _, u = scene.plain()
-    tape, logits = scene.record()
-    replayed, tangent = scene.replay(tape)
-    assert torch.equal(replayed, logits)
-    assert tangent.dtype == u.dtype
-    assert_close(tangent, u, torch.float32 if precision == "fp32" else torch.bfloat16)
+    logits, u = scene.plain()
+    kept = scene.gradients(scene.record()[1])
+    tape, recorded = scene.record()
+    drawn = torch.get_rng_state()
+    for _ in range(2):
+        replayed, tangent = scene.replay(tape)
+        assert torch.equal(replayed, recorded) and torch.equal(torch.get_rng_state(), drawn)
+        assert tangent.dtype == u.dtype and u.abs().max() > 0
+        assert_close(tangent, u, torch.bfloat16 if precision == "autocast" else PRECISIONS[precision][0])
+        if precision == "fp64":
+            assert_close(replayed, logits, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(kept, scene.gradients(recorded), strict=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -309,14 +260,6 @@ def test_arguments_by_keyword_and_from_numbers():
             replayed, tangent = forward_ad.unpack_dual(forward(dual))
     assert torch.equal(replayed, recorded)
     assert_close(tangent, u, torch.float32)  # one of the softmaxes is
-
-
-def test_dropout_draws_nothing_in_a_replay():
-    scene = Scene("bert")
-    tape, _ = scene.record()
-    before = torch.get_rng_state()
-    scene.replay(tape)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("mode", ["shape", "fewer", "more", "order", "eval"])

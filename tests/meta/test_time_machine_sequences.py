@@ -59,6 +59,7 @@ def carry_out(machine, copies, operation):
         copies.floor = len(kept)
         step = random_step(flat, what)
         with machine.excursion() if kind == "excursion" else machine.perturbed(step, torch.tensor(0.1)):
+            assert shadowed(flat)
             for inner in rest[0]:
                 carry_out(machine, copies, inner)
         assert torch.equal(flat.weights, before)
