@@ -1,12 +1,9 @@
 """Small trainings whose steps are captured, and the same ones eager, on any device."""
 
+from functools import partial
+
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
+from small_models import transformer
 
 from engine.batch import Batch
 from engine.losses.layer_map import freeze_unmapped, layer_map
@@ -19,20 +16,8 @@ from engine.models.cuda_graph import StepGraphs
 from engine.models.learner import Learner
 from engine.models.network import Encoder, Network
 
-STEPS, WORDS, CLASSES = 20, 50, 3
-SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": WORDS}
-
-
-def bert(seed, layers=2):
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(BertConfig(**SMALL, num_hidden_layers=layers, num_labels=CLASSES))
-
-
-def distilbert(seed):
-    torch.manual_seed(seed)
-    return DistilBertForSequenceClassification(
-        DistilBertConfig(dim=16, n_heads=2, hidden_dim=32, vocab_size=WORDS, n_layers=2, num_labels=CLASSES)
-    )
+STEPS, WORDS, CLASSES = 12, 50, 3
+small = partial(transformer, width=16, classes=CLASSES, words=WORDS, spread=0.02)
 
 
 def batch(seed, length):
@@ -61,8 +46,8 @@ class Training:
         def rate(value):  # a device scalar, as on a GPU: a Python number would be captured
             return torch.tensor(value, device=device)
 
-        network = Encoder("student", distilbert(0).to(device), "words", precision)
-        teachers = [Encoder(f"teacher {k}", bert(k + 1).to(device), "words", precision) for k in range(2)]
+        network = Encoder("student", small("distilbert", 0).to(device), "words", precision)
+        teachers = [Encoder(f"teacher {k}", small("bert", k + 1).to(device), "words", precision) for k in range(2)]
         common = {"warmup_ratio": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.05}
         student = Learner.adamw(network, lr=rate(1e-2), steps=STEPS * pilots, **common)
         self.state = State(student, Objective("kl", 3.0, 0.6))

@@ -4,19 +4,19 @@ import copy
 import gc
 import weakref
 from contextlib import ExitStack, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from scenes import Scene, batch, difference, encoding, network
+from small_models import transformer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import BertConfig, BertForSequenceClassification
 
 from engine.meta.strategies.double_backward import double_backward
 from engine.meta.strategies.exact import exact
@@ -60,7 +60,7 @@ def cnn(seed):
     ).double()  # fmt: skip
 
 
-def teacher_gradient(student, teacher, pilot, quiz, choice, pilots=1):
+def teacher_gradient(student, teacher, pilot, quiz, choice, pilots=1, by=checkpointed):
     """Gradient of a quiz loss, by the teacher's parameters, through pilot steps; backward outside the contexts.
 
     `pilot` and `quiz` give logits [B, C] for (module, parameters or None).
@@ -68,9 +68,9 @@ def teacher_gradient(student, teacher, pilot, quiz, choice, pilots=1):
     weights = {n: p for n, p in student.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
         if choice in ("student", "both"):
-            stack.enter_context(checkpointed(student))
+            stack.enter_context(by(student))
         if choice in ("teachers", "both"):
-            stack.enter_context(checkpointed(teacher))
+            stack.enter_context(by(teacher))
         for _ in range(pilots):
             target = pilot(teacher, None)
             loss = F.kl_div(pilot(student, weights).log_softmax(-1), target.softmax(-1), reduction="batchmean")
@@ -482,25 +482,15 @@ def torch_checkpointed(module):
     return stack
 
 
-def wide(seed):
-    """Six layers whose activations are far larger than their weights."""
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=20, hidden_size=16, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
-            max_position_embeddings=32, num_labels=3,
-        )
-    )  # fmt: skip
-
-
-def peak(choice, pilots=1):
-    """Bytes at once, at the most, of all that a meta-gradient makes."""
-    student, teacher = wide(0), wide(1)
+@cache
+def peak(choice, pilots=1, by=checkpointed):
+    """Bytes at once, at the most, of all that a meta-gradient of models with large activations makes; and the gradient."""
+    student, teacher = (transformer("bert", seed, layers=6, width=16, words=20, positions=32) for seed in (0, 1))
     inputs = {"input_ids": torch.randint(20, (16, 32), generator=torch.Generator().manual_seed(0))}
     run = partial(logits, **inputs)
     gc.collect()
     with Live() as live:
-        gradient = teacher_gradient(student, teacher, run, run, choice, pilots)
+        gradient = teacher_gradient(student, teacher, run, run, choice, pilots, by)
     return live.peak, gradient
 
 
@@ -513,15 +503,9 @@ def test_memory():
 
 
 def test_memory_of_more_pilots():
-    """Each pilot adds its layers' inputs, not its activations."""
-    none, both = ([peak(c, pilots)[0] for pilots in (1, 3)] for c in ("none", "both"))
-    assert both[1] - both[0] < 0.2 * (none[1] - none[0])
-
-
-def test_torch_checkpoint_keeps_the_pilots_activations(monkeypatch):
-    """The reason for a checkpoint of our own: in the graph of a pilot's gradient torch's keeps what it recomputed."""
-    none, ours = ([peak(c, pilots)[0] for pilots in (1, 3)] for c in ("none", "student"))
-    monkeypatch.setitem(teacher_gradient.__globals__, "checkpointed", torch_checkpointed)
-    theirs = [peak("student", pilots)[0] for pilots in (1, 3)]
-    growth, ours, theirs = (three - one for one, three in (none, ours, theirs))
-    assert theirs > 0.9 * growth and ours < 0.5 * growth  # 100 % and 40 %, the teacher's activations among both
+    """Each pilot adds its layers' inputs, not its activations. In the graph of a pilot's gradient torch's own checkpoint keeps
+    what it recomputed, which is the reason for ours."""
+    growth = {c: peak(c, 3)[0] - peak(c)[0] for c in ("none", "student", "both")}
+    theirs = peak("student", 3, torch_checkpointed)[0] - peak("student", 1, torch_checkpointed)[0]
+    assert growth["both"] < 0.2 * growth["none"]
+    assert theirs > 0.9 * growth["none"] and growth["student"] < 0.5 * growth["none"]  # the teacher's are among both

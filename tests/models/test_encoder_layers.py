@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
+from small_models import transformer
 
 from engine.batch import Batch
 from engine.losses.objectives import Objective
@@ -19,22 +14,14 @@ WIDTH, WORDS = 64, 300
 SUMS = ("LayerNorm", "layer_norm", "position", "token_type")  # gradients that are sums over all tokens, and no products
 
 
-def model(family):
-    torch.manual_seed(0)
-    if family == "bert":
-        sizes = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 3}
-        return BertForSequenceClassification(
-            BertConfig(vocab_size=WORDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
-        )
-    sizes = {"dim": WIDTH, "n_heads": 4, "hidden_dim": 128, "n_layers": 3}
-    return DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=WORDS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **sizes)
-    )
-
-
 def gradients(family, precision):
     """By name, at 2,048 tokens."""
-    network = Encoder("model", model(family).train(), "words", precision)
+    network = Encoder(
+        "model",
+        transformer(family, layers=3, width=WIDTH, heads=4, classes=2, words=WORDS, dropout=0.0),
+        "words",
+        precision,
+    )
     learner = Learner.adamw(network, lr=1e-3, steps=1, warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0)
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(1, WORDS, (32, 64), generator=random)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from run_helpers import assert_same_models, sentences, succeed, summary, table
-from transformers import BertConfig, BertForSequenceClassification
+from small_models import transformer
 
 from engine.batch import Batch
 from engine.errors import UserError
@@ -223,12 +223,6 @@ def test_an_evaluation_is_ieee(switches, monkeypatch):
 # What stays float32
 
 
-def bert(seed, **sizes):
-    torch.manual_seed(seed)
-    settings = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 30, "num_labels": 3}
-    return BertForSequenceClassification(BertConfig(**settings | sizes))
-
-
 def batch(seed):
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 30, (4, 6), generator=random)
@@ -251,8 +245,8 @@ def batch(seed):
 def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypatch):
     """Only between a model's inputs and its logits is anything bf16: every cotangent, gradient and loss is float32. tf32
     is all float32."""
-    student = Encoder("student", bert(0, num_hidden_layers=1), "own", given)
-    teacher = Encoder("teacher", bert(1, num_hidden_layers=2), "own", given)
+    student = Encoder("student", transformer("bert", 0, layers=1, width=16), "own", given)
+    teacher = Encoder("teacher", transformer("bert", 1, width=16), "own", given)
     common = {"steps": 5, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "lr": 1e-3}
     learners = [Learner.adamw(network, **common) for network in (student, teacher)]
     seen, shadows, inner = [], [], FlatParameters._gradients_of
