@@ -134,41 +134,8 @@ def test_a_weight_without_gradient_decays():
         torch.testing.assert_close(p, b * (1 - SETTINGS["lr"] * DECAY) if decayed else b, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("found", [1.0, float("nan")])
-def test_found_inf_skips_all(found, steps):
-    module = Model(torch.float32)
-    optimizer = ours(module)
-    flat = optimizer.flat
-    flat.leaves(low_precision=True)
-    train(module, optimizer, range(steps))
-    control = copy.deepcopy(module), copy.deepcopy(optimizer.state_dict())
-    if steps:
-        before = bits(flat, optimizer)
-    backward(module, optimizer, 7)
-    flat.gradients[3] = float("inf")
-    optimizer.step(found_inf=torch.tensor(found), clip=torch.tensor(float("nan")))
-    flat.clear_gradients()
-    if steps:
-        assert same(bits(flat, optimizer), before)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), control[0].parameters(), strict=True))
-
-    again = ours(control[0])
-    again.flat.leaves(low_precision=True)
-    again.load_state_dict(control[1])
-    for each, o, found_inf in ((module, optimizer, torch.tensor(0.0)), (control[0], again, None)):
-        backward(each, o, 8)
-        o.step(found_inf=found_inf)
-    assert same(bits(flat, optimizer), bits(again.flat, again)), "the step that was skipped was not counted"
 
 
-def test_the_shadow_is_written_along():
-    module = Model(torch.float32)
-    optimizer = ours(module)
-    optimizer.flat.leaves(low_precision=True)
-    for step in range(3):
-        train(module, optimizer, [step])
-        assert torch.equal(optimizer.flat.shadow, optimizer.flat.weights.bfloat16())
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
