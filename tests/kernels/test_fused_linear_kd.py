@@ -4,8 +4,6 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from kernel_helpers import BF16, F16, F32, F64, logits, near, plain
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +19,10 @@ TOLERANCE = {F64: 1e-12, F32: 1e-4, BF16: 1.6e-2, F16: 1.5e-3}
 SETTINGS = {"temperature": 2.0, "alpha": 0.3}
 
 
-@pytest.fixture(params=[10**6, 3 * 7, 1], ids=["one chunk", "three rows a chunk", "a row a chunk"])
+WHOLE, ROWS, ROW = 10**6, 3 * 7, 1  # one chunk, three rows a chunk, a row a chunk
+
+
+@pytest.fixture(params=[ROWS])
 def chunk(request, monkeypatch):
     monkeypatch.setitem(module.CHUNK, "cpu", request.param)
 
@@ -73,7 +74,14 @@ class Layers:
         return found
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16, (BF16, F32, BF16), (F32, F64, F16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "chunk"),
+    [
+        (F32, WHOLE), (F32, ROW), (F64, ROWS), (BF16, WHOLE), (BF16, ROW), (F16, ROWS), ((BF16, F32, BF16), ROWS),
+        ((F32, F64, F16), ROW),
+    ],
+    indirect=["chunk"], ids=str,
+)  # fmt: skip
 def test_chunks_and_dtypes(dtype, chunk, backend):
     Layers(dtype=dtype).agree()
     Layers(dtype=dtype).agree(reduction="sum")
@@ -108,38 +116,15 @@ def test_case(case, backend, monkeypatch):
     Layers(**layers).agree(**changes)
 
 
-@settings(
-    max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-@given(
-    leading=st.lists(st.integers(0, 4), max_size=3).map(tuple),
-    C=st.integers(1, 9),
-    student=st.integers(1, 5),
-    teachers=st.lists(st.integers(1, 5), min_size=1, max_size=3),
-    labels=st.sampled_from(["some", "none", None]),
-    dtype=st.sampled_from([F32, F64]),
-    rows=st.integers(0, 5),
-    changes=st.fixed_dictionaries(
-        {"reduction": st.sampled_from(["mean", "sum"]), "alpha": st.sampled_from([0, 0.3, 1])}
-    ),
-)
-def test_combinations(backend, leading, C, student, teachers, labels, dtype, rows, changes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.CHUNK, "cpu", rows * C)
-        Layers(leading, C, student, teachers, dtype, labels).agree(**changes)
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_error_does_not_grow_with_the_chunks(dtype, backend, monkeypatch):
     """The weights' gradient is added up in float32."""
-    layers = Layers((96,), dtype=dtype, teachers=(3,))
+    layers, errors = Layers((48,), dtype=dtype, teachers=(3,)), []
     expected = layers.expected()[2]
-    errors = []
-    for rows in (96, 8, 1):
+    for rows in (48, 2):
         monkeypatch.setitem(module.CHUNK, "cpu", rows * 7)
         errors.append(((layers.found()[2] - expected).abs().max() / expected.abs().max()).item())
-    assert max(errors[1:]) < 1.5 * errors[0] + TOLERANCE[dtype] / 8, errors
+    assert errors[1] < 1.5 * errors[0] + TOLERANCE[dtype] / 8, errors
 
 
 def test_strided_and_expanded(chunk, backend):
@@ -160,30 +145,23 @@ def test_strided_and_expanded(chunk, backend):
 # Autograd
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, 1, None])
 def test_one_gradient_alone(who, chunk, backend):
+    """Or none, with a loss that is the same."""
     layers = Layers()
     wanted = layers.found()
-    layers.leaves[1 - who].requires_grad_(False)
+    for i, leaf in enumerate(layers.leaves):
+        leaf.requires_grad_(i == who)
     loss = layers.loss()
-    assert torch.equal(loss.detach(), wanted[0])
-    (found,) = torch.autograd.grad(loss, layers.leaves[who], torch.tensor(0.75))
-    near(found, wanted[1 + who].double(), F32, 1e-6)
+    near(loss.detach(), wanted[0].double(), F32, 1e-6)
+    assert loss.requires_grad == (who is not None)
+    if who is not None:
+        with torch.no_grad():
+            assert not layers.loss().requires_grad
+        near(torch.autograd.grad(loss, layers.leaves[who], torch.tensor(0.75))[0], wanted[1 + who].double(), F32, 1e-6)
 
 
-def test_without_gradients(chunk, backend):
-    layers = Layers()
-    wanted = layers.loss()
-    with torch.no_grad():
-        found = layers.loss()
-    assert not found.requires_grad
-    near(found, wanted.detach().double(), F32, 1e-6)
-    for leaf in layers.leaves:
-        leaf.requires_grad_(False)
-    assert not layers.loss().requires_grad
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("dtype", "chunk"), [(F32, WHOLE), (BF16, ROWS), (F16, ROW)], indirect=["chunk"], ids=str)
 def test_backward_again_and_scaled(dtype, chunk, backend):
     layers = Layers(dtype=dtype)
     loss = layers.loss()
@@ -191,25 +169,22 @@ def test_backward_again_and_scaled(dtype, chunk, backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     scaled = torch.autograd.grad(4 * loss, layers.leaves)
     assert all(torch.equal(a, 4 * b) for a, b in zip(scaled, first, strict=True))
-    loss = 3 * layers.loss() + layers.leaves[0].float().square().sum()
-    found = torch.autograd.grad(loss, layers.leaves)
-    wanted = [3 * first[0].double() + 2 * layers.leaves[0].detach().double(), 3 * first[1].double()]
-    for a, b in zip(found, wanted, strict=True):
-        near(a, b, dtype, TOLERANCE[dtype])
-    for times in (1, 2):
-        layers.loss().backward()
-        for leaf, gradient in zip(layers.leaves, first, strict=True):
-            near(leaf.grad, times * gradient.double(), dtype, TOLERANCE[dtype])
+    for _ in range(2):
+        (3 * layers.loss() + layers.leaves[0].float().square().sum()).backward()
+    for leaf, gradient in zip(layers.leaves, first, strict=True):
+        more = 2 * leaf.detach().double() if leaf is layers.leaves[0] else 0
+        near(leaf.grad, 2 * (3 * gradient.double() + more), dtype, TOLERANCE[dtype])
 
 
 def test_first_order_only(backend):
-    layers = Layers()
+    layers, factor = Layers(), torch.ones((), requires_grad=True)
     plain_gradients = layers.found(upstream=1.0)[1:]
-    gradients = torch.autograd.grad(layers.loss(), layers.leaves, create_graph=True)
+    gradients = torch.autograd.grad(factor * layers.loss(), layers.leaves, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True)), "a graph alone is no error"
     for gradient in gradients:
-        with pytest.raises(RuntimeError, match="no second derivative; use kd_loss"):
-            torch.autograd.grad(gradient.sum(), layers.leaves, retain_graph=True)
+        for source in (*layers.leaves, factor):
+            with pytest.raises(RuntimeError, match="no second derivative; use kd_loss"):
+                torch.autograd.grad(gradient.sum(), source, retain_graph=True)
 
 
 def test_nothing_holds_on_to_the_inputs(backend):
@@ -238,9 +213,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_logits_are_never_whole(gradients, backend, monkeypatch):
-    """Each of 64 rows of 500 classes, three rows at a time."""
+    """Each of 16 rows of 500 classes, three rows at a time."""
     monkeypatch.setitem(module.CHUNK, "cpu", 3 * 500)
-    layers = Layers((64,), C=500, student=2, teachers=(2,), dtype=BF16)
+    layers = Layers((16,), C=500, student=2, teachers=(2,), dtype=BF16)
     with torch.no_grad(), Largest() as seen:
         module._fused(
             layers.hidden[0], layers.weight[0], layers.hidden[1:], layers.weight[1:], layers.labels, None, [1.0],
@@ -278,6 +253,23 @@ def test_opcheck(backend):
         arguments = (hidden[0], weight[0], hidden[1:], weight[1:], layers.labels, weights, [0.5] * (len(hidden) - 1))
         arguments += (2.0, 0.3, -100, reduction, *wanted)
         assert set(opcheck(torch.ops.metadistil.fused_linear_kd.default, arguments).values()) == {"SUCCESS"}
+
+
+def test_hidden_of_any_layout_is_what_the_compiler_was_told(backend):
+    hidden = logits(3, 4).T.requires_grad_()
+    arguments = (logits(6, 3), [logits(4, 2)], [logits(6, 2)], None, None, [1.0], 2.0, 0.3, -100, "mean", True, False)
+    opcheck(torch.ops.metadistil.fused_linear_kd.default, (hidden, *arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast(backend):
+    hidden, head = logits(6, 4).requires_grad_(), logits(9, 4, seed=1).requires_grad_()
+    theirs = [logits(6, 5)], [logits(9, 5)]
+    expected = torch.autograd.grad(fused_linear_kd(hidden, head, *theirs, **SETTINGS), [hidden, head])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(fused_linear_kd(hidden, head, *theirs, **SETTINGS), [hidden, head])
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * b.norm()
 
 
 # What is refused

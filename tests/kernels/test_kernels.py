@@ -10,48 +10,32 @@ from engine.kernels import kd_loss, mean_logits
 
 CASES = [
     Case("one class: every derivative is exactly zero", C=1, labels="all"),
-    Case("one row", C=2, leading=(1,), labels="all"),
     Case("as many rows as the benchmarks of text have classes", C=3, leading=(5,)),
-    Case("one teacher", K=1),
     Case("three teachers", K=3),
     Case("four teachers of given weights", K=4, weights="list"),
-    Case("a tensor of weights", weights="tensor"),
     Case("a tensor of weights in float64", weights="tensor", dtypes=(F64,)),
     Case("weights that learn", weights="learned", dtypes=(F64,)),
     Case("weights that learn, row by row", weights="learned", reduction="none", K=3),
     Case("sharper than the logits", T=0.5),
-    Case("their own sharpness", T=1),
-    Case("T of the published runs", T=5),
     Case("nearly flat: the KL is a small difference", T=20),
     Case("cross-entropy alone", alpha=0),
     Case("KL alone, with labels", alpha=1),
     Case("no labels", labels=None),
     Case("no loss at all", labels=None, alpha=0),
-    Case("every label counts", labels="all"),
-    Case("no label counts", labels="none"),
     Case("no label counts, in a sum", labels="none", reduction="sum"),
-    Case("another ignored label", ignore=-1),
     Case("an ignored label among the classes", ignore=3, leading=(7,)),
-    Case("the sum", reduction="sum"),
     Case("row by row", reduction="none"),
-    Case("row by row without labels", reduction="none", labels=None),
     Case("no leading dimension", leading=(), labels="all"),
-    Case("no leading dimension, a row", leading=(), labels="all", reduction="none"),
     Case("two leading dimensions", leading=(2, 3), reduction="none"),
-    Case("three leading dimensions", leading=(2, 1, 3)),
     Case("no row", leading=(0,), reduction="sum"),
-    Case("no row of some", leading=(2, 0), reduction="none"),
     Case("a width that no block has", C=127, leading=(5,), K=3),
     Case("float64", dtypes=(F64,), C=127, T=20),
-    Case("bfloat16", dtypes=(BF16,), C=127),
     Case("float16", dtypes=(F16,), C=127),
     Case("bfloat16, row by row", dtypes=(BF16,), reduction="none", T=20),
     Case("a student and teachers of other dtypes", dtypes=(F32, BF16, F16), K=3),
     Case("one teacher in float64", dtypes=(BF16, F64)),
-    Case("a classifier of images", C=1000, leading=(5,), K=2),
     Case("a classifier of images, bfloat16, T of the published runs", C=1000, leading=(2,), dtypes=(BF16,), T=5),
-    Case("a vocabulary in tiles", C=32000, leading=(1,), K=1, labels="all", dtypes=(BF16,)),
-    Case("a vocabulary whose last tile is ragged", C=50257, leading=(1,), K=1, labels="all"),
+    Case("a vocabulary whose last tile is ragged", C=50257, leading=(1,), K=1, labels="all", dtypes=(BF16,)),
 ]
 
 
@@ -63,7 +47,7 @@ def test_case(case, backend):
 
 
 @settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+    max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(
@@ -86,15 +70,14 @@ def test_combinations(backend, case):
     Problem(case).agree()
 
 
-def test_a_list_of_learned_weights(backend):
-    student, first, second = (logits(3, 5, seed=k, dtype=F64) for k in range(3))
-    weights = [torch.tensor(w, dtype=F64, requires_grad=True) for w in (0.25, 0.6)]
+def test_a_list_of_weights_may_hold_tensors(backend):
+    student, *teachers = (logits(3, 5, seed=k, dtype=F64) for k in range(3))
+    weight = torch.tensor(0.25, dtype=F64, requires_grad=True)
     stacked = torch.tensor([0.25, 0.6], dtype=F64, requires_grad=True)
-    settings = {"temperature": 2.0, "alpha": 0.3}
-    losses = [kd_loss(student, [first, second], weights=w, **settings) for w in (weights, stacked)]
+    losses = [kd_loss(student, teachers, weights=w, temperature=2.0, alpha=0.3) for w in ([weight, 0.6], stacked)]
     assert torch.equal(*losses)
-    found = torch.autograd.grad(losses[0], weights)
-    assert torch.equal(torch.stack(found), *torch.autograd.grad(losses[1], stacked))
+    (found,), (both,) = torch.autograd.grad(losses[0], weight), torch.autograd.grad(losses[1], stacked)
+    assert torch.equal(found, both[0])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)

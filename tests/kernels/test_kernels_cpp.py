@@ -2,15 +2,20 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import cycle, product
 
 import pytest
 import torch
+from kernel_helpers import BF16 as B
+from kernel_helpers import F16 as H
+from kernel_helpers import F32 as F
+from kernel_helpers import F64 as D
+from kernel_helpers import logits, near, plain_rows
 from torch import Tensor
 
 from engine.params import native_build
 
 IGNORE = -100
-F, D, B, H = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Relative to the largest number of a tensor. Computed in float32: a few roundings, times the T^2 of a KL that is the
 # difference of larger logarithms. A 16-bit gradient is rounded once more, to 8 or 11 bits.
 TOLERANCE = {D: 1e-13, F: 2e-5, B: 4e-3, H: 6e-4}
@@ -23,11 +28,6 @@ masked = pytest.mark.parametrize("more", [0, FEW], ids=["tiles", "rows"])  # cla
 @pytest.fixture
 def ops(compiled):
     return compiled
-
-
-def logits(*shape, seed=0, dtype=F, scale=3):
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=generator, dtype=D)).to(dtype)
 
 
 @dataclass
@@ -80,51 +80,25 @@ def case(shape=(5, 7), K=2, labelled=True, dtypes=(F,), **settings):
     return Case(student, teachers, labels, constants=[0.9 / (k + 1) for k in range(K)], **settings)
 
 
-def plain(case, student, teachers):
-    """Row losses in float64. Where student and teachers have -inf, a class takes no part."""
-    weights = case.constants if case.weights is None else case.weights.double()
-    alive = ~torch.stack([z.isneginf() for z in [student, *teachers]]).all(0)
-    student, *teachers = (torch.where(alive, z, 0) for z in [student, *teachers])
-    mean = sum(w * z for w, z in zip(weights, teachers, strict=True))
-
-    def log_softmax(z):
-        z = z - torch.where(alive, z, -torch.inf).amax(-1, keepdim=True).detach()
-        return z - (alive * torch.where(alive, z, 0).exp()).sum(-1, keepdim=True).log()
-
-    log_p, log_q = log_softmax(mean / case.T), log_softmax(student / case.T)
-    p = torch.where(alive, log_p, -torch.inf).exp()
-    rows = case.soft * case.alpha * case.T**2 * (p * (log_p - log_q)).sum(-1)
-    if case.labels is None:
-        return rows
-    counted = case.labels != case.ignore
-    picked = log_softmax(student).gather(-1, torch.where(counted, case.labels, 0)[..., None])[..., 0]
-    hard = 1.0 if case.hard is None else case.hard.double()
-    return rows + torch.where(counted, hard * (1 - case.alpha) * -picked, 0)
-
-
 def expected(case, upstream, cotangents):
     """What `first` and `second` return, by autograd: [rows, gradients...], [to upstream, gradients...]."""
     leaves = [z.detach().double().clone().requires_grad_() for z in case.logits]
     upstream = upstream.double().expand(case.student.shape[:-1]).clone().requires_grad_()
-    rows = plain(case, leaves[0], leaves[1:])
+    weights = case.constants if case.weights is None else case.weights.double()
+    hard = 1.0 if case.hard is None else case.hard.double()
+    settings = {"temperature": case.T, "alpha": case.alpha}
+    rows = plain_rows(leaves[0], leaves[1:], case.labels, weights, case.ignore, case.soft, hard, **settings)
     gradients = torch.autograd.grad((rows * upstream).sum(), leaves, create_graph=True)
     pairs = zip(cotangents, gradients, strict=True)
     product = sum(((c.double() * g).sum() for c, g in pairs if c is not None), 0 * upstream.sum())
-    second = torch.autograd.grad(product, [upstream, *leaves], allow_unused=True)
-    zeros = [torch.zeros_like(z) for z in [upstream, *leaves]]
-    second = [z if g is None else g for g, z in zip(second, zeros, strict=True)]
+    second = torch.autograd.grad(product, [upstream, *leaves], materialize_grads=True)
     return [rows.detach(), *(g.detach() for g in gradients)], second
 
 
-def close(got, wanted, model_dtype, computed_in):
-    """Like `wanted`, in the dtype asked for. What nearly cancels is measured against 0.05: the terms are about 1."""
-    assert got.dtype == model_dtype
-    assert got.shape == wanted.shape
+def close(got, wanted, dtype, computed_in, what=""):
+    """What nearly cancels is measured against 0.05: the terms are about 1."""
     assert got.is_contiguous()
-    if got.numel() == 0:
-        return True
-    tolerance = max(TOLERANCE[model_dtype], TOLERANCE[computed_in])
-    return (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(0.05)
+    near(got, wanted, dtype, max(TOLERANCE[dtype], TOLERANCE[computed_in]), what, floor=0.05)
 
 
 def agree(ops, case, upstream=None, cotangents=None):
@@ -141,12 +115,7 @@ def agree(ops, case, upstream=None, cotangents=None):
         (2, case.second(ops, upstream, cotangents), second),
     ):
         for i, (got, correct, dtype) in enumerate(zip(results, wanted, dtypes, strict=True)):
-            assert close(got, correct, dtype, wide), (
-                order,
-                i,
-                (got.double() - correct).abs().max(),
-                correct.abs().max(),
-            )
+            close(got, correct, dtype, wide, f"order {order}, result {i}")
 
 
 def same(a, b):
@@ -156,22 +125,12 @@ def same(a, b):
 # Numbers
 
 
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
-@pytest.mark.parametrize("dtype", [F, D], ids=["float32", "float64"])
 @pytest.mark.parametrize("C", [1, 2, 3, 15, 16, 17, FEW - 1, FEW, FEW + 1, 127, 1000, 1024, 1025])
-def test_classes(ops, C, dtype, labelled):
-    for K in (1, 2):
-        agree(ops, case((5, C), K=K, labelled=labelled, dtypes=(dtype,)))
-
-
-@either
-@pytest.mark.parametrize("alpha", [0, 0.3, 1])
-@pytest.mark.parametrize("T", [0.5, 1, 5, 20])
-@pytest.mark.parametrize("K", [1, 2, 3, 4])
-def test_settings(ops, K, T, alpha, C):
-    for labelled in (True, False):
-        for dtype in (F, D):
-            agree(ops, case((5, C), K=K, T=T, alpha=alpha, labelled=labelled, dtypes=(dtype,)))
+def test_classes(ops, C):
+    settings = cycle(product((0.5, 1, 5, 20), (0, 0.3, 1)))
+    for K, dtype, labelled in product((1, 2, 3), (F, D), (True, False)):
+        T, alpha = next(settings)
+        agree(ops, case((5, C), K=K, T=T, alpha=alpha, labelled=labelled, dtypes=(dtype,)))
 
 
 def test_a_vocabulary(ops):
@@ -179,7 +138,7 @@ def test_a_vocabulary(ops):
     many = case((2, 50257), K=2)
     agree(ops, many)
     (rows,) = many.first(ops, wanted=many.all(False))
-    correct = plain(many, many.student.double(), [z.double() for z in many.teachers])
+    correct = expected(many, torch.tensor(1.0), [None] * 3)[0][0]
     assert (rows - correct).abs().max() < 1e-6 * correct.abs().max()
 
 
@@ -218,16 +177,11 @@ def test_weights_as_a_tensor(ops, dtype, C):
 
 
 @either
-def test_negative_and_zero_weights(ops, C):
+def test_rare_settings(ops, C):
     agree(ops, replace(case((5, C), K=3), constants=[-0.5, 0.0, 1.5]))
-
-
-@either
-def test_other_ignored_label_and_no_scale(ops, C):
     one = replace(case((5, C)), hard=None)
-    other = replace(one, labels=torch.where(one.labels == IGNORE, 3, one.labels), ignore=3)
     agree(ops, one)
-    agree(ops, other)
+    agree(ops, replace(one, labels=torch.where(one.labels == IGNORE, 3, one.labels), ignore=3))
     agree(ops, replace(one, ignore=2, labels=torch.full((5,), 2)))
 
 
@@ -258,9 +212,10 @@ def test_what_is_wanted_and_given(ops, K, C):
 @pytest.mark.parametrize("dtype", [F, D, B], ids=str)
 def test_upstream(ops, dtype, C):
     one, cotangents = case((4, 3, C)), [logits(4, 3, C, seed=k) for k in range(3)]
+    one_number = torch.tensor(-2.5, dtype=dtype)
     for upstream in (
-        torch.tensor(-2.5, dtype=dtype),
-        torch.tensor(0.5, dtype=dtype).expand(4, 3),
+        one_number,
+        one_number.expand(4, 3),
         logits(4, 1, dtype=dtype).expand(4, 3),
         logits(3, 4, dtype=dtype).T,
     ):
@@ -281,7 +236,7 @@ def test_cotangent(ops, dtype, K, C):
     got = ops.kd_cotangent(one.teachers, tangent, None, one.constants, one.T, -0.4)
     wide = D if dtype == D else F
     for a, b in zip(got, second[2:], strict=True):
-        assert close(a, 0.4 * b, wide, wide)
+        close(a, 0.4 * b, wide, wide)
     weights = torch.tensor(one.constants, dtype=D)
     assert same(got, ops.kd_cotangent(one.teachers, tangent, weights, [], one.T, -0.4))
     assert all(g.dtype == D for g in ops.kd_cotangent(one.teachers, tangent.double(), None, one.constants, one.T, 1.0))
@@ -295,61 +250,6 @@ def test_rows_in_place(ops, dtype):
         memory = one.student.clone()
         assert torch.equal(ops.kd_rows_(memory, *one.settings()), rows)
         assert torch.equal(memory, gradient)
-
-
-# Memory
-
-
-def layouts(x):
-    """Views of another layout with the numbers of x [a, b, C]."""
-    a, b, C = x.shape
-    wide = torch.full((a, b + 1, 2 * C + 1), torch.nan, dtype=x.dtype)
-    wide[:, :-1, 1::2] = x
-    longer = torch.full((a, b + 1, C), torch.nan, dtype=x.dtype)
-    longer[:, :-1] = x
-    return [wide[:, :-1, 1::2], longer[:, :-1], x.permute(2, 1, 0).contiguous().permute(2, 1, 0), x.mT.contiguous().mT]
-
-
-@pytest.mark.parametrize("K", [1, 2])
-@pytest.mark.parametrize("C", [2, 7, 37, 64])
-@pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
-def test_strides(ops, dtype, C, K):
-    """The same bits as from contiguous tensors, of which some are read in place."""
-    one, upstream = case((3, 4, C), K=K, dtypes=(dtype,)), logits(3, 4, seed=20)
-    one.constants[0] = 1.0
-    cotangents = [logits(3, 4, C, seed=30 + i, dtype=dtype) for i in range(K + 1)]
-    first, second = one.first(ops, upstream=upstream), one.second(ops, upstream, cotangents)
-    meta = ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, 5.0, 1.0)
-    agree(ops, one, upstream, cotangents)
-    for kind in range(4):
-        student, *teachers = (layouts(z)[kind] for z in one.logits)
-        other = replace(one, student=student, teachers=teachers, labels=one.labels.T.contiguous().T)
-        assert same(other.first(ops, upstream=upstream.T.contiguous().T), first)
-        spread = [layouts(c)[(kind + 1) % 4] for c in cotangents]
-        assert same(other.second(ops, upstream, spread), second)
-        assert same(ops.kd_cotangent(teachers, spread[0], None, one.constants, 5.0, 1.0), meta)
-
-
-@either
-@pytest.mark.parametrize("dtype", [F, B], ids=str)
-def test_expanded(ops, dtype, C):
-    """One teacher's row for all, one class for all classes, one label for all rows."""
-    one = case((4, 6, C), dtypes=(dtype,))
-    teachers = [logits(6, C, dtype=dtype).expand(4, 6, C), logits(4, 6, 1, dtype=dtype).expand(4, 6, C)]
-    one = replace(one, teachers=teachers, labels=torch.tensor(3).expand(4, 6))
-    copied = replace(one, teachers=[z.contiguous() for z in teachers], labels=one.labels.contiguous())
-    assert same(one.first(ops), copied.first(ops))
-    ones = [torch.ones((), dtype=dtype).expand(4, 6, C)] * 3  # what sum().backward() hands on
-    agree(ops, one, torch.ones(()).expand(4, 6), ones)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
-def test_no_rows(ops, shape):
-    one = case(shape)
-    agree(ops, one)
-    memory = one.student.clone()
-    assert ops.kd_rows_(memory, *one.settings()).shape == shape[:-1]
-    assert ops.kd_cotangent(one.teachers, memory, None, one.constants, 5.0, 1.0)[1].shape == shape
 
 
 @pytest.mark.parametrize(("rows", "C"), [(67, 1003), (9001, 5)], ids=["rows", "tiles"])
@@ -405,104 +305,29 @@ def test_rounds_as_torch_does(ops, dtype, more):
     assert torch.equal(got[:, 1], (u.double() / 2).float().to(dtype))
 
 
-# Infinities
-
-
-@pytest.mark.parametrize("C", [21, FEW + 21])
-@pytest.mark.parametrize("dtype", [F, D, B], ids=str)
-def test_masked_classes_carry_nothing(ops, dtype, C):
-    one = case((6, C), dtypes=(dtype,))
-    one.labels[one.labels == 5] = 4
-    for z in one.logits:
-        z[:, 5:9] = z[2, 15:] = -torch.inf
-    upstream, cotangents = logits(6, seed=20), [logits(6, C, seed=30 + i, dtype=dtype) for i in range(3)]
-    agree(ops, one, upstream, cotangents)
-    for result in one.first(ops)[1:] + one.second(ops, upstream, cotangents)[1:]:
-        assert (result[:, 5:9] == 0).all()
-        assert (result[2, 15:] == 0).all()
-    for result in ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, 5.0, 1.0):
-        assert result.isfinite().all()
-        assert (result[:, 5:9] == 0).all()
-    cotangents[1][1, 6] = torch.nan  # shows, although it has no weight
-    for result in one.second(ops, upstream, cotangents):
-        assert result[1].isnan().all() and result[[0, *range(2, 6)]].isfinite().all()
-
-
-@pytest.mark.parametrize("C", [21, FEW + 21])
-def test_masked_in_the_teachers_alone(ops, C):
-    one = case((6, C))
-    for z in one.teachers:
-        z[:, 5:9] = -torch.inf
-    finite = replace(one, teachers=[z.clamp_min(-1e6) for z in one.teachers])
-    assert all(x.isfinite().all() for x in one.first(ops))
-    assert same(one.first(ops), finite.first(ops))
-    cotangents = [logits(6, C, seed=k) for k in range(3)]
-    assert same(one.second(ops, torch.ones(()), cotangents), finite.second(ops, torch.ones(()), cotangents))
-
-
-@pytest.mark.parametrize("C", [21, FEW + 21])
-def test_infinite_losses(ops, C):
-    """Of a class that the student excludes, as teachers' choice or as the label; its own row only."""
-    one = case((6, C))
-    before, one.student[0, 5] = one.first(ops), -torch.inf
-    after = one.first(ops)
-    assert after[0][0] == torch.inf
-    assert after[1][0].isfinite().all()
-    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(after, before, strict=True))
-    hard = replace(one, labels=torch.full((6,), 5), teachers=[z.clone() for z in one.teachers])
-    for z in hard.teachers:
-        z[0, 5] = -torch.inf
-    rows, gradient, *_ = hard.first(ops)
-    assert rows.isinf().tolist() == [True] + [False] * 5
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("C", [10, FEW + 8])
-@pytest.mark.parametrize("dtype", [F, D], ids=str)
-def test_extreme_logits(ops, dtype, C):
-    """All stays finite; p is a choice of one class, hence nothing is left for the second order to teachers."""
-    one = case((6, C), dtypes=(dtype,))
-    one = replace(one, student=1e4 * one.student, teachers=[-1e4 * z for z in one.teachers])
-    cotangents = [logits(6, C, seed=k, dtype=dtype) for k in range(3)]
-    first, second = expected(one, torch.ones(()), cotangents)
-    for got, wanted in zip(one.first(ops), first, strict=True):
-        assert close(got, wanted, dtype, dtype)
-    to_upstream, *rest = one.second(ops, torch.ones(()), cotangents)
-    assert close(to_upstream, second[0], dtype, dtype)
-    assert all((x.abs() < 1e-30).all() for x in rest)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.nan, "all -inf"], ids=str)
 @pytest.mark.parametrize("C", [6, 1030])
 @pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
 def test_bad_rows_stay_alone(ops, dtype, value, C):
     """A NaN of either sign, +inf or nothing above -inf: this row is NaN in every result, the others keep their bits."""
     upstream, cotangents = logits(5, seed=20), [logits(5, C, seed=30 + i) for i in range(3)]
-    for which in range(3):
-        for column in (0, C * 2 // 3, C - 1):
-            one = case((5, C), dtypes=(dtype,))
-            if which:
-                one.constants[which - 1] *= -1  # which must not make a mask of a +inf
 
-            def results(one, meta=bool(which)):
-                memory = one.student.clone()
-                inplace = [ops.kd_rows_(memory, *one.settings()), memory]
-                found = one.first(ops) + one.second(ops, upstream, cotangents) + inplace
-                if meta:  # it does not see the student
-                    found += ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, 5.0, 1.0)
-                return found
+    def results(one, meta):
+        memory = one.student.clone()
+        found = [ops.kd_rows_(memory, *one.settings()), memory, *one.first(ops), *one.second(ops, upstream, cotangents)]
+        return found + (ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, 5.0, 1.0) if meta else [])
 
-            before = results(one)
-            if value == "all -inf":
-                one.logits[which][3] = -torch.inf
-                one.constants = [abs(w) for w in one.constants]
-                before = results(case((5, C), dtypes=(dtype,)))
-            else:
-                one.logits[which][3, column] = value
-            rest = torch.tensor([0, 1, 2, 4])
-            for a, b in zip(results(one), before, strict=True):
-                assert a[3].isnan().all()
-                assert torch.equal(a[rest], b[rest])
+    for which, column in product(range(3), (0, C * 2 // 3, C - 1)):
+        one, rest = case((5, C), dtypes=(dtype,)), torch.tensor([0, 1, 2, 4])
+        if which and value != "all -inf":
+            one.constants[which - 1] *= -1  # which must not make a mask of a +inf
+        before = results(one, which)  # a cotangent does not see the student
+        one.logits[which][3, slice(None) if value == "all -inf" else column] = (
+            -torch.inf if value == "all -inf" else value
+        )
+        for a, b in zip(results(one, which), before, strict=True):
+            assert a[3].isnan().all()
+            assert torch.equal(a[rest], b[rest])
 
 
 @pytest.mark.parametrize("scale", [torch.inf, torch.nan])
@@ -544,7 +369,6 @@ x, y = torch.ones(5, 7), torch.ones(5, 8)
 BAD = {
     r"kd_first: student is int64 \[5, 7\] on cpu; it must be float32, float64, bfloat16 or float16, with at least one":
         bad(student=x.long()),
-    r"kd_first: student is float32 \[\] on cpu; it must": bad(student=x.sum()),
     r"kd_first: student is float32 \[5, 0\] on cpu; it must": bad(student=x[:, :0]),
     r"kd_first: teachers is empty; there must be at least one": bad(teachers=[], constants=[]),
     r"kd_first: teachers\[1\] is float32 \[5, 8\] on cpu; it must be float32, .* \[5, 7\] on cpu, to fit student":
@@ -552,13 +376,10 @@ BAD = {
     r"kd_first: teachers\[0\] is int32 \[5, 7\] on cpu; it must be": bad(teachers=[x.int(), x]),
     r"kd_first: labels is int32 \[5\] on cpu; it must be int64 \[5\] on cpu, to fit student":
         bad(labels=torch.zeros(5, dtype=torch.int32)),
-    r"kd_first: labels is int64 \[5, 1\] on cpu; it must be int64 \[5\]": bad(labels=torch.zeros(5, 1).long()),
     r"kd_first: weights is float32 \[3\] on cpu; it must be float32, .* \[2\] on cpu, one for each teacher":
         bad(weights=torch.ones(3)),
-    r"kd_first: weights is int64 \[2\] on cpu; it must be": bad(weights=torch.ones(2).long()),
     r"kd_first: constants has 1 numbers; it must have 2, one for each teacher": bad(constants=[1.0]),
     r"kd_first: temperature is 0; it must be above 0": bad(T=0.0),
-    r"kd_first: temperature is nan; it must be above 0": bad(T=torch.nan),
     r"kd_first: hard_scale is float64 \[\] on cpu; it must be float32 \[\] on cpu": bad(hard=torch.tensor(1.0, dtype=D)),
     r"kd_first: hard_scale is float32 \[1\] on cpu; it must be float32 \[\] on cpu": bad(hard=torch.ones(1)),
     r"kd_first: upstream is float32 \[7\] on cpu; it must be float32, .* \[\] or \[5\] on cpu, to fit student":
@@ -570,7 +391,6 @@ BAD = {
         lambda ops: ops.kd_rows_(torch.ones(7, 5).T, *case().settings()),
     r"kd_rows_: argument tensors share memory":
         lambda ops: ops.kd_rows_(x, [x], None, None, [1.0], 1.0, 1.0, IGNORE, 1.0, None),
-    r"kd_rows_: constants has 0 numbers": lambda ops: ops.kd_rows_(x, *replace(case(), constants=[]).settings()),
     r"kd_second: wanted has 1 flags; it must have 3": lambda ops: case().second(ops, x.sum(), [x] * 3, [True]),
     r"kd_second: given has 2 flags; it must have 3": lambda ops: case().second(ops, x.sum(), [x] * 2),
     r"kd_second: there are 1 cotangents; given names 2":
@@ -581,7 +401,6 @@ BAD = {
     r"kd_cotangent: teachers is empty": lambda ops: ops.kd_cotangent([], x, None, [], 1.0, 1.0),
     r"kd_cotangent: teachers\[0\] is float32 \[5, 8\] on cpu; it must be .* \[5, 7\] on cpu, to fit tangent":
         lambda ops: ops.kd_cotangent([y], x, None, [1.0], 1.0, 1.0),
-    r"kd_cotangent: temperature is -1; it must": lambda ops: ops.kd_cotangent([x], x, None, [1.0], -1.0, 1.0),
     r"kd_cotangent: constants has 2 numbers; it must have 1":
         lambda ops: ops.kd_cotangent([x], x, None, [1.0, 1.0], 1.0, 1.0),
     r"kd_cotangent: tangent is int64 \[5, 7\]": lambda ops: ops.kd_cotangent([x], x.long(), None, [1.0], 1.0, 1.0),

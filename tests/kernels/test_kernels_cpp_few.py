@@ -1,15 +1,16 @@
 """The tiles of csrc/kd_few.cpp, 32 rows at a time up to FEW classes, against float64 autograd and the rows one by one."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import test_kernels_cpp as cpp
 import torch
-from test_kernels_cpp import FEW, IGNORE, B, D, F, H, agree, case, close, logits
+from kernel_helpers import logits
+from test_kernels_cpp import FEW, IGNORE, B, D, F, H, agree, case, close
 
 ops = cpp.ops
-ROWS = [1, 31, 32, 33, 4097]
-CLASSES = [1, 2, 3, 4, 5, FEW - 1, FEW]  # up to 4 have loops of their own
+CLASSES = [1, 2, 3, 4, 5, FEW]  # up to 4 have loops of their own
 
 
 def wider(x, value=-torch.inf):
@@ -26,22 +27,14 @@ def everything(ops, one, upstream, cotangents):
     return [rows, to_upstream, ops.kd_rows_(memory, *one.settings())], [*gradients, *second, *meta, memory]
 
 
-def pick(one, index):
-    """Some rows of a case."""
-    teachers = [z[index] for z in one.teachers]
-    return replace(one, student=one.student[index], teachers=teachers, labels=one.labels[index])
-
-
 @pytest.mark.parametrize("C", CLASSES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("dtypes", [(F,), (D,), (B,), (H, D), (F, H)], ids=str)
-def test_ragged(ops, dtypes, rows, C):
-    for K, T in ((1, 5), (2, 1)):
+def test_ragged(ops, C):
+    for rows, (K, T), dtypes in product((1, 31, 32, 33, 4097), ((1, 5), (2, 1)), ((F,), (D,), (B,), (H, D), (F, H))):
         agree(ops, case((rows, C), K=K, T=T, dtypes=dtypes))
 
 
 @pytest.mark.parametrize("C", CLASSES)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [31, 4097])
 @pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
 def test_like_the_rows_one_by_one(ops, dtype, rows, C):
     """The same rows with classes that carry nothing; in both, bad rows and classes that are masked in some rows."""
@@ -59,7 +52,7 @@ def test_like_the_rows_one_by_one(ops, dtype, rows, C):
         other_row, other_class = everything(ops, other, upstream, [wider(c, 1.0) for c in cotangents])
         for got, row in zip(per_row + per_class, other_row + [x[:, :C] for x in other_class], strict=True):
             assert torch.equal(got.isnan(), row.isnan())
-            assert close(got.nan_to_num(0), row.double().nan_to_num(0), got.dtype, wide)
+            close(got.nan_to_num(0), row.double().nan_to_num(0), got.dtype, wide)
         for x in other_class:
             assert (x[:, C:].nan_to_num(0) == 0).all()
 
@@ -73,7 +66,10 @@ def test_same_bits_wherever_a_tile_begins(ops, dtype, C):
     whole = sum(everything(ops, one, upstream, cotangents), [])
     for begin, end in ((0, 1), (1, 75), (17, 49), (30, 34), (74, 75)):
         some = slice(begin, end)
-        parts = sum(everything(ops, pick(one, some), upstream[some], [c[some] for c in cotangents]), [])
+        part = replace(
+            one, student=one.student[some], teachers=[z[some] for z in one.teachers], labels=one.labels[some]
+        )
+        parts = sum(everything(ops, part, upstream[some], [c[some] for c in cotangents]), [])
         assert cpp.same(parts, [x[some] for x in whole])
     odd = torch.arange(75) % 2 == 1
     for z in one.logits:

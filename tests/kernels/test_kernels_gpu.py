@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from kernel_helpers import near as within
+from kernel_helpers import plain
 
 pytest.importorskip("triton")
 
@@ -34,20 +36,8 @@ def inputs(rows, classes, dtype, teachers=2):
     return [z.to(dtype).requires_grad_() for z in made], labels
 
 
-def plain(student, teachers, labels, reduction="mean"):
-    mean = sum(teachers) / len(teachers)
-    log_p, log_q = torch.log_softmax(mean / T, -1), torch.log_softmax(student / T, -1)
-    rows = ALPHA * T**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    hard = (1 - ALPHA) * torch.nn.functional.cross_entropy(student, labels, ignore_index=-100, reduction="none")
-    if reduction == "none":
-        return rows + hard
-    return rows.mean() + hard.sum() / (labels != -100).sum().clamp_min(1)
-
-
 def near(got, expected, dtype, what=""):
-    assert got.dtype == dtype, what
-    error, largest = (got.double() - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= TOLERANCE[dtype] * largest, f"{what}: {error:.2e} off, the largest is {largest:.2e}"
+    within(got, expected, dtype, TOLERANCE[dtype], what)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -59,7 +49,7 @@ def test_numbers(rows, classes, dtype, reduction):
     wide = [z.detach().double().requires_grad_() for z in leaves]
     cotangents = [torch.randn_like(z) for z in leaves]
     loss = kd_loss(leaves[0], leaves[1:], labels, reduction=reduction, **SETTINGS)
-    correct = plain(wide[0], wide[1:], labels, reduction)
+    correct = plain(wide[0], wide[1:], labels, reduction=reduction, **SETTINGS)
     near(loss.detach(), correct.detach(), torch.float32, "loss")
     upstream = torch.rand_like(loss)
     quick = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
@@ -84,7 +74,7 @@ def test_every_plan(monkeypatch):
 
     leaves, labels = inputs(40, 20000, torch.bfloat16, teachers=1)
     wide = [z.detach().double().requires_grad_() for z in leaves]
-    wanted = torch.autograd.grad(plain(wide[0], wide[1:], labels), wide, create_graph=True)
+    wanted = torch.autograd.grad(plain(wide[0], wide[1:], labels, **SETTINGS), wide, create_graph=True)
     cotangents = [torch.randn_like(z) for z in leaves]
     wanted_second = torch.autograd.grad(wanted, wide, [c.double() for c in cotangents])
     every = tuning.plans(20000, triton_launch.ON_CHIP, triton_launch.TILES)
@@ -228,7 +218,7 @@ def test_fused(dtype, monkeypatch):
     loss = fused_linear_kd(hidden, layer, [hidden.detach()], [other], labels, **SETTINGS)
     found = torch.autograd.grad(loss, [hidden, layer])
     wide = [x.detach().double().requires_grad_() for x in (hidden, layer)]
-    correct = plain(wide[0] @ wide[1].T, [wide[0].detach() @ other.double().T], labels)
+    correct = plain(wide[0] @ wide[1].T, [wide[0].detach() @ other.double().T], labels, **SETTINGS)
     near(loss.detach(), correct.detach(), torch.float32, "loss")
     # the gradient at the logits is rounded, and so is its product
     monkeypatch.setitem(TOLERANCE, torch.float32, 1e-3)  # and a product of float32 may be one of TF32

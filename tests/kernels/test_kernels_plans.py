@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,10 @@ slow = dict.fromkeys(["one tile", "a tile for each class"], pytest.mark.slow)
 every_plan = pytest.mark.parametrize(
     "plan", [pytest.param(plan, id=name, marks=slow.get(name, ())) for name, plan in PLANS.items()], indirect=True
 )
-both_kinds = pytest.mark.parametrize(
-    "plan", [PLANS["whole, wider than it has to be"], PLANS["three tiles"]], indirect=True
-)
+WHOLE, TILES = PLANS["whole, wider than it has to be"], PLANS["three tiles"]
+both_kinds, tiles = (pytest.mark.parametrize("plan", p, indirect=True) for p in ([WHOLE, TILES], [TILES]))
 DEAD = {
     "the first tile": [0, 1, 2, 3],
-    "a tile in the middle": [4, 5, 6, 7],
     "the last tile": [8, 9, 10],
     "two tiles and a class": [0, 1, 2, 3, 4, 5, 6, 7, 9],
 }
@@ -56,20 +55,24 @@ def test_a_gradient_is_scaled_in_place(dtype, factor, interpreted):
 
 
 @every_plan
-@pytest.mark.parametrize(("reduction", "weights"), [("mean", None), ("none", "tensor")])
-def test_every_plan(plan, reduction, weights):
-    Problem(Case(C=11, reduction=reduction, weights=weights, dtypes=(F64, F32))).agree()
+def test_every_plan(plan):
+    rows, (reduction, weights) = (3, ("mean", None)) if plan.block_r > 1 else (2, ("none", "tensor"))
+    Problem(Case(C=11, leading=(rows,), reduction=reduction, weights=weights, dtypes=(F64, F32))).agree()
 
 
-@both_kinds
+@tiles
 def test_expanded_and_strided_logits(plan):
     case = Case(C=11, leading=(2, 3), dtypes=(F64,), labels=None)
     layouts = [lambda z: z[:, :-1], lambda z: z[:, :1].expand(2, 2, 11), lambda z: z.mT.contiguous().mT[:, 1:]]
     Problem(case, *layouts).agree()
 
 
-@both_kinds
-@pytest.mark.parametrize(("who", "dead"), [*(("all", dead) for dead in DEAD), ("the teachers", "a tile in the middle")])
+@pytest.mark.parametrize(
+    ("plan", "who", "dead"),
+    [(TILES, "all", dead) for dead in DEAD]
+    + [(TILES, "the teachers", "the first tile"), (WHOLE, "all", "the first tile")],
+    indirect=["plan"],
+)
 def test_masked_classes(plan, who, dead):
     def mask(z):
         return z.index_fill(-1, torch.tensor(DEAD[dead], dtype=torch.int64), -torch.inf)
@@ -108,16 +111,10 @@ def test_statistics_ahead_of_gradients(resident, interpreted, monkeypatch):
     """By one row, by some, by all of them."""
     monkeypatch.setattr(triton_launch, "resident", lambda *_: resident)
     monkeypatch.setattr(triton_launch, "plans", lambda *_: [Plan(True, 1, 4, 4)])
-    Problem(Case(C=7, leading=(5,), labels="all", K=1)).agree()
+    Problem(Case(C=7, leading=(3,), labels="all", K=1)).agree()
 
 
-def test_many_tiles(interpreted, monkeypatch):
-    """Half of which are behind the last."""
-    monkeypatch.setattr(triton_launch, "plans", lambda *_: [Plan(True, 1, 2, 4)])
-    Problem(Case(C=35, leading=(1,), labels="all", K=1)).agree()
-
-
-@both_kinds
+@tiles
 def test_a_tile_whose_teacher_probability_is_too_small_for_a_number(plan):
     """Adds nothing, though the student masks a class of it, and is infinitely far away there."""
     problem = Problem(Case(C=11, leading=(2,), K=1, reduction="none"))
@@ -128,20 +125,21 @@ def test_a_tile_whose_teacher_probability_is_too_small_for_a_number(plan):
     assert all(x.isfinite().all() for x in problem.found().values())
 
 
-@both_kinds
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_number_stays_in_its_row(plan, value):
+@tiles
+def test_a_bad_number_stays_in_its_row(plan):
     """In any tile, of student or teacher."""
 
-    def run(who, column, value):
+    def run(*bad):
         problem = Problem(Case(C=11, K=1, leading=(2,), reduction="none", labels="all"))
         with torch.no_grad():
-            problem.logits[who][1, column] = value
+            for who, column, value in bad:
+                problem.logits[who][1, column] = value
         loss = problem.loss()
         return loss.detach(), *torch.autograd.grad(loss.sum(), problem.logits)
 
-    for who, column in ((0, 0), (1, 10)):
-        before, after = run(who, column, 1.0), run(who, column, value)
+    before = run()
+    for bad in ((0, 0, torch.nan), (1, 10, torch.inf)):
+        after = run(bad)
         assert after[0].isnan().tolist() == [False, True]
         assert all(torch.equal(a[0], b[0]) for a, b in zip(after, before, strict=True))
 
@@ -149,10 +147,10 @@ def test_a_bad_number_stays_in_its_row(plan, value):
 # Which plans there are, and which one is taken
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(
     classes=st.one_of(
-        st.integers(1, 2**20), st.integers(1, 20).map(lambda n: 2**n), st.integers(1, 20).map(lambda n: 2**n - 1)
+        st.integers(1, 2**23), st.integers(1, 23).map(lambda n: 2**n), st.integers(1, 23).map(lambda n: 2**n - 1)
     )
 )
 def test_plans_cover_the_classes(classes):
@@ -166,6 +164,8 @@ def test_plans_cover_the_classes(classes):
         assert plan.block_r == 1 or not plan.tiled
         tiles = -(-classes // plan.block_c)
         assert tiles <= (triton_launch.TILES if plan.tiled else 1)
+        if classes > 1024:  # smaller tiles and wider threads are not worth trying
+            assert plan.block_c >= 2048 if plan.tiled else plan.block_c <= 64 * 32 * plan.warps
     assert classes > 1024 or len(found) == 1
 
 
@@ -202,17 +202,19 @@ def test_the_quickest_plan_is_remembered(gpu, tmp_path):
     assert len(gpu) == 6, "another shape is tried"
     (file,) = tmp_path.rglob("*.json")
     assert set(json.loads(file.read_text())) == {"first 50", "first 51"}
-
-
-def test_a_damaged_file_of_plans_is_written_again(gpu, tmp_path):
-    tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE)
-    (file,) = tmp_path.rglob("*.json")
     file.write_text(file.read_text()[:-9])
     tuning._known.cache_clear()
     assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
-    assert len(gpu) == 6
+    assert len(gpu) == 9, "a damaged file is written again"
     assert list(json.loads(file.read_text())) == ["first 50"]
     assert list(tmp_path.rglob("*")) == [file.parent, file], "nothing is left beside it"
+
+
+def test_plans_are_of_these_kernels():
+    """A file with a Triton kernel that is not part of the cache's key would keep the plans of another one."""
+    ops = Path(tuning.__file__).parents[1]
+    kernels = {file for file in ops.rglob("*.py") if "@triton.jit" in file.read_text()}
+    assert len(kernels) >= 4 and kernels <= set(tuning.sources())
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(gpu, tmp_path, monkeypatch, caplog):
@@ -278,7 +280,7 @@ def read(x: torch.Tensor, offset: int) -> float:
     return torch.as_strided(x, (), (), x.storage_offset() + offset).item()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(views())
 def test_rows_are_found_by_their_strides(tensors):
     lie = Rows(tensors)
@@ -297,13 +299,8 @@ def test_rows_are_found_by_their_strides(tensors):
             assert read(kept, (r // lie.inner) * outer + (r % lie.inner) * step + c * across) == numbers[r][c]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(views())
 def test_what_two_strides_describe_is_not_copied(tensors):
     assume(tensors[0].dim() <= 3)
     assert all(a is b for a, b in zip(Rows(tensors).tensors, tensors, strict=True))
-
-
-def test_arithmetic_of_rows():
-    assert Rows([torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16)]).dtype == F32
-    assert Rows([torch.zeros(2, 3), torch.zeros(2, 3, dtype=F64)]).dtype == F64
