@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from run_helpers import SIZES
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -122,28 +123,91 @@ def test_constraints_pin_the_direct_dependencies():
     assert [pin.split("==")[0] for pin in pins] == [re.split(r"[<>=!~\[; ]", line)[0] for line in direct]
 
 
-@pytest.mark.slow
-def test_wheel(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     """Built from a copy of the project's files, so that no `build/` of an earlier day has a part in it."""
-    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
-    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0"):
-        if name and (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    source, wheels = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
+    for name in project_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
     python("-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", wheels)
-    (wheel,) = wheels.iterdir()
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"engine", "metadistil_engine"}
-    ops = {f"engine/kernels/ops/{file.relative_to(ROOT / 'kernels')}" for file in (ROOT / "kernels").rglob("*.py")}
-    modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine").rglob("*.py")}
-    assert "engine/kernels/ops/kd_loss/naive.py" in ops
-    templates = {file.relative_to(ROOT).as_posix() for file in (ROOT / "engine" / "report" / "templates").iterdir()}
-    assert {name for name in names if "/templates/" in name} == templates and templates
-    assert {name for name in names if name.endswith(".py")} == {n for n in modules if "/ops/" not in n} | ops
+    (built,) = wheels.iterdir()
+    return built
 
-    python("-m", "pip", "install", "--target", target, "--no-deps", "--no-index", wheel)
-    shown = python("-c", "import engine.kernels.ops.kd_loss.naive as r; print(r.__file__)", cwd=tmp_path, path=target)
-    assert Path(shown.strip()) == target / "engine" / "kernels" / "ops" / "kd_loss" / "naive.py"
-    assert "usage: python -m engine.train" in python("-m", "engine.train", "--help", cwd=tmp_path, path=target)
-    assert (target / "bin" / "metadistil-train").exists()
+
+def project_files() -> list[str]:
+    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0")
+    return [name for name in names if name and (ROOT / name).exists()]
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_file_of_the_package(wheel):
+    """Modules, templates, kernels and the sources of the native operations, each under its installed name."""
+    homes = {"engine/": "engine/", "kernels/": "engine/kernels/ops/", "csrc/": "engine/csrc/"}
+    links = {"engine/kernels/ops", "engine/csrc"}
+    expected = {home + name.removeprefix(top) for name in project_files() for top, home in homes.items()
+                if name.startswith(top) and name not in links}  # fmt: skip
+    names = zipfile.ZipFile(wheel).namelist()
+    held = {name for name in names if not re.match(r"engine/_native-[^/]*\.so$|[^/]*\.dist-info/", name)}
+    assert held == expected and len(names) == len(set(names))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A new environment with nothing in it but the wheel; its dependencies are those that the tests run with."""
+    folder = tmp_path_factory.mktemp("environment")
+    python("-m", "venv", "--without-pip", folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "dependencies.pth").write_text("\n".join(ours) + "\n")  # behind the environment's own packages
+    python(
+        "-m",
+        "pip",
+        "--python",
+        folder / "bin" / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        wheel,
+    )
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_wheel_is_tried_in_an_empty_environment(installed, tmp_path):
+    """Far from the checkout: help, the kernels, and a run of the demonstration."""
+
+    def call(*command: object) -> str:
+        variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+        variables |= {"METADISTIL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        words = [str(installed / command[0]), *map(str, command[1:])]
+        done = subprocess.run(
+            words, cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "usage: python -m engine.train" in call("python", "-m", "engine.train", "--help")
+    assert "usage: python -m engine.train" in call("metadistil-train", "--help")
+    place = call("python", "-c", "import engine.kernels as k; print(k.__file__, k.backend('cpu').name)").split()
+    assert Path(place[0]).is_relative_to(installed.parent) and place[1] in ("cpp", "reference")
+    words = [word for name, n in SIZES.items() for word in (f"--{name}", n)]
+    call(
+        "python",
+        "-m",
+        "engine.train",
+        "--source",
+        "embedded",
+        "--teachers",
+        "bert",
+        "--student",
+        "tinybert",
+        "--output",
+        "run",
+        *words,
+    )
+    assert {"student", "teachers", "report.html", "summary.json"} <= {
+        file.name for file in (tmp_path / "run").iterdir()
+    }
