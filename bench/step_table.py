@@ -28,8 +28,10 @@ def render_steps_short(rows: list[Row]) -> str:
             f"{duration(other['seconds'])} | {duration(engine['seconds'])} | {_times(other, engine)} | "
             f"{engine['peak'] / other['peak']:.2f} |"
         )
-    machine = machines([group["engine"] for group in shown])
-    return "\n".join([*lines, "", f"Medians, implementations in turns in one run. {machine}"])
+    engines = [group["engine"] for group in shown]
+    models = engines[0]["models"]
+    models = models[0].upper() + models[1:]
+    return "\n".join([*lines, "", f"{models}. Medians, implementations in turns in one run. {machines(engines)}"])
 
 
 def _cases(rows: list[Row]) -> list[Peers]:

@@ -47,14 +47,35 @@ def test_marks_are_known():
 # What is marked: read, not run
 
 
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A working directory with the recipes and what pages tell the reader to write."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    _write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def _write_files(folder: Path) -> None:
+    for block in BLOCKS:
+        if "file" in block.marks:  # <!-- file: NAME -->, which a command on the page names
+            (folder / block.marks["file"]).write_text(block.text)
+
+
 @pytest.mark.parametrize("block", [b for b in CODE if b.needs], ids=str)
-def test_what_is_marked_can_be_read(block, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_what_is_marked_can_be_read(block, desk):
     if block.language == "python":
         compile(block.text, str(block), "exec")
         return
     for words in commands(block.text):
         assert _read(words), f"{block}: nobody checks {words}"
+
+
+@pytest.mark.slow  # a second for each: every cell of a grid goes through the parser
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=_name)
+def test_commands_in_a_recipes_comments_can_be_read(recipe, desk):
+    head = [line[1:] for line in recipe.read_text().partition("\ntitle:")[0].splitlines()]
+    found = commands("\n".join(line for line in head if line.startswith("   ")))
+    assert found and all(words[2] == "engine.compare" and _read(words) for words in found)
 
 
 def _read(words: list[str]) -> bool:
@@ -100,6 +121,7 @@ def world(tmp_path_factory):
             part.save_pretrained(folder / "path" / "to" / name)
     (folder / "path" / "to" / "folder").mkdir()
     table(folder / "path" / "to" / "folder" / "train.tsv", sentences(200))
+    _write_files(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -114,6 +136,7 @@ def _quick(module: str, words: list[str]) -> list[str]:
     if module == "engine.report" or {"--resume", "--config", "--print_config", "--help"} & set(words):
         return words
     sizes = SIZES | {"steps": 1} if module == "engine.profiling" else SIZES
+    words = [*words, "--seeds", "1"] if module == "engine.compare" else words  # the last one counts
     return words + [w for name, n in sizes.items() if f"--{name}" not in words for w in (f"--{name}", str(n))]
 
 
@@ -217,7 +240,7 @@ def test_paths_exist(page):
     ("make_settings", "PAGE", "page"), ("make_picture", "PICTURE", "picture"),
 ])  # fmt: skip
 def test_generated_files_are_fresh(script, file, make):
-    """Tables have tests of their own: tests/report/test_tables.py, tests/compare/test_compare_table.py."""
+    """Tables have tests of their own: tests/bench/test_tables.py, tests/bench/test_results_page.py."""
     made = runpy.run_path(str(ROOT / "docs" / f"{script}.py"))
     assert made[file].read_text() == made[make](), f"python -m docs.{script} writes it again"
     assert made[file].stat().st_size < 50_000
