@@ -49,23 +49,14 @@ def test_a_storage_counts_once_and_until_it_is_freed(world):
 def test_sizes_are_those_of_blocks():
     ledger = Ledger()
     with ledger.following():
-        a, b = torch.zeros(1), torch.zeros(17)
+        a, b, nothing = torch.zeros(1), torch.zeros(17), torch.empty(0)
         assert ledger.live("cpu") == 64 + 128
-        del a, b
+        del a, b, nothing
     ledger = Ledger()
     with pretending(torch.device("cuda")), ledger.following():
         c = torch.zeros(129, device="cuda")
         assert (ledger.live("cuda"), ledger.live("cpu")) == (1024, 0)
         del c
-
-
-def test_nothing_is_a_block_of_its_own():
-    ledger = Ledger()
-    with ledger.following():
-        a = torch.empty(0)
-        assert ledger.live("cpu") == 0
-        del a
-    assert ledger.peak("cpu") == 0
 
 
 def test_a_resized_storage_counts_its_new_size(world):
@@ -137,30 +128,35 @@ def followed(work, **settings) -> Ledger:
     return ledger
 
 
-def test_activations_are_kept_for_a_backward(world):
-    def work(model, x):
-        y = model(x)
-        torch.autograd.grad(y.sum(), list(model.parameters()))
-
+def backward(model, x):
     # forward: both tanh are kept, their inputs are gone; backward: the incoming gradient, the next one and a weight's
-    assert held(followed(work)) == {"weights": 2, "inputs": 4, "gradients": 1, "activations": 8, "other": 8}
+    y = model(x)
+    torch.autograd.grad(y.sum(), list(model.parameters()))
 
 
-def test_a_forward_without_graph_has_temporaries(world):
-    @torch.no_grad()
-    def work(model, x):
-        model(x)
-
-    assert held(followed(work)) == {"weights": 2, "inputs": 4, "other": 8}
+@torch.no_grad()
+def forward(model, x):
+    model(x)
 
 
-def test_gradients_have_the_shape_of_weights(world):
-    def work(model, x):
-        found = torch.autograd.grad(model(x).sum(), list(model.parameters()))
-        big = torch.zeros(64 * KIB)  # the peak
-        del found, big
+def kept_gradients(model, x):
+    found = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    big = torch.zeros(64 * KIB)  # the peak
+    del found, big
 
-    assert held(followed(work)) == {"weights": 2, "inputs": 4, "gradients": 2, "activations": 64}
+
+def tangents(model, x):
+    with section("JVP"), torch.no_grad():
+        tangent = torch.zeros(8 * KIB)
+        del tangent
+
+
+@pytest.mark.parametrize(("work", "expected"), [
+    (backward, {"gradients": 1, "activations": 8, "other": 8}), (forward, {"other": 8}),
+    (kept_gradients, {"gradients": 2, "activations": 64}), (tangents, {"second order": 8}),
+])  # fmt: skip
+def test_what_a_storage_is_for(world, work, expected):
+    assert held(followed(work)) == {"weights": 2, "inputs": 4} | expected
 
 
 def test_a_backward_that_records_a_graph_is_second_order(world):
@@ -173,15 +169,6 @@ def test_a_backward_that_records_a_graph_is_second_order(world):
     found = held(followed(work))
     assert found["second order"] >= 12, "the graph of the backward outlives it"
     assert "gradients" not in found
-
-
-def test_section_jvp_is_second_order(world):
-    def work(model, x):
-        with section("JVP"), torch.no_grad():
-            tangent = torch.zeros(8 * KIB)
-            del tangent
-
-    assert held(followed(work)) == {"weights": 2, "inputs": 4, "second order": 8}
 
 
 class Recomputed(torch.autograd.Function):

@@ -4,10 +4,14 @@ import json
 import shlex
 
 import pytest
+import torch
 
 from engine import cli
 from engine.errors import UserError
 from engine.profiling import __main__ as program
+from engine.profiling import forecast
+from engine.profiling.estimate import Estimate
+from engine.profiling.ledger import CATEGORIES
 from engine.profiling.options import command, parse, size
 
 SMALL = ["--teachers", "tinybert", "--student", "tinybert", "--source", "embedded", "--device", "cpu"]
@@ -40,34 +44,51 @@ def test_flags_of_both_kinds():
     assert parse(["--estimate"]).choices == {}
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--estimate", "--gpu-memory", "much"], "--gpu-memory"),
-    (["--estimate", "--strategies", "exact,magic"], "--strategies has 'magic'"),
-    (["--estimate", "--checkpointing-choices", "selective"], "--checkpointing-choices"),
-    (["--estimate", "--batch-sizes", "8,x"], "--batch-sizes"),
-    (["--estimate", "--batch-sizes", "0"], "--batch-sizes"),
-    (["--estimate", "--lengths", "3"], "--lengths"),
-    (["--estimate", "--lengths", ""], "--lengths"),
-    (["--estimate", "--micro-batch-sizes", "0"], "--micro-batch-sizes"),
-    (["--estimate", "--classes", "0"], "--classes"),
-    (["--estimate", "--classes", "two"], "--classes"),
-    (["--estimate", "--alpha", "7"], "--alpha"),
-    (["--estimate", "--no-such-flag"], "--no-such-flag"),
-    (["--estimate", "--resume"], "--resume"),
-    (["--estimate", "--device", "tpu"], "--device"),
-    (["--estimate", "--student", "no-such-model"], "no-such-model"),
-    (["--estimate", "--source", "embedded", "--student", "user/name"], "user/name"),
-    (["--estimate", *SMALL, "--lengths", "64,4096"], "--lengths"),
-    (["--estimate", *SMALL, "--method", "metakd"], "--method metakd"),
-    (["--estimate", *SMALL, "--student-layers", "0,9"], "--student-layers"),
-], ids=lambda words: " ".join(words) if isinstance(words, list) else words)  # fmt: skip
-def test_refusals_are_one_sentence_that_names_the_flag(words, said, capsys, monkeypatch):
+REFUSED = [
+    (["--gpu-memory", "much"], "--gpu-memory"),
+    (["--strategies", "exact,magic"], "--strategies has 'magic'"),
+    (["--checkpointing-choices", "selective"], "--checkpointing-choices"),
+    (["--batch-sizes", "8,x"], "--batch-sizes"),
+    (["--batch-sizes", "0"], "--batch-sizes"),
+    (["--lengths", "3"], "--lengths"),
+    (["--lengths", ""], "--lengths"),
+    (["--micro-batch-sizes", "0"], "--micro-batch-sizes"),
+    (["--classes", "0"], "--classes"),
+    (["--classes", "two"], "--classes"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--alpha", "7"], "--alpha"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--resume"], "--resume"),
+    (["--device", "tpu"], "--device"),
+    (["--student", "no-such-model"], "no-such-model"),
+    (["--source", "embedded", "--student", "user/name"], "user/name"),
+    ([*SMALL, "--lengths", "64,4096"], "--lengths"),
+    ([*SMALL, "--method", "metakd"], "--method metakd"),
+    ([*SMALL, "--student-layers", "0,9"], "--student-layers"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), REFUSED, ids=lambda words: " ".join(words) if isinstance(words, list) else words
+)
+def test_refusals_are_one_sentence_that_names_the_flag(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert program.main(words) == 2
+    monkeypatch.chdir(tmp_path)
+    assert program.main(["--estimate", *words]) == 2
+    assert sentence(capsys, said)
+
+
+def sentence(capsys, said: str) -> bool:
     printed = capsys.readouterr().err
-    assert printed.startswith("error: ")
-    assert said in printed
-    assert printed.count("\n") == 1
+    return printed.startswith("error: ") and said in printed and printed.count("\n") == 1
+
+
+def test_what_only_a_measurement_refuses(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [*SMALL, "--output", str(tmp_path / "o")]
+    for more, said in ((["--gpu-memory", "24GB"], "--estimate"), (["--device", "cuda"], "finds no CUDA device")):
+        assert program.main([*words, *more]) == 2
+        assert sentence(capsys, said) and not (tmp_path / "o").exists()
 
 
 def test_the_command_takes_the_place_of_what_changes():
@@ -104,23 +125,16 @@ def test_a_table_a_sentence_and_a_file(tmp_path, capsys):
     assert config.method.meta_grad == chosen["setting"]["meta_grad"]
 
 
-def test_what_fits_nothing_says_what_is_least(capsys):
-    words = [
-        "--estimate",
-        *SMALL,
-        "--gpu-memory",
-        "1MB",
-        "--method",
-        "finetune",
-        "--max-length",
-        "8",
-        "--batch-size",
-        "2",
-    ]
-    assert program.main(words) == 0
+def test_what_fits_nothing_says_what_is_least(capsys, monkeypatch):
+    def estimate(config, *_) -> Estimate:
+        return Estimate(
+            "cpu", "kd", 2**30 // config.optim.batch_size, {}, dict.fromkeys(CATEGORIES, 0), "quiz", {}, {}, 1.0, []
+        )
+
+    monkeypatch.setattr(forecast, "estimate", estimate)
+    assert program.main(["--estimate", *SMALL, "--gpu-memory", "1MB", "--batch-sizes", "4,8"]) == 0
     printed = capsys.readouterr().out
-    assert "Nothing fits" in printed
-    assert "no" in printed
+    assert "Nothing fits into 0.00 GiB; the smallest is 8 x 128" in printed and "with 0.12 GiB" in printed
 
 
 def test_a_used_output_is_refused(tmp_path, capsys):
