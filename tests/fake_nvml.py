@@ -273,3 +273,25 @@ def sliced(count=2, **settings) -> FakeGpu:
     """A GPU in MIG mode; its first slot is empty."""
     instances = [FakeInstance(f"MIG-{n}0000000-0000-0000-0000-000000000000", 7 + n, n) for n in range(count)]
     return FakeGpu(instances=[None, *instances], **settings)
+
+
+# What the engine makes of the answers of a FakeGpu at the clock's first time.
+FIGURES = {
+    "energy": 300_000.0,
+    "power": 300.0,
+    "memory_used": 10 << 30,
+    "memory_reserved": 1 << 29,
+    "memory_total": 80 << 30,
+    "memory_process": 3 << 30,
+    "utilization": 90,
+    "memory_utilization": 40,
+    "sm_clock": 1980,
+    "memory_clock": 2619,
+    "temperature": 50,
+    "throttle_reasons": 0,
+    "power_limit": 700.0,
+    "pcie_tx": 12_000,
+    "pcie_rx": 34_000,
+    "pcie_generation": 5,
+    "pcie_width": 16,
+}

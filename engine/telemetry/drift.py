@@ -17,6 +17,7 @@ def sketch(weights: Tensor) -> Tensor:
 
     A count sketch (Charikar, Chen and Farach-Colton, 2002), linear in the weights, so that the norm of a difference of two
     sketches estimates that of the weights' difference, without bias in its square, and exactly where n <= WIDTH.
+    scikit-learn's (PolynomialCountSketch) is for the CPU; this one stays on the device.
     """
     total, signs = torch.zeros(WIDTH, device=weights.device), _signs(weights.device)
     rows = weights.split(WIDTH)

@@ -4,13 +4,11 @@ A counter loses nothing, but it moves only every so often, and NVML does not say
 may be wrong by one such period. Its joules are given out only once they cover ten periods, and carried over until then.
 Power samples are integrated by the trapezoid rule over the times that they were taken at. Times are seconds of one
 monotonic clock.
+
+Libraries such as zeus give the difference of two readings, which is zero or a whole period for a stretch as short as a step.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-Samples = Sequence[tuple[float, float]]  # (seconds, joules of a counter or watts)
 
 PERIODS = 10  # a stretch's two ends are then wrong by a tenth of it at most
 WATCH_SECONDS, WATCH_CHANGES = 2.0, 8
@@ -19,7 +17,7 @@ MOST_WATTS = 5000.0  # no device draws more: what would need more is no wrap but
 
 
 class Counter:
-    """Running sums of a counter's joules and of the seconds that they cover; what lies across a reset is in neither."""
+    """Running sums of a counter's joules and of the seconds that they cover; time across a reset is in neither."""
 
     def __init__(self):
         self.joules = self.seconds = 0.0
@@ -58,7 +56,7 @@ class Trapezoid:
 
 
 class Watch:
-    """How often a counter moves, found by looking at it in quick succession.
+    """Finds how often a counter moves, from readings in quick succession.
 
     It is over when the counter moved WATCH_CHANGES times, or after WATCH_SECONDS.
     """
@@ -70,7 +68,7 @@ class Watch:
         self.over = False
 
     def add(self, time: float, value: float | None) -> None:
-        """A look at the counter; None where it gave no answer."""
+        """A reading of the counter; None where it gave no answer."""
         if self.over:
             return
         if self._first is None:
@@ -83,7 +81,7 @@ class Watch:
 
     @property
     def period(self) -> float | None:
-        """Seconds; None before it moved three times. Where looks are too seldom it is too long, and so on the safe side."""
+        """Seconds; None before it moved three times. Readings that are too seldom make it too long, which is the safe side."""
         if len(self.changes) < 3:
             return None
         return (self.changes[-1] - self.changes[0]) / (len(self.changes) - 1)
@@ -92,7 +90,7 @@ class Watch:
 class Energy:
     """Joules of windows, from whatever the device offers.
 
-    The counter is taken where it is seen to move; power where there is no counter, or one that stands still. Until that
+    The counter is used where it is seen to move; power where there is no counter, or one that stands still. Until that
     is known, windows are carried over.
     """
 
@@ -147,34 +145,3 @@ class Energy:
             return None
         self._given = (sums.joules, sums.seconds)
         return joules, seconds
-
-
-def agreement(counter: Samples, power: Samples) -> float | None:
-    """The counter's joules over the integral of power in the time that both cover; None where there is no such time.
-
-    Between samples both are taken to run straight. 1 is perfect; a counter that moves every p seconds leaves it uncertain
-    by p over that time.
-    """
-    if len(counter) < 2 or len(power) < 2:
-        return None
-    start, end = max(counter[0][0], power[0][0]), min(counter[-1][0], power[-1][0])
-    if end <= start:
-        return None
-    counted, integrated = Counter(), Trapezoid()
-    for time, value in _cut(counter, start, end):
-        counted.add(time, value)
-    for time, value in _cut(power, start, end):
-        integrated.add(time, value)
-    return counted.joules / integrated.joules if integrated.joules > 0 else None
-
-
-def _cut(samples: Samples, start: float, end: float) -> list[tuple[float, float]]:
-    inside = [(time, value) for time, value in samples if start < time < end]
-    return [(start, _at(samples, start)), *inside, (end, _at(samples, end))]
-
-
-def _at(samples: Samples, time: float) -> float:
-    for (before, first), (after, second) in zip(samples, samples[1:], strict=False):
-        if before <= time <= after and after > before:
-            return first + (second - first) * (time - before) / (after - before)
-    raise AssertionError(f"{time} lies outside of the samples")

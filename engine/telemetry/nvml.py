@@ -1,8 +1,11 @@
 """One GPU's state by NVML, through the module `pynvml` of nvidia-ml-py.
 
 Every figure is optional by itself: what a device, a driver or a library does not have is left out, and not asked for again.
-In MIG mode a figure that an instance does not have is that of the whole GPU, and `whole` says so; memory never is.
-Units are those of the metrics: bytes, bytes a second, percent, MHz, degrees Celsius, watts, joules.
+In MIG mode a figure that an instance does not have is that of the whole GPU; memory never is. Units are those of the
+metrics: bytes, bytes a second, percent, MHz, degrees Celsius, watts, joules.
+
+torch.cuda reads four of these figures by the same module (utilization, power_draw, temperature, clock_rate), but no energy,
+throttling, PCIe or MIG instance; hence not by it.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class Field:
 
     name: str
     ways: tuple[Way, ...]
-    every: int = 1  # asked for at each so manieth sample: calls may cost a millisecond, those of PCIe 20
-    own: bool = False  # an instance's own or none: that of the whole GPU would mislead
+    every: int = 1  # samples from one question to the next: a call may cost a millisecond, those of PCIe 20
+    own: bool = False  # an instance's own figure or none: that of the whole GPU would mislead
 
 
 def _memory(library, handle) -> dict[str, float]:
@@ -111,10 +114,10 @@ def _fields() -> list[Field]:
 
 @dataclass
 class _Asked:
-    """A field and what is left to try for it: (way, handle, whether that is the whole GPU's)."""
+    """A field and what is left to try for it: (way, handle)."""
 
     field: Field
-    tries: list[tuple[Way, Any, bool]] = field(default_factory=list)
+    tries: list[tuple[Way, Any]] = field(default_factory=list)
 
 
 class Nvml:
@@ -142,10 +145,9 @@ class Nvml:
         except BaseException:
             self.close()
             raise
-        self.whole: set[str] = set()  # figures that are the whole GPU's, though the device is an instance of it
-        handles = [(found.handle, False), (gpu, True)] if self.mig else [(gpu, False)]
+        handles = [found.handle, gpu] if self.mig else [gpu]
         self._asked = [
-            _Asked(each, [(way, *handle) for handle in handles[: 1 if each.own else None] for way in each.ways])
+            _Asked(each, [(way, handle) for handle in handles[: 1 if each.own else None] for way in each.ways])
             for each in _fields()
         ]
 
@@ -194,19 +196,15 @@ class Nvml:
     def _ask(self, asked: _Asked) -> dict[str, float] | Exception | None:
         """The figures; the error of a call that may do better next time; None where nothing is left to try."""
         while asked.tries:
-            way, handle, whole = asked.tries[0]
+            way, handle = asked.tries[0]
             try:
-                answer = way(self._library, handle)
+                return way(self._library, handle)
             except self._lost as error:
                 raise Unavailable(str(error)) from error
             except self._never:
                 del asked.tries[0]
-                continue
             except self._library.NVMLError as error:
                 return error
-            if whole:
-                self.whole.update(answer)
-            return answer
         return None
 
     def close(self) -> None:

@@ -54,7 +54,6 @@ class Window:
     resident: dict[str, int] = field(default_factory=dict)  # most resident bytes seen in each section of the step
     joules: float | None = None  # of the device, during `seconds`
     seconds: float = 0.0  # from the sample that the last joules ended at, so maybe from before the window
-    whole_device: bool = False  # MIG: joules and power are those of the whole GPU
 
 
 class _Folded:
@@ -103,7 +102,6 @@ class Sampler:
         self._section, self._clock = section, clock
         self._host_interval, self._device_interval = host_interval, device_interval
         self._nvml: Nvml | None = None
-        self._whole: set[str] = set()
         self._energy = Energy(has_counter=False)
         self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
         self._pid, self._closed = os.getpid(), False
@@ -127,18 +125,8 @@ class Sampler:
         if device.type != "cuda":
             raise Unavailable(f"the device is {device.type}")
         self._nvml = Nvml(*_cuda_device(device), library=library)
-        self.device, self._whole = self._nvml.about, self._nvml.whole
+        self.device = self._nvml.about
         self._energy = Energy(has_counter=self._nvml.has("energy"))
-
-    @property
-    def energy_source(self) -> str | None:
-        """What joules are made of, "counter" or "power"; None where none are known, or not yet."""
-        return self._energy.source
-
-    @property
-    def whole(self) -> set[str]:
-        """MIG: the keys whose figures are those of the whole GPU, as far as they have been asked for."""
-        return {f"device/{key}" for key in tuple(self._whole)}
 
     def start(self) -> None:
         if self._thread is None and not self._closed:
@@ -177,8 +165,7 @@ class Sampler:
                 self._folded.add("host/cpu", busy)
             values, (resident, self._resident) = self._folded.take(), (self._resident, {})
             joules, seconds = self._energy.take() or (None, 0.0)
-            whole = ("energy" if self._energy.source == "counter" else "power") in self._whole
-        return Window(values, resident, joules, seconds, whole)
+        return Window(values, resident, joules, seconds)
 
     def _run(self) -> None:
         wait = 0.0

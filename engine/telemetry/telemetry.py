@@ -15,10 +15,7 @@ from engine.telemetry.meter import Meter, meter_of
 from engine.telemetry.sampler import Sampler
 
 APART = ("evaluation", "checkpoint")  # sections that are none of a step, and whose time is not training's
-WATCHED, EVERY = (
-    3,
-    64,
-)  # rounds of a phase whose memory is read section by section: the first ones, and then one in so many
+WATCHED, EVERY = 3, 64  # rounds of a phase whose memory is read by section: the first ones, then one in so many
 
 Shapes = Sequence[tuple[int, int]]  # examples and width of batches
 
@@ -185,7 +182,7 @@ class _Window:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, float] = field(default_factory=dict)
-    # whose energy is not known yet: a counter is slower than a short window
+    # of steps whose energy is not known yet, since a counter is slower than a short window
     uncovered: float = 0.0  # seconds of the phase that no joules cover
     unpaid: dict[str, float] = field(default_factory=dict)
     unpaid_steps: int = 0

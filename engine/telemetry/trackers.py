@@ -3,6 +3,8 @@
 A client is imported only where `--report-to` names it. Where it sends to (a server, an account, offline) is the client's
 own configuration: WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID and so on. A resumed run goes on in the tracker's run
 that it began; the stretch after its checkpoint is there twice, since no client can take back what it has.
+
+accelerate speaks to the same clients, but from the thread that trains, where a server that is away holds up the steps.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ CUDA counts the devices that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; NVML 
 torch has from CUDA says it at once. Where it says nothing, the environment is read by CUDA's rules
 ("CUDA Environment Variables" in NVIDIA's CUDA Programming Guide): indices, UUIDs or beginnings of them,
 MIG-<uuid> or MIG-GPU-<uuid>/<GPU instance>/<compute instance>; an entry that fits nothing hides itself and all after it.
+torch reads that variable too, for its count of devices, in functions that are private to it.
 """
 
 from __future__ import annotations

@@ -9,32 +9,13 @@ from pathlib import Path
 
 import pynvml
 import pytest
-from fake_nvml import CODES, Clock, FakeGpu, FakeNvml, sliced
+from fake_nvml import CODES, FIGURES, Clock, FakeGpu, FakeNvml, sliced
 
 from engine.telemetry import nvml
 from engine.telemetry.nvml import Nvml, Unavailable, throttle_names
 
 TELEMETRY = Path(nvml.__file__).parent
 UUID = "11111111-aaaa-0000-0000-000000000000"
-FIGURES = {
-    "energy": 300_000.0,
-    "power": 300.0,
-    "memory_used": 10 << 30,
-    "memory_reserved": 1 << 29,
-    "memory_total": 80 << 30,
-    "memory_process": 3 << 30,
-    "utilization": 90,
-    "memory_utilization": 40,
-    "sm_clock": 1980,
-    "memory_clock": 2619,
-    "temperature": 50,
-    "throttle_reasons": 0,
-    "power_limit": 700.0,
-    "pcie_tx": 12_000,
-    "pcie_rx": 34_000,
-    "pcie_generation": 5,
-    "pcie_width": 16,
-}
 # Function that says "not supported" -> figures that go with it.
 OF_FUNCTION = {
     "nvmlDeviceGetTotalEnergyConsumption": {"energy"},
@@ -67,10 +48,11 @@ def test_every_figure():
     device = opened(library)
     assert device.read() == pytest.approx(FIGURES)
     assert device.about == {"name": "NVIDIA H100", "uuid": f"GPU-{UUID}", "mig": False, "driver": "580.10"}
-    assert not device.whole
     device.close()
     device.close()
     assert library.opened == 0 and library.calls["nvmlShutdown"] == 1
+    library.fail("nvmlSystemGetDriverVersion", "Unknown")
+    assert opened(library).about == device.about | {"driver": None}
 
 
 def test_costly_figures_are_asked_for_seldom():
@@ -78,28 +60,25 @@ def test_costly_figures_are_asked_for_seldom():
     device = opened(library)
     for sample in range(40):
         device.read(sample)
-    assert library.calls["nvmlDeviceGetPowerUsage"] == 40
-    assert library.calls["nvmlDeviceGetTemperatureV"] == 10
-    assert library.calls["nvmlDeviceGetPcieThroughput"] == 2 * 2  # there and back
+    asked = {"PowerUsage": 40, "TemperatureV": 10, "ComputeRunningProcesses_v3": 10, "EnforcedPowerLimit": 2,
+             "PcieThroughput": 2 * 2}  # fmt: skip
+    assert {name: library.calls[f"nvmlDeviceGet{name}"] for name in asked} == asked
 
 
-@pytest.mark.parametrize("error", ["NotSupported", "FunctionNotFound", "NoPermission", "InvalidArgument"])
 @pytest.mark.parametrize("function", OF_FUNCTION)
-def test_what_is_not_supported_is_left_out_and_not_asked_for_again(function, error):
-    library = FakeNvml()
-    library.fail(function, error)
-    device = opened(library)
+def test_what_is_not_there_is_left_out_and_not_asked_for_again(function):
+    """Whether the driver says so, in one of several ways, or the library is too old to have the function."""
     expected = FIGURES.keys() - OF_FUNCTION[function]
-    assert device.read().keys() == expected
-    asked = library.calls[function]
-    assert device.read().keys() == expected and library.calls[function] == asked
-
-
-@pytest.mark.parametrize("function", OF_FUNCTION)
-def test_function_that_an_old_library_lacks(function):
+    for error in ("NotSupported", "FunctionNotFound", "NoPermission", "InvalidArgument"):
+        library = FakeNvml()
+        library.fail(function, error)
+        device = opened(library)
+        assert device.read().keys() == expected
+        asked = library.calls[function]
+        assert device.read().keys() == expected and library.calls[function] == asked
     library = FakeNvml()
     library.absent.add(function)
-    assert opened(library).read().keys() == FIGURES.keys() - OF_FUNCTION[function]
+    assert opened(library).read().keys() == expected
 
 
 @pytest.mark.parametrize("function", OLDER)
@@ -118,8 +97,7 @@ def test_older_functions_stand_in(function):
     assert library.calls[function] == 1
 
     library.fail(older, "NotSupported")
-    last = opened(library)
-    assert last.read().keys() == FIGURES.keys() - keys
+    assert opened(library).read().keys() == FIGURES.keys() - keys
 
 
 def test_old_library_without_newer_constants_and_functions():
@@ -146,20 +124,14 @@ def test_own_process_hidden(processes):
     assert device.read()["memory_process"] == 11
 
 
-def test_passing_error_leaves_a_figure_out_once():
-    library = FakeNvml()
-    device = opened(library)
-    library.fail("nvmlDeviceGetPowerUsage", "Timeout")
-    assert "power" not in device.read()
-    library.errors.clear()
-    assert "power" in device.read()
-
-
 @pytest.mark.parametrize("error", ["GpuIsLost", "Uninitialized", "DriverNotLoaded", "ResetRequired"])
 def test_lost_device(error):
     library = FakeNvml()
     device = opened(library)
-    device.read()
+    library.fail("nvmlDeviceGetPowerUsage", "Timeout")  # an error that passes leaves a figure out once
+    assert "power" not in device.read()
+    library.errors.clear()
+    assert "power" in device.read()
     library.fail("nvmlDeviceGetUtilizationRates", error)
     with pytest.raises(Unavailable, match="GPU is lost" if error == "GpuIsLost" else "."):
         device.read()
@@ -176,11 +148,7 @@ def test_device_that_stays_silent_is_lost():
     assert device.read() == {} and device.read() == {}
     with pytest.raises(Unavailable, match="Unknown Error"):
         device.read()
-
-
-def test_device_without_any_figure():
-    library = FakeNvml()
-    device = opened(library)
+    device = opened(library := FakeNvml())
     library.fail("everything", "NotSupported")
     with pytest.raises(Unavailable, match="supports none"):
         device.read()
@@ -200,59 +168,37 @@ def test_energy_counter_alone():
 # Opening
 
 
-def test_no_package(monkeypatch):
+def test_nvml_that_cannot_be_opened(monkeypatch):
+    """No driver, no such device, no package; what was opened is handed back."""
+    library = FakeNvml()
+    library.fail("nvmlInit", "DriverNotLoaded")
+    with pytest.raises(Unavailable, match="Not Loaded"):
+        opened(library)
+    assert library.calls["nvmlShutdown"] == 0
+    library = FakeNvml()
+    with pytest.raises(Unavailable, match="no device 1"):
+        opened(library, uuid=None, index=1)
+    assert library.opened == 0 and library.calls["nvmlInit"] == 1
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(Unavailable, match="^nvidia-ml-py is not installed$"):
         Nvml(0, None)
 
 
-@pytest.mark.parametrize("error", ["LibraryNotFound", "DriverNotLoaded"])
-def test_no_driver(error):
-    library = FakeNvml()
-    library.fail("nvmlInit", error)
-    with pytest.raises(Unavailable, match="Not Found|Not Loaded"):
-        opened(library)
-    assert library.calls["nvmlShutdown"] == 0
-
-
-def test_nvml_is_handed_back_where_the_device_is_not_found():
-    library = FakeNvml()
-    with pytest.raises(Unavailable, match="no device 1"):
-        opened(library, uuid=None, index=1)
-    assert library.opened == 0 and library.calls["nvmlInit"] == 1
-
-
-def test_driver_version_and_name_are_optional():
-    library = FakeNvml()
-    library.fail("nvmlSystemGetDriverVersion", "Unknown")
-    assert opened(library).about == {"name": "NVIDIA H100", "uuid": f"GPU-{UUID}", "mig": False, "driver": None}
-
-
-# MIG
-
-
 def test_instance_has_its_own_memory_and_the_power_of_the_whole():
     library = FakeNvml(sliced(1))
-    library.gpus[0].instances[1].processes = [(os.getpid(), 77)]
+    instance = library.gpus[0].instances[1]
+    instance.processes = [(os.getpid(), 77)]
     device = opened(library)
     figures = device.read()
     assert device.about["mig"] and device.about["uuid"].startswith("MIG-0") and "MIG" in device.about["name"]
     assert (figures["memory_used"], figures["memory_total"], figures["memory_process"]) == (1 << 30, 5 << 30, 77)
     assert figures["power"] == 300 and figures["energy"] == 300_000
-    assert device.whole >= {"power", "energy", "power_limit", "temperature", "sm_clock", "throttle_reasons"}
-    assert not device.whole & {"memory_used", "memory_process", "utilization", "pcie_tx"}
     asked = library.calls["nvmlDeviceGetPowerUsage"]
     device.read()
     assert library.calls["nvmlDeviceGetPowerUsage"] == asked + 1  # the instance is not asked again
-
-
-def test_memory_of_the_whole_gpu_is_never_given_for_an_instance():
-    library = FakeNvml(sliced(1))
     for function in ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
-        library.fail(function, "NotSupported", library.gpus[0].instances[1])
-    assert not {key for key in opened(library).read() if key.startswith("memory_") and key != "memory_clock"} - {
-        "memory_utilization"
-    }
+        library.fail(function, "NotSupported", instance)
+    assert not {"memory_used", "memory_reserved", "memory_total"} & opened(library).read().keys()  # not the whole GPU's
 
 
 # Names of reasons, and the real module

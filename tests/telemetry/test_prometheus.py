@@ -162,12 +162,9 @@ def test_a_scrape_sees_one_record():
 # The server
 
 
-def test_it_listens_on_this_machine_only(served):
+def test_it_listens_on_this_machine_only_unless_asked(served, tmp_path):
     assert served._server.socket.getsockname()[0] == "127.0.0.1"
     assert served.said == [f"Metrics: http://127.0.0.1:{served._server.server_port}/metrics"] and served.warned == []
-
-
-def test_another_host_is_warned_of(tmp_path):
     sink, warned = endpoint(host="0.0.0.0"), []
     sink.start(Run(tmp_path, say=lambda _: None, warn=warned.append))
     try:

@@ -1,6 +1,5 @@
 """The sampler's thread: how it starts, dies and ends, what it costs, and the ends of processes."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_nvml import FakeNvml
+from fake_nvml import FakeGpu, FakeNvml
 
 from engine.telemetry import host, sampler
 from engine.telemetry.sampler import Sampler
@@ -26,42 +25,35 @@ def no_torch_device(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-class Started:
-    """A sampler with a thread, and all that Python has to say of threads that die."""
+@pytest.fixture
+def said(monkeypatch):
+    """All that Python has to say of threads that die."""
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    return said
 
-    def __init__(self, monkeypatch, *arguments, **settings):
-        self.said = []
-        monkeypatch.setattr(threading, "excepthook", self.said.append)
-        self.sampler = Sampler(*arguments, **settings)
-        self.sampler.start()
 
-    def wait(self, done):
-        end = time.monotonic() + 10
-        while not done() and time.monotonic() < end:
-            time.sleep(0.005)
-        assert done()
-        return self.sampler
+def wait(done):
+    end = time.monotonic() + 10
+    while not done() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert done()
 
 
 @pytest.mark.parametrize("error", [ValueError("where am I"), SystemExit("out")])
-def test_thread_that_dies_leaves_a_cause(monkeypatch, error):
-    def section():
+def test_thread_that_dies_or_cannot_be_started_leaves_a_cause(monkeypatch, said, error):
+    def fail(*_):
         raise error
 
-    started = Started(monkeypatch, CPU, section)
-    watched = started.wait(lambda: not started.sampler._thread.is_alive())
-    assert watched.cause == f"no telemetry: {type(error).__name__}: {error}"
-    assert not started.said
+    watched = Sampler(CPU, fail)
+    watched.start()
+    wait(lambda: not watched._thread.is_alive())
+    assert watched.cause == f"no telemetry: {type(error).__name__}: {error}" and not said
     if isinstance(error, Exception):
         assert "host/cpu" not in watched.window().values
     watched.close()
-
-
-def test_thread_that_cannot_be_started(monkeypatch):
-    def refuse(thread):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    error = RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", fail)
     watched = Sampler(CPU, str)
     watched.start()
     assert watched.cause == "no telemetry: can't start new thread"
@@ -71,16 +63,17 @@ def test_thread_that_cannot_be_started(monkeypatch):
 # The thread
 
 
-def test_start_and_close_are_idempotent(monkeypatch):
+def test_start_and_close_are_idempotent(said):
     library = FakeNvml(clock=time.monotonic)
-    started = Started(monkeypatch, CUDA, lambda: "quiz", library=library, host_interval=0.005, device_interval=0.01)
-    watched, thread = started.sampler, started.sampler._thread
+    watched = Sampler(CUDA, lambda: "quiz", library=library, host_interval=0.005, device_interval=0.01)
+    watched.start()
+    thread = watched._thread
     watched.start()
     assert watched._thread is thread and thread.daemon
-    started.wait(lambda: library.calls["nvmlDeviceGetPowerUsage"] > 5)
+    wait(lambda: library.calls["nvmlDeviceGetPowerUsage"] > 5)
     watched.close()
     watched.close()
-    assert not thread.is_alive() and library.opened == 0 and not started.said
+    assert not thread.is_alive() and library.opened == 0 and not said
     assert watched.window().values["device/power"] == 300  # what came before the end is not lost
     watched.start()
     assert watched._thread is thread and watched.cause is None
@@ -112,34 +105,32 @@ def test_close_does_not_wait_for_a_call_that_hangs(monkeypatch):
 
 def test_windows_from_another_thread_lose_and_double_nothing(monkeypatch):
     """Every sample is in exactly one window."""
-    samples, names = count(), count()
+    samples, names, seen = count(), count(), set()
     monkeypatch.setattr(host.Host, "resident", lambda self: next(samples))
     watched = Sampler(CPU, lambda: f"section {next(names)}", host_interval=1e-5)
     watched.start()
-    seen = set()
-    end = time.monotonic() + 0.3
-    while time.monotonic() < end:
+    end = time.monotonic() + 0.1
+    while time.monotonic() < end or len(seen) <= 100:
         peaks = set(watched.window().resident.values())
         assert not peaks & seen
         seen |= peaks
     watched.close()
     seen |= set(watched.window().resident.values())
-    assert len(seen) > 100 and seen == set(range(next(samples)))
+    assert seen == set(range(next(samples)))
 
 
 def test_the_thread_takes_less_than_a_hundredth_of_a_core():
     """Its processor time at the default cadence, calls of NVML aside: 0.4 % of a core of a virtual machine, nearly all of it
     for waking up on cold caches (a sample of the host in a loop takes 10 us, awaken for it 200)."""
-    watched = Sampler(CUDA, lambda: "pilot", library=FakeNvml(clock=time.monotonic))
+    watched = Sampler(CUDA, lambda: "pilot", library=FakeNvml(FakeGpu(period=0.01), clock=time.monotonic))
     assert watched.cause is None
     watched.start()
     while not watched._sample or watched._energy.watching:  # once, at the beginning
         time.sleep(0.01)
-    assert 0 < watched.cpu_seconds < 0.1
     shares = []
-    while len(shares) < 3 and min(shares, default=1) >= 0.01:  # others may be busy on this machine
+    while len(shares) < 5 and min(shares, default=1) >= 0.01:  # others may be busy on this machine
         start, spent = time.monotonic(), watched.cpu_seconds
-        time.sleep(1)
+        time.sleep(0.6)
         shares.append((watched.cpu_seconds - spent) / (time.monotonic() - start))
     watched.close()
     assert 0 < min(shares) < 0.01, shares
@@ -148,37 +139,38 @@ def test_the_thread_takes_less_than_a_hundredth_of_a_core():
 # The ends of processes
 
 
+# Without torch, which takes seconds to import.
 SCRIPT = """
 import os, sys, time
+from types import SimpleNamespace
 sys.path[:0] = ["tests"]
-import torch
 from fake_nvml import FakeNvml
-from engine.telemetry.sampler import Sampler
+from engine.telemetry import sampler
+sampler._cuda_device = lambda device: (0, None)
 library = FakeNvml(clock=time.monotonic)
-sampler = Sampler(torch.device("cuda", 0), lambda: "pilot", library=library, host_interval=0.001, device_interval=0.002)
+sampler = sampler.Sampler(SimpleNamespace(type="cuda"), lambda: "pilot", library=library, host_interval=0.001, device_interval=0.002)
 sampler.start()
-time.sleep(0.1)
+while sampler._sample < 3:
+    time.sleep(0.01)
 """
 
 
-def finished(script, **settings):
-    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", **settings}
-    return subprocess.run([sys.executable, "-c", SCRIPT + script], cwd=ROOT, env=settings, timeout=60, capture_output=True, text=True)  # fmt: skip
+def finished(script):
+    command = [sys.executable, "-c", SCRIPT + script]
+    done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("end", "status"), [("", 0), ("sys.exit(3)", 3)])
-def test_interpreter_that_ends_without_close(end, status):
+def test_interpreter_that_ends_without_close():
     """NVML has been handed back by then."""
+    assert finished("sys.exit(3)") == (3, "", "")
     check = "import atexit; atexit._run_exitfuncs(); print(sampler.cause, library.opened, sampler._thread.is_alive())\n"
-    done = finished(end)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
-    if not end:
-        assert finished(check).stdout == "None 0 False\n"
+    assert finished(check) == (0, "None 0 False\n", "")
 
 
 def test_after_a_fork_the_childs_copy_does_nothing():
     """Even where the lock was held, and the parent goes on."""
-    done = finished("""
+    script = """
 sampler._lock.acquire()
 child = os.fork()
 if not child:
@@ -191,5 +183,5 @@ _, status = os.waitpid(child, 0)
 time.sleep(0.05)
 print(os.waitstatus_to_exitcode(status), "device/power" in sampler.window().values, sampler.cause)
 sampler.close()
-""")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "5 True None\n", "")
+"""
+    assert finished(script) == (0, "5 True None\n", "")

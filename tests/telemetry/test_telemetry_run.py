@@ -3,78 +3,84 @@
 import json
 import shlex
 
+import fake_trackers
 import pytest
 from run_helpers import assert_same_models, flags, metrics, succeed, summary
 
+from engine.run.phase import Progress
+from engine.run.trainer import Trainer
 from engine.sections import SECTIONS
+from engine.telemetry import host
 from engine.telemetry.telemetry import APART
 from engine.train import main
 
-SETTINGS = {"teachers": "bert,roberta", "max_steps": 24, "log_steps": 8, "prepare_epochs": 6, "checkpoint_steps": 5}
+SETTINGS = {"teachers": "bert", "max_steps": 12, "log_steps": 4, "checkpoint_steps": 5}
+PHASES = {"prepare bert", "metadistil"}
 
 
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("measured")
-    return succeed(data, folder / "run", cache_dir=folder / "cache", **SETTINGS)
+    """A run that all others are compared with; they find its teacher in the cache."""
+    output = tmp_path_factory.mktemp("measured") / "run"
+    return succeed(data, output, metrics_port=0, metrics_host="0.0.0.0", **SETTINGS)
 
 
 def training(sections: dict) -> float:
     return sum(each["seconds"] for name, each in sections.items() if name not in APART)
 
 
+def of_steps(run) -> list[dict]:
+    return [line for line in metrics(run) if "step_seconds" in line]
+
+
 def test_sections_add_up_to_the_steps(measured):
-    records = [line for line in metrics(measured) if "step_seconds" in line]
-    assert {line["phase"] for line in records} == {"prepare bert", "prepare roberta", "metadistil"}
-    for line in records:
+    lines = of_steps(measured)
+    assert {line["phase"] for line in lines} == PHASES
+    for line in lines:
         parts = {key.removeprefix("seconds/"): s for key, s in line.items() if key.startswith("seconds/")}
         assert set(parts) <= set(SECTIONS) - set(APART)
         # a record of a few milliseconds a step: the scheduler may take some between the two readings of the clock
         assert sum(parts.values()) == pytest.approx(line["step_seconds"], rel=0.2)
-    for name, found in summary(measured)["telemetry"]["phases"].items():
-        assert set(found["sections"]) <= set(SECTIONS)
-        assert training(found["sections"]) == pytest.approx(found["seconds"], rel=0.03 if name == "metadistil" else 0.2)
+    phases = summary(measured)["telemetry"]["phases"]
+    for name, found in phases.items():
+        assert training(found["sections"]) == pytest.approx(found["seconds"], rel=0.1 if name == "metadistil" else 0.2)
+    assert set(phases["metadistil"]["sections"]) == set(SECTIONS)
+    assert set(phases["prepare bert"]["sections"]) == {
+        "data wait", "real step", "optimizer", "logging", "evaluation", "checkpoint", "other"}  # fmt: skip
+    # the names that sections have are the work that is done: what a meta-step does in them is most of it
+    assert phases["metadistil"]["sections"]["other"]["seconds"] < 0.1 * training(phases["metadistil"]["sections"])
 
 
 def test_examples_per_second_are_examples_over_wall_time(measured):
-    lines = [line for line in metrics(measured) if line["phase"] == "metadistil" and "step_seconds" in line]
-    steps = [
-        b - a for a, b in zip([0, *(line["step"] for line in lines)], [line["step"] for line in lines], strict=False)
-    ]
-    seconds = [n * line["step_seconds"] for n, line in zip(steps, lines, strict=True)]
-    examples = sum(line["examples_per_second"] * s for s, line in zip(seconds, lines, strict=True))
-    assert examples == pytest.approx(24 * 16, rel=1e-3)
+    lines = [line for line in of_steps(measured) if line["phase"] == "metadistil"]
+    seconds = [4 * line["step_seconds"] for line in lines]
+    examples, tokens = (
+        sum(line[f"{what}_per_second"] * s for s, line in zip(seconds, lines, strict=True))
+        for what in ("examples", "tokens")
+    )
     found = summary(measured)["telemetry"]["phases"]["metadistil"]
-    assert sum(seconds) == pytest.approx(found["seconds"], rel=0.03)
-    tokens = sum(line["tokens_per_second"] * s for s, line in zip(seconds, lines, strict=True))
-    assert tokens == pytest.approx(found["tokens"], rel=1e-3)
+    assert sum(seconds) == pytest.approx(found["seconds"], rel=0.1)
+    assert examples == pytest.approx(12 * 16, rel=1e-3) and tokens == pytest.approx(found["tokens"], rel=1e-3)
 
 
-def test_every_section_of_a_meta_step_is_seen(measured):
-    found = summary(measured)["telemetry"]
-    assert set(found["phases"]["metadistil"]["sections"]) == set(SECTIONS)
-    assert set(found["phases"]["prepare bert"]["sections"]) == {
-        "data wait", "real step", "optimizer", "logging", "evaluation", "checkpoint", "other"}  # fmt: skip
-    assert found["cause"] == "no NVML: the device is cpu" and found["device"] is None
-    assert found["phases"]["metadistil"]["flops"] > found["phases"]["prepare bert"]["flops"] > 1e6
-    # the names that sections have are the work that is done: what a meta-step does in them is most of it
-    seconds = {name: each["seconds"] for name, each in found["phases"]["metadistil"]["sections"].items()}
-    assert seconds["other"] < 0.1 * training(found["phases"]["metadistil"]["sections"])
-
-
-def test_drift_begins_with_the_teachers_own_steps(measured):
+def test_what_the_summary_and_the_record_say(measured, data):
+    found = summary(measured)
+    words = flags(data, measured, metrics_port=0, metrics_host="0.0.0.0", **SETTINGS)
+    assert shlex.split(found["command"]) == ["python", "-m", "engine.train", *words]
+    assert any(warning.startswith("--metrics-host 0.0.0.0 is not this machine alone") for warning in found["warnings"])
+    assert found["telemetry"]["cause"] == "no NVML: the device is cpu" and found["telemetry"]["device"] is None
+    phases = found["telemetry"]["phases"]
+    assert phases["metadistil"]["flops"] > phases["prepare bert"]["flops"] > 1e6
     lines = [line for line in metrics(measured) if "drift/bert" in line]
-    assert lines and all(line["phase"] == "metadistil" for line in lines)
-    for name in ("bert", "roberta"):
-        values = [line[f"drift/{name}"] for line in lines]
-        assert all(0 < value < 0.1 for value in values) and values[0] < values[-1]
+    assert lines and all(line["phase"] == "metadistil" for line in lines)  # it begins with the teacher's own steps
+    drifts = [line["drift/bert"] for line in lines]
+    assert all(0 < value < 0.1 for value in drifts) and drifts[0] < drifts[-1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"pilot_steps": 2}, {"method": "kd"}], ids=str)
-def test_the_same_bits_without_telemetry(changes, data, tmp_path):
-    settings = {"cache_dir": tmp_path / "cache", "max_steps": 4, **changes}
-    on = succeed(data, tmp_path / "on", **settings)
-    off = succeed(data, tmp_path / "off", telemetry="off", **settings)
+@pytest.mark.parametrize("changes", [{}, {"pilot_steps": 2, "max_steps": 4}, {"method": "kd", "max_steps": 4}], ids=str)
+def test_the_same_bits_without_telemetry(changes, measured, data, tmp_path):
+    on = succeed(data, tmp_path / "on", **SETTINGS | changes) if changes else measured
+    off = succeed(data, tmp_path / "off", telemetry="off", **SETTINGS | changes)
     assert_same_models(on, off)
     lines = metrics(off)
     assert not [key for line in lines for key in line if key.startswith(("seconds/", "memory/", "host/", "device/"))]
@@ -82,21 +88,30 @@ def test_the_same_bits_without_telemetry(changes, data, tmp_path):
     assert summary(off)["telemetry"]["cause"] == "no NVML: --telemetry is off"
 
 
-def test_a_sampler_that_fails_stops_no_run(data, tmp_path, monkeypatch):
-    from engine.telemetry import host
+def test_a_run_whose_telemetry_breaks_is_the_same_run(measured, data, tmp_path, monkeypatch, capsys):
+    """The sampler fails, and so do two of three trackers."""
+    fake_trackers.install(monkeypatch, tmp_path)
+    fake_trackers.failing["log"] = ConnectionError("gone")
+    monkeypatch.setattr(host.Host, "resident", lambda _: (_ for _ in ()).throw(OSError("no /proc")))
+    run = succeed(data, tmp_path / "run", report_to="wandb,mlflow,trackio", **SETTINGS)
+    fake_trackers.forget()
+    assert_same_models(run, measured)
+    ours, theirs = ([(r["step"], r["loss"], r["quiz_loss"]) for r in of_steps(each) if r["phase"] == "metadistil"]
+                    for each in (run, measured))  # fmt: skip
+    assert ours == theirs and len(ours) == 3
+    found = summary(run)["telemetry"]
+    assert "no /proc" in found["cause"] and training(found["phases"]["metadistil"]["sections"]) > 0
+    said = capsys.readouterr().out
+    assert [said.count(f"{name} failed (ConnectionError: gone)") for name in ("wandb", "trackio")] == [1, 1]
+    calls = {call[0]: call[1:] for call in fake_trackers.calls}
+    assert calls["set_terminated"] == ("made-id", "FINISHED")
+    names = {metric.key for call in fake_trackers.calls if call[0] == "log_batch" for metric in call[2]}
+    assert {"metadistil/quiz_loss", "metadistil/seconds/pilot"} <= names
 
-    def fail(self):
-        raise OSError("no /proc")
 
-    monkeypatch.setattr(host.Host, "resident", fail)
-    found = summary(succeed(data, tmp_path / "run", cache_dir=tmp_path / "cache", max_steps=4))
-    assert "no /proc" in found["telemetry"]["cause"]
-    assert training(found["telemetry"]["phases"]["metadistil"]["sections"]) > 0
-
-
-def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, monkeypatch):
-    """Tokens are of every step once; drift goes on from where the teachers started."""
-    from engine.run.trainer import Trainer
+def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, monkeypatch, capsys):
+    """Tokens are of every step once; drift goes on from where the teachers started. Settings of telemetry may change,
+    and the configuration may be one from before there were some of them."""
 
     class Stop(Exception):
         pass
@@ -109,32 +124,23 @@ def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, monkeypatch):
         if saves.count("metadistil") == 2:  # at step 10
             raise Stop
 
-    words = flags(data, tmp_path / "run", cache_dir=tmp_path / "cache", **SETTINGS)
+    run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Trainer, "_save", save_and_stop)
-        main(words)
-    assert main(["--resume", "--output", str(tmp_path / "run")]) == 0
-    ours, whole = (summary(run)["telemetry"]["phases"]["metadistil"] for run in (tmp_path / "run", measured))
+        main(flags(data, run, **SETTINGS))
+    config = (run / "config.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in config if not line.startswith("report_to:")]
+    assert len(older) == len(config) - 1
+    (run / "config.yaml").write_text("".join(older))
+    assert main(["--resume", "--output", str(run), "--metrics-port", "0"]) == 0
+    assert "Metrics: http://127.0.0.1:" in capsys.readouterr().out
+    ours, whole = (summary(each)["telemetry"]["phases"]["metadistil"] for each in (run, measured))
     assert ours["tokens"] == whole["tokens"] and ours["flops"] == pytest.approx(whole["flops"], rel=0.1)
-    assert training(ours["sections"]) == pytest.approx(ours["seconds"], rel=0.05)
-    drifts = [
-        [line["drift/bert"] for line in metrics(run) if "drift/bert" in line] for run in (tmp_path / "run", measured)
-    ]
-    assert drifts[0] == drifts[1]
+    assert training(ours["sections"]) == pytest.approx(ours["seconds"], rel=0.1)
+    ours, whole = ([r["drift/bert"] for r in metrics(each) if "drift/bert" in r] for each in (run, measured))
+    assert ours == whole
 
 
 def test_a_checkpoint_of_before_telemetry_is_read():
-    from engine.run.phase import Progress
-
     saved = {"step": 3, "examples": 9, "seconds": 1.0, "skipped": 0, "best_step": 0, "best": {}}
     assert Progress.of(json.loads(json.dumps(saved))).costs.seconds == {}
-
-
-def test_the_summary_has_the_command_and_what_was_warned_of(data, tmp_path):
-    words = flags(
-        data, tmp_path / "run", cache_dir=tmp_path / "cache", max_steps=4, student="bert", teachers="distilbert"
-    )
-    assert main(words) == 0
-    found = summary(tmp_path / "run")
-    assert shlex.split(found["command"]) == ["python", "-m", "engine.train", *words]
-    assert any("a student is meant to be smaller" in warning for warning in found["warnings"])

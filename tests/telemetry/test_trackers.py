@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import fake_trackers
 import pytest
-from run_helpers import assert_same_models, flags, metrics, sentences, succeed, table
+from run_helpers import metrics
 
 from engine.config import Config, TelemetryConfig
 from engine.errors import UserError
 from engine.telemetry import trackers
 from engine.telemetry.monitor import Monitor
 from engine.telemetry.sinks import Run
-from engine.train import main
 
 NAMES = ["wandb", "mlflow", "trackio"]
 VALUES = {"loss": 0.5, "seconds/data wait": 0.25, "note": "text", "flag": True}
@@ -36,23 +35,18 @@ def called(name: str) -> list[tuple]:
     return [call[1:] for call in fake_trackers.calls if call[0] == name]
 
 
-def reported(names: str, output, *, finished: bool = True, settings=None) -> list[str]:
-    """A run that logs one record; returns what it warned of."""
-    warned = []
-    monitor = Monitor(
-        output,
-        trackers.chosen(TelemetryConfig(report_to=names)),
-        settings=settings or {"lr": None, "seed": 3},
-        say=lambda _: None,
-        warn=warned.append,
-    )
-    monitor.log("warm up", 20, VALUES)
+def reported(names: str, output, *records, finished: bool = True, settings=None) -> None:
+    """A run that logs these records of one phase, "warm up" where there are none, and warns of nothing."""
+    chosen = trackers.chosen(TelemetryConfig(report_to=names))
+    settings = settings or {"lr": None, "seed": 3}
+    monitor = Monitor(output, chosen, settings=settings, say=lambda _: None, warn=pytest.fail)
+    for record in records or [("warm up", 20, VALUES)]:
+        monitor.log(*record)
     monitor.close(finished)
-    return warned
 
 
 def test_wandb(clients, tmp_path):
-    assert reported("wandb", tmp_path) == []
+    reported("wandb", tmp_path)
     assert called("init") == [
         ("metadistil", str(tmp_path), None, tmp_path.name, {"lr": None, "seed": 3}, "allow", True, "off")
     ]
@@ -67,7 +61,7 @@ def test_wandb(clients, tmp_path):
 
 def test_mlflow(clients, tmp_path):
     before = time.time()
-    assert reported("mlflow", tmp_path, settings=Config().to_flat() | {"text": "x" * 7000}) == []
+    reported("mlflow", tmp_path, settings=Config().to_flat() | {"text": "x" * 7000})
     assert called("create_experiment") == [("metadistil",)]
     assert called("create_run") == [("7", tmp_path.name)]
     *_, (_, metrics, _) = called("log_batch")
@@ -78,24 +72,16 @@ def test_mlflow(clients, tmp_path):
     assert parameters == {k: str(v) for k, v in Config().to_flat().items()} | {"text": "x" * 6000}
     assert called("set_terminated") == [("made-id", "FINISHED")]
     clients.calls.clear()
-    reported("mlflow", tmp_path, finished=False)
-    assert called("update_run") == [("made-id", "RUNNING")]
-    assert not called("create_run")
-    assert [params for _, _, params in called("log_batch")] == [[]]  # what MLFlow has of them cannot be changed
+    reported("mlflow", tmp_path, ("prepare org@model(1)", 1, {"loss": 1.0}), finished=False)
+    assert called("update_run") == [("made-id", "RUNNING")] and not called("create_run")
+    ((_, metrics, params),) = called("log_batch")
+    assert params == []  # what MLFlow has of them cannot be changed
+    assert [m.key for m in metrics] == ["prepare org_model_1_/loss"]  # it takes no other letters in a name
     assert called("set_terminated") == [("made-id", "KILLED")]
 
 
-def test_mlflow_names_are_ones_it_takes(clients, tmp_path):
-    monitor = Monitor(
-        tmp_path, trackers.chosen(TelemetryConfig(report_to="mlflow")), say=lambda _: None, warn=pytest.fail
-    )
-    monitor.log("prepare org@model(1)", 1, {"loss": 1.0})
-    monitor.close()
-    assert [m.key for _, metrics, _ in called("log_batch") for m in metrics] == ["prepare org_model_1_/loss"]
-
-
 def test_trackio(clients, tmp_path):
-    assert reported("trackio", tmp_path) == []
+    reported("trackio", tmp_path)
     assert called("init") == [("metadistil", tmp_path.name, {"lr": None, "seed": 3}, "never", False, False)]
     assert called("log") == [(DRAWN, 20)]
     assert called("finish") == [()]
@@ -107,18 +93,14 @@ def test_trackio(clients, tmp_path):
 def test_project_is_the_clients_own_setting(clients, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
-    reported("wandb,mlflow", tmp_path)
-    assert called("init")[0][0] == "mine"
+    reported("wandb, mlflow,wandb", tmp_path)  # given twice, it is one tracker
+    assert [project for project, *_ in called("init")] == ["mine"]
     assert called("create_experiment") == [("ours",)]
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "made-id", "mlflow": "made-id"}
-
-
-def test_a_name_given_twice_is_one_tracker(clients):
-    assert [sink.name for sink in trackers.chosen(TelemetryConfig(report_to="wandb, trackio,wandb"))] == [
-        "wandb",
-        "trackio",
-    ]
     assert trackers.chosen(TelemetryConfig()) == []
+
+
+# What cannot be had
 
 
 @pytest.mark.parametrize("given", ["", "wandb,", "comet", "wandb,tensorboard"])
@@ -146,44 +128,44 @@ def test_tracker_that_cannot_be_imported(clients, tmp_path, monkeypatch):
         trackers.chosen(TelemetryConfig(report_to="wandb"))
 
 
-@pytest.mark.parametrize(("name", "call"), [("wandb", "init"), ("mlflow", "create_run"), ("trackio", "init")])
-def test_tracker_that_cannot_begin(clients, tmp_path, name, call):
-    clients.failing[call] = ValueError("no account\nand more")
-    with pytest.raises(
-        UserError, match=rf"^--report-to {name} cannot begin a run \(ValueError: no account\); .* leave {name} out.$"
-    ):
-        reported(name, tmp_path)
-
-
-@pytest.mark.parametrize(("name", "call"), [("wandb", "log"), ("mlflow", "log_batch"), ("trackio", "log")])
-def test_tracker_that_fails_is_dropped_with_one_warning(clients, tmp_path, name, call):
+@pytest.mark.parametrize(("name", "start", "log"), [
+    ("wandb", "init", "log"), ("mlflow", "create_run", "log_batch"), ("trackio", "init", "log"),
+])  # fmt: skip
+def test_tracker_that_cannot_begin_or_go_on(clients, tmp_path, name, start, log):
+    """The one refuses the run, the other is dropped with one warning."""
+    (chosen,) = trackers.chosen(TelemetryConfig(report_to=name))
     warned = []
-    chosen = trackers.chosen(TelemetryConfig(report_to=name))
-    monitor = Monitor(tmp_path, chosen, say=lambda _: None, warn=warned.append)
-    clients.failing[call] = ConnectionError("gone")
+    monitor = Monitor(tmp_path, [chosen], say=lambda _: None, warn=warned.append)
+    clients.failing[log] = ConnectionError("gone")
     monitor.log("metadistil", 1, {"loss": 1.0})
-    chosen[0]._thread.join(10)
+    chosen._thread.join(10)
     for step in (2, 3):
         monitor.log("metadistil", step, {"loss": 1.0})
     monitor.close()
     assert warned == [f"{name} failed (ConnectionError: gone) and gets nothing more; metrics.jsonl has everything."]
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3]
+    (tmp_path / "trackers.json").unlink()
+    clients.failing[start] = ValueError("no account\nand more")
+    said = rf"^--report-to {name} cannot begin a run \(ValueError: no account\); .* leave {name} out.$"
+    with pytest.raises(UserError, match=said):
+        reported(name, tmp_path)
+
+
+# The thread
 
 
 class Stuck:
-    """A server that takes nothing until it is let go."""
+    """A tracker that takes nothing until it is let go."""
 
-    name = "wandb"
-
-    def __init__(self):
-        self.let_go, self.taken, self.closed = threading.Event(), [], []
+    def __init__(self, name="wandb"):
+        self.name, self.let_go, self.taken, self.closed = name, threading.Event(), [], []
 
     def start(self, run):
         pass
 
     def log(self, phase, step, values, time):
         self.let_go.wait(30)
-        self.taken.append(step)
+        self.taken.append((step, values))
 
     def close(self, finished):
         self.closed.append(finished)
@@ -193,101 +175,33 @@ def test_a_slow_tracker_holds_nothing_up_and_gets_everything(tmp_path):
     slow = Stuck()
     background = trackers.Background(slow)
     background.start(Run(tmp_path, say=lambda _: None))
+    values = {}
     started = time.monotonic()
     for step in range(100):
-        background.log("metadistil", step, {"loss": 1.0})
+        values["loss"] = step  # it gets the values of the moment
+        background.log("metadistil", step, values)
     assert time.monotonic() - started < 5 and not slow.taken
     threading.Timer(0.1, slow.let_go.set).start()
     background.close(True)
-    assert slow.taken == list(range(100)) and slow.closed == [True]
+    assert slow.taken == [(step, {"loss": step}) for step in range(100)] and slow.closed == [True]
     assert not background._thread.is_alive()
 
 
-def test_values_are_those_of_the_moment(tmp_path):
-    slow = Stuck()
-    slow.log = lambda phase, step, values, time: slow.let_go.wait(30) and slow.taken.append(values)
-    background = trackers.Background(slow)
-    background.start(Run(tmp_path, say=lambda _: None))
-    values = {"loss": 1.0}
-    background.log("metadistil", 1, values)
-    values["loss"] = 2.0
-    slow.let_go.set()
-    background.close(True)
-    assert slow.taken == [{"loss": 1.0}]
-
-
-def test_a_tracker_that_never_answers_is_given_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("records", "said"), [
+    (8, "failed (TimeoutError: it is 3 records behind)"), (1, "could not be closed (TimeoutError: it did not take everything"),
+])  # fmt: skip
+def test_a_tracker_that_never_answers_is_given_up(tmp_path, monkeypatch, records, said):
+    """When too many records wait, or the end of the run has waited long enough."""
     monkeypatch.setattr(trackers, "WAITING", 3)
     monkeypatch.setattr(trackers, "CLOSING_SECONDS", 0.1)
-    stuck, late, warned = Stuck(), Stuck(), []
-    late.name = "trackio"
-    threads = [trackers.Background(each) for each in (stuck, late)]
-    monitor = Monitor(tmp_path, threads, say=lambda _: None, warn=warned.append)
-    for step in range(8):
+    stuck, warned = [trackers.Background(Stuck(name)) for name in ("wandb", "trackio")], []
+    monitor = Monitor(tmp_path, stuck, say=lambda _: None, warn=warned.append)
+    for step in range(records):
         monitor.log("metadistil", step, {"loss": 1.0})
     monitor.close()
-    assert sorted(text.split(" (")[0] for text in warned) == ["trackio failed", "wandb failed"]
-    assert all("3 records behind" in text for text in warned)
-    assert len(metrics(tmp_path)) == 8
-    for each, thread in zip((stuck, late), threads, strict=True):
-        each.let_go.set()
-        thread._thread.join(10)
-        assert not thread._thread.is_alive()
-
-
-def test_the_end_of_a_run_waits_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "CLOSING_SECONDS", 0.2)
-    stuck, warned = Stuck(), []
-    monitor = Monitor(tmp_path, [trackers.Background(stuck)], say=lambda _: None, warn=warned.append)
-    monitor.log("metadistil", 1, {"loss": 1.0})
-    monitor.close()
-    stuck.let_go.set()
-    assert len(warned) == 1 and warned[0].startswith(
-        "wandb could not be closed (TimeoutError: it did not take everything"
-    )
-
-
-def test_a_run_with_trackers_is_the_same_run(clients, tmp_path, monkeypatch, capsys):
-    """Whole commands: reported to nothing, to everything, and to a tracker that breaks."""
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    data = table(tmp_path / "d.tsv", sentences())
-    plain = succeed(data, tmp_path / "plain", log_steps=2)
-    with_all = succeed(data, tmp_path / "all", log_steps=2, report_to="wandb,mlflow,trackio", metrics_port=0)
-    assert_same_models(plain, with_all)
-    assert "Metrics: http://127.0.0.1:" in capsys.readouterr().out
-    assert len(called("init")) == 2 and len(called("finish")) == 2
-    assert called("set_terminated") == [("made-id", "FINISHED")]
-    assert any("metadistil/quiz_loss" in data for data, *_ in called("log"))
-    clients.failing["log"] = ConnectionError("gone")
-    broken = succeed(data, tmp_path / "broken", log_steps=2, report_to="trackio")
-    assert_same_models(plain, broken)
-    assert capsys.readouterr().out.count("trackio failed (ConnectionError: gone)") == 1
-    losses = [[(r["step"], r["loss"], r["quiz_loss"]) for r in metrics(run) if r["phase"] == "metadistil" and "loss" in r]
-              for run in (plain, with_all, broken)]  # fmt: skip
-    assert len(losses[0]) == 2 and losses[0] == losses[1] == losses[2]
-
-
-@pytest.mark.parametrize("version", ["this", "older"])
-def test_settings_of_telemetry_may_change_on_resume(version, tmp_path, monkeypatch, capsys):
-    """And the configuration of a run from before these settings is read."""
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    data, run = table(tmp_path / "d.tsv", sentences()), tmp_path / "run"
-    log = Monitor.log
-
-    def stopping(self, phase, step, values):
-        log(self, phase, step, values)
-        if phase == "finetune":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Monitor, "log", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            main(flags(data, run, method="finetune", log_steps=1))
-    config = (run / "config.yaml").read_text().splitlines(keepends=True)
-    older = [line for line in config if line.split(":")[0] not in ("report_to", "metrics_port", "metrics_host")]
-    assert len(older) == len(config) - 3
-    if version == "older":
-        (run / "config.yaml").write_text("".join(older))
-    capsys.readouterr()
-    assert main(["--resume", "--output", str(run), "--metrics-port", "0"]) == 0
-    assert "Metrics: http://127.0.0.1:" in capsys.readouterr().out
+    assert len(warned) == 2 and all(any(f"{s.name} {said}" in text for text in warned) for s in stuck)
+    assert len(metrics(tmp_path)) == records
+    for each in stuck:
+        each.tracker.let_go.set()
+        each._thread.join(10)
+        assert not each._thread.is_alive()
