@@ -19,12 +19,9 @@ from engine.data.encoding import Encoding
 from engine.data.splits import content_hash
 from engine.embedded import build, generate
 from engine.errors import UserError
-from engine.losses.objectives import Objective
-from engine.methods import METHODS, State
 from engine.models.compiling import CompiledLayers
 from engine.models.features import InnerStates
-from engine.models.learner import Learner
-from engine.models.network import Encoder, Network
+from engine.models.network import Encoder
 from engine.run.answers import answers_of
 from engine.run.evaluation import EVALUATION_BATCH
 from engine.screen.console import Console
@@ -247,7 +244,7 @@ def test_progress_is_shown_where_it_takes_a_while(teacher, keep, capsys, monkeyp
     assert "answers of bert: step 3/3" in capsys.readouterr().out
 
 
-# Batches
+# Batches; whole runs with answers are in tests/run/test_answers_run.py
 
 
 @pytest.fixture
@@ -255,26 +252,6 @@ def arrays():
     """Of two teachers; the second one gives features. Each value names its row."""
     logits = np.arange(ROWS, dtype=np.float32)[:, None] + np.array([0, 0.5], np.float32)
     return [[logits], [logits * 2, np.repeat(logits[:, None], 3, 1)]]
-
-
-def test_batches_have_the_answers_of_their_rows(split, arrays):
-    batch = split.with_answers(arrays).batch([9, 0, 4])
-    assert [[tuple(t.shape) for t in given] for given in batch.answers] == [[(3, 2)], [(3, 2), (3, 3, 2)]]
-    for given, kept in zip(batch.answers, arrays, strict=True):
-        assert all(torch.equal(t, torch.from_numpy(a[[9, 0, 4]])) for t, a in zip(given, kept, strict=True))
-    assert split.batch([9]).answers == [] and split.with_answers([]).batch([9]).answers == []
-
-
-def test_batches_are_the_ones_that_the_teachers_would_read(split, arrays):
-    """Also where the student alone is read from them, whose encoding would be grouped otherwise."""
-    key = split.tables[1].encoding.key
-    whole, part = split.with_answers(arrays), split.with_answers(arrays).only({key})
-    assert training_rows(part.widths, 8, 0, 0) == training_rows(split.widths, 8, 0, 0)
-    assert training_rows(part.widths, 8, 0, 0) != training_rows(split.only({key}).widths, 8, 0, 0)
-    assert np.array_equal(part.lengths, split.lengths)
-    one, other = whole.batch([5, 6]), part.batch([5, 6])
-    assert other.inputs.keys() == {key} and len(other.answers) == 2
-    assert all(torch.equal(t, other.inputs[key][n]) for n, t in one.inputs[key].items())
 
 
 def test_a_batch_moves_and_is_pinned_with_its_answers(split, arrays, monkeypatch):
@@ -315,46 +292,3 @@ def test_a_moved_network_is_flattened_again(split, texts):
     copies = {**teacher.leaves(), **teacher._frozen_copies()}
     assert "classifier.bias" in copies and len(copies) == len(list(teacher.module.parameters()))
     assert {t.device.type for t in copies.values()} == {"meta"}
-
-
-# The step
-
-
-class Pair(torch.nn.Module):
-    """Logits and features [B, layers, H] of vectors."""
-
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.features, self.out, self.drop = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), torch.nn.Dropout(0.3)
-
-    def forward(self, x):
-        states = torch.tanh(self.features(x))
-        return self.drop(self.out(states)), states.view(-1, 2, 3)
-
-
-@pytest.mark.parametrize(("features", "weights"), [("none", None), ("patient", torch.tensor([0.8, 0.2]))])
-def test_kd_from_answers_is_kd_from_their_teachers(features, weights):
-    """Bit for bit, where the answers are those of the same batch."""
-    torch.manual_seed(5)
-    batches = [Batch(torch.randint(3, (8,)), torch.randn(8, 4)) for _ in range(4)]
-    teachers, recorded = [Network(Pair(1)), Network(Pair(2))], []
-    for teacher in teachers:
-        teacher.module.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
-
-    def run(batches, teachers):
-        student = Learner.constant(Network(Pair(0)), 0.05)
-        state = State(student, Objective(feature_loss=features), teachers, weights)
-        torch.manual_seed(6)
-        losses = [METHODS["kd"].step(state, [batch])["loss"] for batch in batches]
-        return student.network.flat.weights, torch.stack(losses)
-
-    taught, losses = run(batches, teachers)
-    assert recorded == [False] * 8
-    answered = [Batch(b.labels, b.inputs, [live(t, b) for t in teachers]) for b in batches]
-    assert torch.equal(run(answered, [])[0], taught) and torch.equal(run(answered, [])[1], losses)
-    teachers = [forbid(t) for t in teachers]  # none is evaluated where there are answers
-    assert torch.equal(run(answered, teachers)[0], taught)
-    swapped = [Batch(b.labels, b.inputs, b.answers[::-1]) for b in answered]
-    # each has its own weight; of equal ones only the order of a sum of two changes
-    assert torch.allclose(run(swapped, [])[0], taught, atol=1e-6) == (weights is None)

@@ -23,36 +23,29 @@ def votes(classes, num_labels):
     return torch.nn.functional.one_hot(torch.tensor(classes), num_labels) * 2.0 - 0.5
 
 
-def test_binary():
-    """Class 1: 3 hits, 1 false alarm, 2 misses; class 0: 4 right. MCC (12 - 2) / sqrt(4 * 5 * 5 * 6)."""
-    labels = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
-    got = score(votes([1, 1, 1, 0, 0, 1, 0, 0, 0, 0], 2), labels, BINARY)
-    assert got == pytest.approx({"accuracy": 7 / 10, "f1": 6 / 9, "matthews": 10 / 600**0.5}, abs=1e-6)
-    assert next(iter(got)) == primary(BINARY) == "accuracy"
+SCORES = {
+    # class 1: 3 hits, 1 false alarm, 2 misses; class 0: 4 right. MCC (12 - 2) / sqrt(4 * 5 * 5 * 6)
+    "two classes": ([1, 1, 1, 0, 0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 0, 0], BINARY, (7 / 10, 6 / 9, 10 / 600**0.5)),
+    # F1 of class 0 is 4/5; MCC 2 / sqrt(12)
+    "F1 is of class 1": ([0, 0, 0, 1], [0, 0, 1, 1], BINARY, (3 / 4, 2 / 3, 2 / 12**0.5)),
+    # confusion (rows are labels) [[2, 1, 0], [0, 1, 1], [1, 0, 3]]: per class F1 4/6, 2/4, 6/8. MCC for several classes
+    # (Gorodkin 2004): (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)) with c = 6 right of s = 9, predicted
+    # p = 3, 2, 4 and true t = 3, 2, 4 times: (54 - 29) / (81 - 29)
+    "three classes": ([0, 0, 1, 1, 2, 0, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 2], THREE,
+                      (6 / 9, (4 / 6 + 2 / 4 + 6 / 8) / 3, 25 / 52)),
+    "perfect": ([0, 1, 1, 0], [0, 1, 1, 0], BINARY, (1, 1, 1)),
+    "one-sided": ([0, 0, 0, 0], [0, 1, 1, 0], BINARY, (0.5, 0, 0)),
+    # CoLA's development set, and a model that accepts everything
+    "lopsided": ([1] * 1043, [1] * 721 + [0] * 322, BINARY, (721 / 1043, 1442 / 1764, 0)),
+}  # fmt: skip
 
 
-def test_binary_f1_is_of_class_1():
-    got = score(votes([0, 0, 0, 1], 2), torch.tensor([0, 0, 1, 1]), BINARY)
-    assert got["f1"] == pytest.approx(2 / 3, abs=1e-6)  # of class 0 it is 4/5
-
-
-def test_three_classes():
-    """Confusion (rows are labels) [[2, 1, 0], [0, 1, 1], [1, 0, 3]]: per class F1 4/6, 2/4, 6/8.
-
-    MCC for several classes (Gorodkin 2004): (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)) with c = 6 right of
-    s = 9, predicted p = 3, 2, 4 and true t = 3, 2, 4 times: (54 - 29) / (81 - 29).
-    """
-    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
-    got = score(votes([0, 0, 1, 1, 2, 0, 2, 2, 2], 3), labels, THREE)
-    assert got == pytest.approx({"accuracy": 6 / 9, "f1": (4 / 6 + 2 / 4 + 6 / 8) / 3, "matthews": 25 / 52}, abs=1e-6)
-
-
-def test_perfect_and_one_sided():
-    labels = torch.tensor([0, 1, 1, 0])
-    assert score(votes([0, 1, 1, 0], 2), labels, BINARY) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
-    assert score(votes([0, 0, 0, 0], 2), labels, BINARY) == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
-    lopsided = torch.tensor([1] * 721 + [0] * 322)  # CoLA's development set, and a model that accepts everything
-    assert score(votes([1] * 1043, 2), lopsided, BINARY)["matthews"] == 0.0
+@pytest.mark.parametrize("name", SCORES)
+def test_classes(name):
+    predicted, labels, task, expected = SCORES[name]
+    got = score(votes(predicted, task.num_labels), torch.tensor(labels), task)
+    assert got == pytest.approx(dict(zip(("accuracy", "f1", "matthews"), expected, strict=True)), abs=1e-6)
+    assert next(iter(got)) == primary(task) == "accuracy"
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
@@ -63,22 +56,21 @@ def test_the_metric_of_a_task_is_the_first(metric):
     assert got == score(votes([0, 0, 1], 2), torch.tensor([0, 1, 1]), BINARY)
 
 
-def test_regression():
-    """Deviations from the means (2.5) -1.5 -.5 .5 1.5 and -1.5 .5 -.5 1.5: 4 / 5. Errors 0 1 1 0."""
-    got = score(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([1.0, 3.0, 2.0, 4.0]), REGRESSION)
-    assert got == pytest.approx({"pearson": 0.8, "spearman": 0.8, "mse": 0.5}, abs=RANKS)
+REGRESSIONS = {
+    # deviations from the means (2.5) -1.5 -.5 .5 1.5 and -1.5 .5 -.5 1.5: 4 / 5. Errors 0 1 1 0
+    "ranks and values": ([1, 2, 3, 4], [1, 3, 2, 4], (0.8, 0.8, 0.5)),
+    # ranks agree (1, 2, 3.5, 3.5: ties share one), values do not: deviations -5.25 -4.25 4.75 4.75 and -1.25 -0.25 0.75 0.75
+    "ranks alone": ([0, 1, 10, 10], [1, 2, 3, 3], (14.75 / (90.75 * 2.75) ** 0.5, 1, 25)),
+    "a constant": ([0.5] * 5, [0, 1, 2, 3, 4], (0, 0, 4.25)),
+}
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_regression(name):
+    predicted, labels, expected = REGRESSIONS[name]
+    got = score(torch.tensor(predicted).float()[:, None], torch.tensor(labels).float(), REGRESSION)
+    assert got == pytest.approx(dict(zip(("pearson", "spearman", "mse"), expected, strict=True)), abs=RANKS)
     assert next(iter(got)) == primary(REGRESSION) == "pearson"
-
-
-def test_regression_tells_rank_from_value():
-    """Ranks agree (1, 2, 3.5, 3.5: ties share one), values do not.
-
-    Deviations -5.25 -4.25 4.75 4.75 and -1.25 -0.25 0.75 0.75: 14.75 / sqrt(90.75 * 2.75).
-    """
-    got = score(torch.tensor([[0.0], [1.0], [10.0], [10.0]]), torch.tensor([1.0, 2.0, 3.0, 3.0]), REGRESSION)
-    assert got["spearman"] == pytest.approx(1.0, abs=RANKS)
-    assert got["pearson"] == pytest.approx(14.75 / (90.75 * 2.75) ** 0.5, abs=1e-6)
-    assert got["mse"] == pytest.approx((1 + 1 + 49 + 49) / 4)
 
 
 class Sums(nn.Module):
@@ -139,9 +131,3 @@ def test_predict_restores_after_an_error():
     with pytest.raises(RuntimeError, match="broken"):
         predict(network, Rows(150, break_at=149), torch.device("cpu"))
     assert network.precision == "bf16" and network.module.training
-
-
-def test_constant_predictions_have_no_correlation():
-    task = Task("regression", (), False)
-    metrics = score(torch.full((5, 1), 0.5), torch.arange(5.0), task)
-    assert metrics["pearson"] == metrics["spearman"] == 0.0

@@ -66,22 +66,19 @@ def test_domain_features_for_metakd_alone():
         assert student(batch()).domain.shape == teacher(batch()).domain.shape == (3, 8)
 
 
-@pytest.mark.parametrize(
-    ("feature_loss", "teachers", "said"),
-    [
-        ("patient", [{"encoding": "others"}], "another tokenizer than the student"),
-        ("tinybert", [{"encoding": "others"}], "another tokenizer than the student"),
-        ("tinybert", [{"heads": 4}], "has 2 heads and teacher 4"),
-        ("tinybert", [{"layers": 1}], "which has 2, but a teacher has 1"),
-        ("patient", [{"layers": 1}], "student has 2 layers and a teacher 1"),
-        ("patient", [{}, {"width": 4}], "several .teacher 8, teacher1 4"),
-        ("tinybert", [{}, {"width": 4}], "use teachers of one width"),
-    ],
-)
+UNLIKE = [
+    ("patient", [{"encoding": "others"}], "another tokenizer than the student"),
+    ("tinybert", [{"encoding": "others"}], "another tokenizer than the student"),
+    ("tinybert", [{"heads": 4}], "has 2 heads and teacher 4"),
+    ("tinybert", [{"layers": 1}], "which has 2, but a teacher has 1"),
+    ("patient", [{"layers": 1}], "student has 2 layers and a teacher 1"),
+    ("patient", [{}, {"width": 4}], "several .teacher 8, teacher1 4"),
+    ("tinybert", [{}, {"width": 4}], "use teachers of one width"),
+]
+
+
+@pytest.mark.parametrize(("feature_loss", "teachers", "said"), UNLIKE)
 def test_models_that_cannot_be_compared(feature_loss, teachers, said):
+    networks = [encoder(f"teacher{k or ''}", **t) for k, t in enumerate(teachers)]
     with pytest.raises(UserError, match=said):
-        match(
-            settings(feature_loss),
-            encoder("student", layers=2),
-            [encoder(f"teacher{k or ''}", **t) for k, t in enumerate(teachers)],
-        )
+        match(settings(feature_loss), encoder("student", layers=2), networks)

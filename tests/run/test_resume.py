@@ -1,28 +1,26 @@
 """An interruption costs nothing: kills, signals, and what --resume accepts."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from run_helpers import (
-    ROOT,
+    ROOT,  # fmt: skip
     assert_as_if_nothing_had_happened,
     assert_same_models,
     contents,
     flags,
     job,
-    metrics,
     run_signalled,
-    start,
     stop,
     succeed,
 )
+
+from engine.run import inputs
 
 
 def test_a_finished_run_says_so(finished, capsys):
@@ -68,6 +66,13 @@ def test_an_interruption_costs_nothing(phase, number, data, tmp_path, short, mon
     assert_as_if_nothing_had_happened(run, short)
 
 
+def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inputs, "load_splits", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert job(flags(data, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.splitlines()[-1] == "Stopped by SIGTERM; nothing was written."
+    assert not (tmp_path / "run").exists()
+
+
 # In processes of their own
 
 
@@ -78,25 +83,6 @@ LONG = {"max_steps": 40, "log_steps": 1, "checkpoint_steps": 2, "teachers": "ber
 def uninterrupted(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG)
-
-
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal. Python has none for SIGTERM, so it is ours."""
-    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
-    return bool(int(mask, 16) >> (number - 1) & 1)
-
-
-def wait_for(run: Path, process: subprocess.Popen, phase: str, step: int) -> None:
-    """Until the run has logged a step of a phase."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        file = run / "metrics.jsonl"
-        lines = file.read_bytes().decode().split("\n")[:-1] if file.exists() else []
-        if any(line["phase"] == phase and line["step"] >= step for line in map(json.loads, lines)):
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{phase} never reached step {step}")
 
 
 # Phase and step at which the process is killed, and flags that differ from LONG. The whole run has a cache of its own, so
@@ -174,33 +160,3 @@ def test_stops(name, data, tmp_path, uninterrupted, monkeypatch):
     assert_same_models(run, uninterrupted)
     if name != "the cache is lost":  # whose teachers are prepared, and logged, again
         assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path):
-    process = start(flags(data, tmp_path / "run"))
-    while not catches(process.pid, signal.SIGTERM):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error
-    assert out.splitlines()[-1] == "Stopped by SIGINT; nothing was written."
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_an_output_is_for_one_process(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    process = start(flags(data, run, **LONG | {"max_steps": 100_000, "eval_steps": 100_000}))
-    try:
-        wait_for(run, process, "metadistil", 2)
-        assert job(flags(data, run, **LONG)) == 2
-        assert f"--output {run} is in use" in capsys.readouterr().err
-        assert job(["--resume", "--output", str(run)]) == 2
-        assert f"--output {run} is in use by another process; wait for it or stop it." in capsys.readouterr().err
-        before = len(metrics(run))
-        wait_for(run, process, "metadistil", before + 2)  # and the first one goes on
-    finally:
-        process.kill()
-        process.communicate()
