@@ -7,8 +7,6 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engine.data.encoded import EncodedSplit
 from engine.data.encoding import Encoding
@@ -68,23 +66,6 @@ def test_sizes():
     w = expertise(torch.ones(3), logits, torch.zeros(3, dtype=torch.int64))
     assert w.tolist() == pytest.approx([2 / 2, 2 / (math.exp(0.25) + 1), 2 / (math.e + 1)])
     assert w[0] > w[1] > w[2]
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 1000), n=st.integers(1, 25), domains=st.integers(2, 4), classes=st.integers(2, 4),
-    own=st.floats(0, 1), scale=st.sampled_from([1e-3, 1.0, 1e3]),
-)  # fmt: skip
-def test_ranges(seed, n, domains, classes, own, scale):
-    """With weights that sum to one, |t| <= 1 whatever the states' size, and so 0 <= w <= 1; no example by chance nan."""
-    h, ks, ys = examples(seed, n, domains, classes)
-    p = prototypes(h * scale, ks, ys, domains, classes)
-    t = typicality(h * scale, ks, ys, p, own, (1 - own) / (domains - 1))
-    assert t.isfinite().all() and (t.abs() <= 1 + 1e-9).all()
-    generator = torch.Generator().manual_seed(seed)
-    logits = 20 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
-    w = expertise(t, logits, ys)
-    assert (w >= -1e-9).all() and (w <= 1 + 1e-9).all() and w.isfinite().all()
 
 
 # Mean states
