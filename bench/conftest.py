@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
     """A test of what `group` measures becomes one of each row of the groups that its module has."""
     if "group" in metafunc.fixturenames:
         rows = rows_of(subject_of(metafunc.module.__name__), groups(metafunc.module, metafunc.config))
-        metafunc.parametrize(("group", "row"), rows, indirect=["group"], scope="module")
+        metafunc.parametrize(("group", "row"), rows, indirect=["group"])
 
 
 def groups(module: ModuleType, config: pytest.Config) -> dict[str, tuple[Any, list[str]]]:
@@ -74,14 +74,28 @@ def timed(request) -> bool:
 
 
 @pytest.fixture(scope="module")
-def group(request, device, timed) -> Group:
-    """A group of rows, checked and then timed in turns by its module's `measured`, however many of them are asked for."""
-    most = request.config.getoption("--seconds")
-    if most is not None and time.monotonic() - request.config.bench_started > most:
-        pytest.skip(NO_TIME)
-    given, _ = groups(request.module, request.config)[request.param]
-    budget = 0.0 if request.config.getoption("--small") else request.module.BUDGET
-    return request.module.measured(given, device, budget if timed else None)
+def found() -> dict[str, Group | str]:
+    """The module's groups by name, each from when one of its rows was first asked for; of one that is wrong, what is."""
+    return {}
+
+
+@pytest.fixture
+def group(request, found, device, timed) -> Group:
+    """A row's group, checked and then timed in turns by the module's `measured`, once for all of its rows."""
+    name, most = request.param, request.config.getoption("--seconds")
+    if name not in found:
+        if most is not None and time.monotonic() - request.config.bench_started > most:
+            pytest.skip(NO_TIME)
+        given, _ = groups(request.module, request.config)[name]
+        budget = 0.0 if request.config.getoption("--small") else request.module.BUDGET
+        try:
+            found[name] = request.module.measured(given, device, budget if timed else None)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            raise
+    if isinstance(found[name], str):
+        pytest.fail(found[name], pytrace=False)
+    return found[name]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 PACKAGES = ("torch", "transformers", "numpy", "triton", "liger-kernel")
 
@@ -22,7 +23,8 @@ def machine(device: torch.device) -> dict[str, dict]:
         except PackageNotFoundError:
             continue
     if device.type == "cuda":
-        versions |= {"cuda": torch.version.cuda, "driver": driver()}
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)
+        versions |= {"cuda": torch.version.cuda, "driver": driver}
     return {"hardware": {"device": str(device), "name": name, "threads": torch.get_num_threads()}, "versions": versions}
 
 
@@ -33,22 +35,6 @@ def _processor() -> str:
         lines = []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver, from its library, else as torch finds it."""
-    try:
-        import pynvml
-    except ImportError:
-        from torch.utils import collect_env
-
-        return collect_env.get_nvidia_driver_version(collect_env.run)
-    pynvml.nvmlInit()
-    try:
-        found = pynvml.nvmlSystemGetDriverVersion()
-        return found.decode() if isinstance(found, bytes) else found
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def describe(hardware: dict[str, Any], versions: dict[str, str]) -> str:

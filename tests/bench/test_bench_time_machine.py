@@ -7,18 +7,8 @@ import torch
 from graph_simulator import SimulatedCapture
 from torch import nn
 
-from bench import bench_time_machine
-from bench.bench_time_machine import (
-    WAYS,
-    DeepCopy,
-    Foreach,
-    Machine,
-    OneBuffer,
-    implementations,
-    meta_steps,
-    same_weights,
-    validate,
-)
+from bench import bench_time_machine as bench
+from bench.bench_time_machine import Machine, validate
 from bench.step_cases import SIZES, Case, Setting, model
 from bench.step_truth import WrongError
 from engine.meta.time_machine import TimeMachine
@@ -37,25 +27,21 @@ def module() -> nn.Module:
 @passes
 @pytest.mark.parametrize("cuda", [False, True])
 def test_every_way_comes_back_bit_for_bit(monkeypatch, name, cuda):
-    monkeypatch.setattr(bench_time_machine, "CUDA", cuda)
-    (_, rows) = bench_time_machine.groups(small=True, full=False)[name]
-    found = implementations(SimpleNamespace(name="cuda" if cuda else "cpu"), name, module())
+    monkeypatch.setattr(bench, "CUDA", cuda)
+    (_, rows) = bench.groups(small=True, full=False)[name]
+    given = module()
+    found = bench.implementations(SimpleNamespace(name="cuda" if cuda else "cpu"), name, given)
     more = {"time machine, pinned"} if cuda else {"time machine, rows"} if name == "pilot" else set()
-    assert set(rows) == found.keys() == {*WAYS, *more}
+    assert set(rows) == found.keys() == {*bench.WAYS, *more}
     for each in found.values():
         validate(name, each)
-
-
-def test_each_has_weights_of_its_own():
-    given = module()
-    found = implementations(SimpleNamespace(name="cpu"), "pilot", given)
-    found["foreach"].keep_and_move()
+    found["foreach"].keep_and_move()  # each has weights of its own
     for each in (given, *(other.module for n, other in found.items() if n != "foreach")):
         assert torch.equal(each.classifier.weight, module().classifier.weight)
 
 
 @passes
-@pytest.mark.parametrize("way", [Machine, OneBuffer, Foreach, DeepCopy])
+@pytest.mark.parametrize("way", [Machine, bench.OneBuffer, bench.Foreach, bench.DeepCopy])
 def test_a_way_that_loses_a_bit_is_found_out(way, name):
     class Lossy(way):
         def back(self):
@@ -74,7 +60,7 @@ def test_a_way_that_moves_nothing_or_elsewhere_is_found_out():
 
     class Off(Machine):
         def keep_and_move(self):
-            self.machine.advance(self.step, 1.01 * bench_time_machine.SCALE)
+            self.machine.advance(self.step, 1.01 * bench.SCALE)
 
     for way in (Still, Off):
         with pytest.raises(WrongError, match="did not move along the step"):
@@ -83,13 +69,13 @@ def test_a_way_that_moves_nothing_or_elsewhere_is_found_out():
 
 def test_a_machine_that_does_not_rewind_is_never_timed(monkeypatch, device):
     monkeypatch.setattr(TimeMachine, "rewind", lambda self, name="start": None)
-    monkeypatch.setattr(bench_time_machine, "interleaved", lambda *given: pytest.fail("it was timed"))
+    monkeypatch.setattr(bench, "interleaved", lambda *given: pytest.fail("it was timed"))
     with pytest.raises(WrongError, match="did not come back bit for bit"):
-        bench_time_machine.measured(("snapshot", SIZE), device, budget=0)
+        bench.measured(("snapshot", SIZE), device, budget=0)
 
 
 def test_bytes_of_each_way(device):
-    group = bench_time_machine.measured(("pilot", SIZE), device, budget=None)
+    group = bench.measured(("pilot", SIZE), device, budget=None)
     weights = sum(p.numel() for p in module().parameters())
     moved = {name: info["bytes"] for name, info in group.info.items()}
     flat = moved["time machine"] // 24  # the flat buffer has gaps between weights
@@ -110,12 +96,12 @@ def test_rows_are_those_that_a_batch_looks_up():
 
 
 def test_meta_steps_by_store(device, as_on_a_gpu):
-    group = meta_steps(SETTING, device, budget=None, capture=SimulatedCapture())
+    group = bench.meta_steps(SETTING, device, budget=None, capture=SimulatedCapture())
     assert list(group.info) == ["device", "device, graph", "pinned", "pinned, graph"] and not group.failed
 
 
 def test_a_step_that_cannot_be_captured_is_said(device):
-    group = meta_steps(SETTING, device, budget=None)
+    group = bench.meta_steps(SETTING, device, budget=None)
     assert group.failed == dict.fromkeys(("device, graph", "pinned, graph"), "the device is cpu")
     assert list(group.info) == ["device", "pinned"]
 
@@ -134,4 +120,4 @@ def test_stores_that_end_elsewhere_are_found_out(monkeypatch):
     monkeypatch.setattr(TimeMachine, "__init__", remember)
     monkeypatch.setattr(TimeMachine, "rewind", never_for_pinned)
     with pytest.raises(WrongError, match="with the pinned store end .* from where they do with the device store"):
-        same_weights(SETTING, ("device", "pinned"))
+        bench.same_weights(SETTING, ("device", "pinned"))

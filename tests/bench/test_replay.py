@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.cli import main as compare
 from torch.nn import functional as F
 
-from bench import devices
+from bench import conftest, devices  # noqa: F401  (a nested run would import it anew)
 from bench.devices import Cuda, Host
 from bench.measure import flops, growth
 from bench.replay import Run, interleaved
@@ -26,15 +26,14 @@ BUDGET, ROUNDS, MEASURED = 2.0, {ROUNDS!r}, []
 
 
 def groups(small, full):
-    rows = [*ROUNDS, "liger", "graph"]
-    return {{"one": ("first", rows), "two": ("second", rows)}} if full else {{"one": ("first", rows)}}
+    return {{name: (name, [*ROUNDS, "liger", "graph"]) for name in ("one", "two", "wrong", "late")[: 4 if full else 1]}}
 
 
 def measured(given, device, budget):
     print(f"measured {{given}} on a {{device.name}} within {{budget}}")
     assert given not in MEASURED, "a group is measured once"
     MEASURED.append(given)
-    if given == "second":
+    if given == "wrong":
         raise AssertionError("it computes something else")
     info = {{name: {{"device": "cpu", "peak": 7}} for name in ROUNDS}}
     return Group(info, ROUNDS if budget is not None else {{}}, {{"liger": "it needs CUDA"}}, {{"graph": "replay 1 is off"}})
@@ -45,11 +44,20 @@ def test_demo(play):
 """
 
 
+CONFTEST = """
+from bench.conftest import *  # noqa: F403
+
+def pytest_runtest_setup(item):
+    if "late" in item.name:
+        item.config.bench_started -= 1000
+"""
+
+
 @pytest.fixture
 def bench(pytester):
-    """Runs a benchmark of two rows, one that is left out and one that failed; returns the result and the JSON."""
+    """Runs groups of two rows, one that is left out and one that failed; returns the result and the JSON."""
     pytester.makepyfile(bench_demo=DEMO)
-    pytester.makeconftest("from bench.conftest import *  # noqa: F403")
+    pytester.makeconftest(CONFTEST)
 
     def run(*arguments):
         result = pytester.runpytest_inprocess("bench_demo.py", "-rA", "--benchmark-json=x.json", *arguments)
@@ -60,20 +68,21 @@ def bench(pytester):
 
 
 def test_medians_are_those_of_the_recorded_rounds(bench, pytester, monkeypatch, capsys):
-    result, found = bench("--benchmark-only")
-    result.assert_outcomes(passed=2, skipped=1, failed=1)
-    result.stdout.fnmatch_lines(["*SKIPPED*it needs CUDA*"])
-    result.stdout.fnmatch_lines(["*FAILED*replay 1 is off*"])
-    result.stdout.fnmatch_lines(["measured first on a * within 2.0"])
+    result, found = bench("--benchmark-only", "--full", "--seconds", "100")
+    # two groups; one that is wrong and never timed; one that no time was left for
+    result.assert_outcomes(passed=4, skipped=2 + 4, failed=2, errors=4)
+    result.stdout.fnmatch_lines(["*AssertionError: it computes something else", "*replay 1 is off*",
+                                 "*SKIPPED*it needs CUDA*", "*SKIPPED*no time is left*"])  # fmt: skip
+    assert result.stdout.str().count("measured wrong on a") == 1
     assert found["machine_info"].keys() == {"hardware", "versions"} and "small" not in found
-    rows = {row["extra_info"]["row"]: row for row in found["benchmarks"]}
-    assert rows.keys() == ROUNDS.keys()
-    for name, row in rows.items():
+    rows = {row["param"]: row for row in found["benchmarks"]}
+    assert rows.keys() == {f"{group}-{row}" for group in ("one", "two") for row in ("ours", "eager-plain")}
+    for row in rows.values():
+        name = row["extra_info"]["row"]
         assert row["stats"]["data"] == ROUNDS[name] and row["stats"]["median"] == median(ROUNDS[name])
-        assert row["group"] == "demo one" and row["extra_info"]["peak"] == 7
+        assert row["group"] == f"demo {row['params']['group']}" and row["extra_info"]["peak"] == 7
         assert row["extra_info"]["left_out"] == {"liger": "it needs CUDA", "graph": "replay 1 is off"}
-    assert rows["eager, plain"]["fullname"] == "bench_demo.py::test_demo[one-eager-plain]"
-    assert rows["ours"]["params"] == {"group": "one", "row": "ours"}
+    assert rows["one-ours"]["params"] == {"group": "one", "row": "ours"}
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["pytest-benchmark", "compare", str(pytester.path / "x.json")])
     monkeypatch.chdir(pytester.mkdir("elsewhere"))  # it would import the conftest.py of where it is
@@ -82,16 +91,14 @@ def test_medians_are_those_of_the_recorded_rounds(bench, pytester, monkeypatch, 
     assert "benchmark 'demo one': 2 tests" in printed and "test_demo[one-ours]" in printed
 
 
-def test_flags(bench):
+def test_what_is_only_checked_or_small(bench):
     result, found = bench("--benchmark-disable")
-    result.stdout.fnmatch_lines(["measured first on a * within None"])
+    result.stdout.fnmatch_lines(["measured one on a * within None"])
     result.assert_outcomes(passed=2, skipped=1, failed=1)
     assert found is None
-    result, found = bench("--small", "--full", "-k", "ours", "--seconds", "100")
-    result.stdout.fnmatch_lines(["*it computes something else*", "measured first on a * within 0.0"])
-    result.assert_outcomes(passed=1, errors=1, deselected=6)  # what is wrong is never timed
+    result, found = bench("--small", "-k", "ours")
+    result.stdout.fnmatch_lines(["measured one on a * within 0.0"])
     assert found["small"] and len(found["benchmarks"]) == 1
-    bench("--seconds", "0")[0].assert_outcomes(skipped=4)
 
 
 def test_rounds_go_in_turns_and_flush_before_each(device, monkeypatch):
