@@ -49,7 +49,7 @@ def run(figure: float, **changes) -> dict:
     return {
         "metric": "f1", "source": "hub", "teachers": [teacher], "times_smaller": 3.0, "examples_per_second": 40.0,
         "student": {"parameters": 100, "metrics": metrics}, "phases": {"kd": {"seconds": 5.0}, "answers of bert": {"seconds": 9.0}},
-        "peak_memory": {"host": 2**30, "device": 2**31}, "sizes": {"train": 64}, "git_commit": "0123456789+changes",
+        "peak_memory": {"host": 2**30, "device": 2**31 if figure > 0.82 else 2**30}, "sizes": {"train": 64}, "git_commit": "0123456789+changes",
         "device": {"device": "cuda:0", "name": "a GPU", "threads": 1},
         "versions": {"torch": "1", "transformers": "2", "python": "3"},
     } | changes  # fmt: skip
