@@ -1,7 +1,8 @@
 """What a frozen teacher answers on the training set: computed once, kept on disk, read memory-mapped.
 
-Dropout is off in a teacher, so a kept answer differs from a live one by rounding alone: the example stood in another batch,
-padded to another length. A folder of files is named by all that the answers depend on; a run that finds it computes nothing.
+Dropout is off in a teacher, so a kept answer and a live one differ only by rounding: the example was in another batch and
+padded to another length. The name of a folder of answers is a hash of everything that they depend on; a run that finds the
+folder computes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Answers:
     """One teacher's answers to n examples: logits [n, C] and, where it gives them, features [n, layers, H]; read-only."""
 
     arrays: list[np.ndarray]
-    seconds: float  # that computing them took, whenever that was
+    seconds: float  # that computing them took, in this run or in an earlier one
 
     def __len__(self) -> int:
         return len(self.arrays[0])
@@ -48,17 +49,17 @@ def answers_of(
 ) -> Answers:
     """The answers of `teacher`, which stands on `device`, to all of `split`, whose examples `content` identifies.
 
-    In the teacher's own precision, in which it would answer live, and in the split's order. Raises UserError where they
-    cannot be written to `cache`.
+    They are computed in the teacher's training precision and stand in the split's order. Raises UserError where they cannot
+    be written to `cache`.
     """
     names = ["logits", "features"] if teacher.inner else ["logits"]
     what = f"Teacher {teacher.name}: {' and '.join(names)} of {len(split):,} examples"
     split = split.only({teacher.encoding})
     place = cache / _key(teacher, split, content, device)
     if (found := _read(place, names)) is not None:
-        console.say(f"{what} reused, computed before by the same weights ({place}).")
+        console.say(f"{what} reused; the same weights computed them before ({place}).")
         return found
-    damaged = " again, for what was kept is damaged," if (place / "about.json").exists() else ""
+    note = "; the ones kept there were damaged" if (place / "about.json").exists() else ""
     started = time.monotonic()
     try:
         checksums = _compute(teacher, split, device, place, names, console)
@@ -70,7 +71,7 @@ def answers_of(
         raise UserError(
             f"The answers of teacher {teacher.name} cannot be written to {place} ({e.strerror}); give another --cache-dir, or "
             "leave --cache-teacher-logits out.") from e  # fmt: skip
-    console.say(f"{what} computed{damaged} in {seconds:.1f} s, kept in {place}.")
+    console.say(f"{what} computed in {seconds:.1f} s and kept in {place}{note}.")
     return Answers(_load(place, names), seconds)
 
 
@@ -130,7 +131,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 def _read(place: Path, names: list[str]) -> Answers | None:
-    """What `place` holds; None where there is nothing, or something that was not written so."""
+    """The answers kept in `place`; None where there are none, or where a file is damaged."""
     try:
         about = json.loads((place / "about.json").read_text())
         if [_checksum(place / f"{name}.npy") for name in names] != about["crc32"]:

@@ -53,8 +53,8 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
             names = f.keys() if with_tensors else []
             tensors = {name: f.get_tensor(name) for name in names}
         if metadata.get("format") != str(FORMAT):
-            raise UserError(f"Checkpoint {path} has format {metadata.get('format')}, this version reads {FORMAT}; start a "
-                            "new run in another --output.")  # fmt: skip
+            raise UserError(f"Checkpoint {path} has format {metadata.get('format')}, and this version reads only format {FORMAT}; "
+                            "start a new run in another --output.")  # fmt: skip
         return tensors, json.loads(metadata["state"])
     except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise UserError(f"Checkpoint {path} cannot be read ({str(e).splitlines()[0]}); start a new run in another "

@@ -79,10 +79,12 @@ def plan(config: Config, task: Task) -> DomainPlan:
         target = names.index(data.target_domain)
     elif data.target_fraction < 1:
         raise UserError(
-            f"--target-fraction {data.target_fraction} is a part of one domain; name it with --target-domain."
+            f"--target-fraction {data.target_fraction} takes a part of one domain; name that domain with --target-domain."
         )
     elif data.teacher_domains == "others":
-        raise UserError("--teacher-domains others leaves the student's domain out; name it with --target-domain.")
+        raise UserError(
+            "--teacher-domains others leaves out the student's domain; name that domain with --target-domain."
+        )
     _refuse_several(config, task, target)
     return DomainPlan(names, target, data.teacher_domains, data.target_fraction)
 
@@ -98,8 +100,8 @@ def _refuse_without_domains(config: Config) -> None:
     }
     for what, given in wanted.items():
         if given:
-            raise UserError(f"{what} needs to know the domain of each example; name the column that tells it with "
-                            "--domain-column.")  # fmt: skip
+            raise UserError(f"{what} needs to know the domain of each example; name the column of the domains "
+                            "with --domain-column.")  # fmt: skip
 
 
 def _refuse_several(config: Config, task: Task, target: int | None) -> None:

@@ -66,7 +66,7 @@ def _name_models(config: Config, hub: Hub) -> tuple[list[ModelSource], ModelSour
     teachers, (student,) = resolve_models(given, hub), resolve_models([models.student], hub)
     if student.sample:
         raise UserError(
-            f"--student is {models.student!r}, but only teachers have further samples; leave the number out."
+            f"--student is {models.student!r}, but only teachers have numbers, which choose samples of the data; leave the number out."
         )
     return teachers, student
 

@@ -40,7 +40,9 @@ def prepare_machine(
         console.say(compiled.describe(METHODS[config.method.method].teachers, device))
         for network in networks:
             if network.module.config.num_hidden_layers == 1:
-                console.say(f"--compile changes nothing for {network.name}: it has no layer but the last.")
+                console.say(
+                    f"--compile changes nothing for {network.name}: a model's last layer is not compiled, and it has no other."
+                )
     if device.type == "cpu":
         keep_freed_memory()
 

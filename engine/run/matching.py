@@ -99,5 +99,5 @@ def _check_run(config: Config) -> None:
             "--compile hides the attention scores that --feature-loss tinybert compares; leave one of them out."
         )
     if config.method.checkpointing != "none" and METHODS[config.method.method].teachers == "learning":
-        raise UserError(f"--checkpointing {config.method.checkpointing} lets go of the attention scores that --feature-loss "
+        raise UserError(f"--checkpointing {config.method.checkpointing} does not keep the attention scores that --feature-loss "
                         "tinybert compares; leave one of them out.")  # fmt: skip

@@ -82,7 +82,9 @@ class _Loading:
             name += f"[{layers}]"
         length = min(longest, loaded.max_length)
         if length < longest:
-            self.console.say(f"{name} reads at most {length} tokens; --max-length {longest} is cut to that.")
+            self.console.say(
+                f"{name} reads at most {length} tokens, so --max-length {longest} becomes {length} for it."
+            )
         encoding = Encoding.of(loaded.tokenizer, length)
         self.encodings.setdefault(encoding.key, encoding)
         network = Encoder(name, loaded.module, encoding.key, self.config.run.precision, self.compiled)
@@ -100,7 +102,7 @@ def _give_heads(config: Config, member: Member, task: Task) -> None:
     if how == "finetune" or METHODS[config.method.method].teachers == "none":
         return
     if member.trained_head:
-        raise UserError(f"--prepare-method {how} trains teachers in its own way, and {member.source.name} has a trained head; "
+        raise UserError(f"--prepare-method {how} trains a new head, and {member.source.name} has a trained one already; "
                         "give --retrain-teachers, or --prepare-method finetune.")  # fmt: skip
     if how == "multitask":
         widen(member.network.module, task.num_labels, list(task.domains), config.run.teacher_seed)

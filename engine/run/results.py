@@ -76,7 +76,7 @@ def _preparation(teacher: Teacher) -> dict[str, Any]:
 
 
 def _warn_of_fallen(setup: Setup, teachers: list[dict[str, Any]]) -> None:
-    """Meta-updates that ruin a teacher show in the student's figures late or never; say it."""
+    """Warn of teachers that meta-updates have ruined: the student's figures show it late or never."""
     metric = primary(setup.task)
     for entry in teachers:
         before, after = entry["prepared"]["validation"][metric], entry["metrics"]["validation"][metric]
@@ -136,7 +136,7 @@ def _show(setup: Setup, summary: dict[str, Any], output: OutputDirectory, second
         console.banner("EMBEDDED DEMONSTRATION", DEMONSTRATION)
     if setup.models.compiled is not None:
         graphs, taken = setup.models.compiled.spent()
-        console.say(f"torch.compile: {graphs} graphs in {taken:.0f} s, which the times of this run include.")
+        console.say(f"torch.compile: {graphs} graphs in {taken:.0f} s; the times of this run include these seconds.")
     console.say(f"Results: {output.path} ({seconds:.0f} s)")
     console.table(**tables.closing_table(summary))
     if (domains := tables.domain_table(summary)) is not None:

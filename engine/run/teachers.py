@@ -43,10 +43,8 @@ class Teacher:
 
 
 def prepare(setup: Setup, member: Member, trainer: Trainer) -> Teacher:
-    """Train `member` in place on its sample, or restore what the same job left in the cache; a trained head is kept.
-
-    How is --prepare-method's; a meta-teacher keeps its domain head as an extra of its module.
-    """
+    """Train `member` in place on its sample as --prepare-method says, or restore what an equal run left in the cache. A model
+    with a trained head stays as it is. A meta-teacher keeps its domain head as an extra of its module."""
     source, network, data = member.source, member.network, setup.examples.of_teacher(member.source)
     if member.trained_head:
         return _as_given(setup, member, data)

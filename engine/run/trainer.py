@@ -159,13 +159,13 @@ class Trainer:
         run.means, bad, skipped = run.tally.read(phase.state.learners())
         if bad >= min(PATIENCE, run.tally.rounds):
             raise UserError(
-                f"The loss of '{phase.name}' is not finite by step {progress.step}, for {bad} rounds now; lower --lr, "
+                f"The loss of '{phase.name}' was not finite in the last {bad} rounds, up to step {progress.step}; lower --lr, "
                 "--teacher-lr, --prepare-lr or --pilot-lr, or use --precision fp32.")  # fmt: skip
         if skipped:
             progress.skipped += skipped
             self.console.warn(
-                f"{phase.name}: {skipped} update{'s' * (skipped != 1)} before step {progress.step} left out, because the gradient was not "
-                f"finite ({progress.skipped} so far).")  # fmt: skip
+                f"{phase.name}: {skipped} update{'s' * (skipped != 1)} up to step {progress.step} left out because the gradient was not finite "
+                f"({progress.skipped} so far).")  # fmt: skip
 
     @section("logging")
     def _log(self, run: _Run) -> dict[str, float]:

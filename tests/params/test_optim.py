@@ -134,10 +134,6 @@ def test_a_weight_without_gradient_decays():
         torch.testing.assert_close(p, b * (1 - SETTINGS["lr"] * DECAY) if decayed else b, rtol=1e-15, atol=0)
 
 
-
-
-
-
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize(("first", "second"), [(ours, theirs), (theirs, ours), (ours, ours)])
 def test_state_goes_from_one_kind_to_the_other(first, second, steps):

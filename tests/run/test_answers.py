@@ -186,7 +186,7 @@ def test_damaged_files_are_computed_again(name, damage, split, texts, keep, tmp_
     capsys.readouterr()
     assert same(first, keep(teacher_of(split, texts, features=(1,))).arrays)
     assert "computed" in (said := capsys.readouterr().out)
-    assert ("what was kept is damaged" in said) == ((name, damage) != ("about.json", "lost"))
+    assert ("kept there were damaged" in said) == ((name, damage) != ("about.json", "lost"))
     assert same(first, keep(forbid(teacher_of(split, texts, features=(1,)))).arrays)
 
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from run_helpers import contents, flags, sentences, succeed, table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from engine.config import Config
 from engine.run.output import OutputDirectory
@@ -113,8 +113,8 @@ ALLOWED = [
     (["--feature-loss", "tinybert", "--teachers", "distilbert", "--student", "bert"], "student, which has 4, but a teacher has 2",
      "--feature-loss none"),
     (["--feature-loss", "tinybert", "--compile"], "--compile hides the attention scores", "leave one of them out"),
-    (["--feature-loss", "tinybert", "--checkpointing", "both"], "--checkpointing both lets go", "leave one of them out"),
-    (["--method", "lgtm", "--feature-loss", "tinybert", "--checkpointing", "student"], "--checkpointing student lets go"),
+    (["--feature-loss", "tinybert", "--checkpointing", "both"], "--checkpointing both does not keep", "leave one of them out"),
+    (["--method", "lgtm", "--feature-loss", "tinybert", "--checkpointing", "student"], "--checkpointing student does not keep"),
     (["--method", "kd", "--feature-loss", "tinybert", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep",
      "--feature-epochs"),
     (["--config", "none.yaml"], "--config", "none.yaml", "existing YAML file"),
@@ -179,7 +179,7 @@ def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, finishe
         words = flags(
             "domains.tsv", "out", method="kd", domain_column="kind", teachers=finished / "student", prepare_method=how
         )
-        refused(words, f"--prepare-method {how}", "has a trained head", "--retrain-teachers")
+        refused(words, f"--prepare-method {how}", "has a trained one already", "--retrain-teachers")
 
 
 def test_tracker_that_is_not_installed(refused, monkeypatch):
@@ -229,108 +229,71 @@ def test_yaml(refused, place, name):
 
 # Data
 
-ROWS = [f"sentence {i}\t{i % 2}" for i in range(40)]
+ROWS = "".join(f"sentence {i}\t{i % 2}\n" for i in range(40))
 FILES = {
-    "one class": ("a.tsv", [row[:-1] + "1" for row in ROWS], "a.tsv", "label 1", "two classes", "--label-column"),
-    "no rows": ("a.tsv", [], "a.tsv has no rows"),
-    "broken csv": ("a.csv", [*(row.replace("\t", ",") for row in ROWS), 'an "odd,1', '"open,1'], "a.csv, line 43"),
-}
+    "one class": ({"a.tsv": "sentence\tlabel\n" + ROWS.replace("0\n", "1\n")}, "a.tsv", "label 1", "two classes", "--label-column"),
+    "no rows": ({"a.tsv": "sentence\tlabel\n"}, "a.tsv has no rows"),
+    "broken csv": ({"a.csv": "sentence,label\n" + ROWS.replace("\t", ",") + 'an "odd,1\n"open,1\n'}, "a.csv, line 43"),
+    "a label that training does not know": (
+        {"set/train.tsv": "sentence\tlabel\n" + ROWS, "set/quiz.tsv": "sentence\tlabel\none\t0\ntwo\t2\n"},
+        "quiz.tsv, line 3", "no label 2", "its labels are 0, 1"),
+    "no training file": ({"set/notes.tsv": "sentence\tlabel\n" + ROWS}, "set has no training file", "train, quiz, validation"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files(refused, place, name):
-    file, rows, *parts = FILES[name]
-    header = "sentence,label" if file.endswith(".csv") else "sentence\tlabel"
-    (place / file).write_text("\n".join([header, *rows]) + "\n")
-    refused(flags(file, "out"), *parts)
-
-
-def test_label_that_training_does_not_know(refused, place):
-    (place / "set").mkdir()
-    table(place / "set" / "train.tsv", sentences())
-    table(place / "set" / "quiz.tsv", [("a new sentence", 0), ("another one", 2)])
-    refused(flags("set", "out"), "quiz.tsv, line 3", "no label 2", "its labels are 0, 1")
-
-
-def test_folder_without_training_file(refused, place):
-    (place / "set").mkdir()
-    table(place / "set" / "notes.tsv", sentences())
-    refused(flags("set", "out"), "set has no training file", "train, quiz, validation", "notes.tsv")
+    files, *parts = FILES[name]
+    for file, text in files.items():
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text(text)
+    refused(flags(next(iter(files)).split("/")[0], "out"), *parts)
 
 
 # Models
 
 
-def without(name):
-    return lambda folder: (folder / name).unlink()
+def weights(change):
+    return {"model.safetensors": lambda content: save(change(load(content)), metadata={"format": "pt"})}
 
 
-def overwrite(name, text):
-    return lambda folder: (folder / name).write_text(text)
+def config(**changes):
+    return {"config.json": lambda content: json.dumps(json.loads(content) | changes).encode()}
 
 
-def cut_short(folder):
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-
-
-def only_pickle(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def foreign_code(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {
-        "AutoConfig": "mine.MineConfig", "AutoModelForSequenceClassification": "mine.Mine"}}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    marker = folder.parent / "executed"
-    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass MineConfig: pass\nclass Mine: pass\n")
-
-
-def spoil_weights(change):
-    def spoil(folder):
-        file = folder / "model.safetensors"
-        save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-    return spoil
-
-
-def other_order(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
+# files of a student's directory, by what becomes of their bytes; None for a file that goes
+FOREIGN = config(model_type="mine", architectures=["Mine"],
+                 auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForSequenceClassification": "mine.Mine"})  # fmt: skip
 SPOIL = {
-    "labels in another order": (other_order, "['1', '0']", "['0', '1']", "--retrain-teachers"),
-    "damaged weights": (overwrite("model.safetensors", "not safetensors"), "Cannot read", "intact"),
-    "weights cut short": (cut_short, "Cannot read", "intact"),
-    "broken config": (overwrite("config.json", '{"model_type": '), "Cannot read", "intact"),
-    "config of no known model": (overwrite("config.json", '{"model_type": "zebra"}'), "Cannot read", "intact"),
-    "no config": (without("config.json"), "no config.json", "Hugging Face directory"),
-    "no weights": (without("model.safetensors"), "no .safetensors weights", "convert"),
-    "pickled weights only": (only_pickle, "no .safetensors weights", "convert"),
-    "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "okenizer"),
-    "damaged tokenizer": (overwrite("tokenizer.json", "{"), "Cannot read", "intact"),
-    "a layer missing": (spoil_weights(lambda w: {k: v for k, v in w.items() if ".layer.0." not in k}), "do not fit"),
-    "other names": (spoil_weights(lambda w: {"x" + k: v for k, v in w.items()}), "do not fit"),
-    "other width of words": (
-        spoil_weights(lambda w: {k: v[:, :-1].contiguous() if "word_embeddings" in k else v for k, v in w.items()}),
-        "do not fit",
-    ),
-    "code of its own": (foreign_code, "Cannot read", "intact"),
-}
+    "labels in another order": (config(id2label={"0": "1", "1": "0"}, label2id={"1": 0, "0": 1}), "['1', '0']", "['0', '1']"),
+    "damaged weights": ({"model.safetensors": b"not safetensors"}, "Cannot read", "intact"),
+    "weights cut short": ({"model.safetensors": lambda content: content[: len(content) // 2]}, "Cannot read", "intact"),
+    "broken config": ({"config.json": b'{"model_type": '}, "Cannot read", "intact"),
+    "config of no known model": ({"config.json": b'{"model_type": "zebra"}'}, "Cannot read", "intact"),
+    "no config": ({"config.json": None}, "no config.json", "Hugging Face directory"),
+    "no weights": ({"model.safetensors": None}, "no .safetensors weights", "convert"),
+    "pickled weights only": ({"model.safetensors": None, "pytorch_model.bin": b"x"}, "no .safetensors weights", "convert"),
+    "no tokenizer": ({"tokenizer.json": None, "tokenizer_config.json": None}, "okenizer"),
+    "damaged tokenizer": ({"tokenizer.json": b"{"}, "Cannot read", "intact"),
+    "a layer missing": (weights(lambda w: {k: v for k, v in w.items() if ".layer.0." not in k}), "do not fit"),
+    "other names": (weights(lambda w: {"x" + k: v for k, v in w.items()}), "do not fit"),
+    "other width of words": (weights(lambda w: {k: v[:, :-1].contiguous() if "word_embeddings" in k else v
+                                                for k, v in w.items()}), "do not fit"),
+    "code of its own": (FOREIGN | {"mine.py": b"open('executed', 'w')\nclass MineConfig: pass\nclass Mine: pass\n"},
+                        "Cannot read", "intact"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPOIL)
 def test_model_directories(refused, place, finished, name):
     """In turns of the teacher and of the student."""
-    spoil, *parts = SPOIL[name]
-    role = ("teachers", "student")[list(SPOIL).index(name) % 2]
-    shutil.copytree(finished / "student", place / "model")
-    spoil(place / "model")
-    refused(flags("d.tsv", "out", **{role: "./model"}), str(place / "model"), *parts)
+    changes, *parts = SPOIL[name]
+    folder, role = place / "model", ("teachers", "student")[list(SPOIL).index(name) % 2]
+    shutil.copytree(finished / "student", folder)
+    for file, change in changes.items():
+        content = change((folder / file).read_bytes()) if callable(change) else change
+        (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    refused(flags("d.tsv", "out", **{role: "./model"}), str(folder), *parts)
     assert not (place / "executed").exists()
 
 

@@ -1,5 +1,7 @@
 """What is restored goes on bit for bit; what cannot be read is said; a plan counts as the loop does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from engine.models.learner import Learner
 from engine.models.network import Encoder
 from engine.run import checkpoint
 from engine.run.phase import Plan, Progress
+from engine.run.resume import Resume, Standing
 from engine.run.trainer import _rounds
 
 
@@ -45,44 +48,33 @@ def train(learner, steps):
         learner.update()
 
 
-def write(path, learner):
-    tensors = checkpoint.prefixed("weights", checkpoint.module_tensors(learner.network.module))
-    tensors |= checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(learner.optimizer))
-    tensors["random"] = torch.get_rng_state()
-    checkpoint.save(path, tensors, {"step": learner.schedule.last_epoch})
-
-
-def read(path, learner):
-    tensors, state = checkpoint.load(path)
-    checkpoint.restore_module(learner.network.module, checkpoint.under("weights", tensors))
-    checkpoint.restore_optimizer(learner.optimizer, checkpoint.under("optimizer", tensors))
-    learner.resume_schedule(state["step"])
-    torch.set_rng_state(tensors["random"])
+def standing(learner):
+    state = SimpleNamespace(learners=lambda: [learner], round=learner.schedule.last_epoch)
+    return Standing(SimpleNamespace(name="phase", state=state))
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])  # before any step, in the warm-up, in the decay
 def test_going_on_from_a_checkpoint_is_going_on(tmp_path, at):
-    whole, again = learner(seed=0), learner(seed=1)
+    whole, again, file, cpu = learner(seed=0), learner(seed=1), tmp_path / "c.safetensors", torch.device("cpu")
     torch.manual_seed(5)
     train(whole, range(at))
-    write(tmp_path / "c.safetensors", whole)
+    Resume.of(file, "this run").save(standing(whole), cpu)
     train(whole, range(at, 8))
     after = torch.get_rng_state()
 
     torch.manual_seed(99)
-    read(tmp_path / "c.safetensors", again)
-    assert again.network.module.out.weight is again.network.module.words.weight
+    resume = Resume.of(file, "this run")
+    assert resume.stands_in("phase") and not resume.stands_in("another")
+    resume.restore(standing(again), cpu)
+    assert not resume.stands_in("phase") and again.network.module.out.weight is again.network.module.words.weight
     train(again, range(at, 8))
-    expected = checkpoint.module_tensors(whole.network.module)
-    for name, tensor in checkpoint.module_tensors(again.network.module).items():
-        assert torch.equal(tensor, expected[name]), name
-    expected = checkpoint.optimizer_tensors(whole.optimizer)
-    moments = checkpoint.optimizer_tensors(again.optimizer)
-    assert moments.keys() == expected.keys()
-    assert len(moments) == 3 * len(list(whole.network.module.parameters()))  # also of the layer without gradients
-    assert all(torch.equal(t, expected[name]) for name, t in moments.items())
-    assert [g["lr"] for g in again.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
     assert torch.equal(torch.get_rng_state(), after)
+    found, expected = ({**checkpoint.module_tensors(one.network.module), **checkpoint.optimizer_tensors(one.optimizer)}
+                       for one in (again, whole))  # fmt: skip
+    assert found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items())
+    # moments, also of the layer without gradients
+    assert len(checkpoint.optimizer_tensors(again.optimizer)) == 3 * len(list(whole.network.module.parameters()))
+    assert [g["lr"] for g in again.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
 
 
 def test_tensors_and_state_come_back_as_they_were(tmp_path):
@@ -124,7 +116,7 @@ REFUSED = {
     "no state": (lambda whole: foreign(format="1"), "cannot be read"),
     "a later format": (
         lambda whole: whole.replace(b'"format":"1"', b'"format":"2"'),
-        "has format 2, this version reads 1",
+        "has format 2, and this version reads only format 1",
     ),
 }
 

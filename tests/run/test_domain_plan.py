@@ -147,8 +147,8 @@ def test_every_sample_is_cut():
 
 REFUSED = [
     ({"target_domain": "sea"}, "--target-domain is 'sea'", "art, law, zoo", "or all"),
-    ({"target_fraction": 0.5}, "--target-fraction 0.5", "name it with --target-domain"),
-    ({"teacher_domains": "others"}, "--teacher-domains others", "name it with --target-domain"),
+    ({"target_fraction": 0.5}, "--target-fraction 0.5", "name that domain with --target-domain"),
+    ({"teacher_domains": "others"}, "--teacher-domains others", "name that domain with --target-domain"),
     ({"domain_column": None, "target_domain": "law"}, "--target-domain law", "--domain-column"),
     ({"domain_column": None, "target_fraction": 0.5}, "--target-fraction 0.5", "--domain-column"),
     ({"domain_column": None, "teacher_domains": "each"}, "--teacher-domains each", "--domain-column"),

@@ -196,7 +196,7 @@ def test_exact_meta_gradient_agrees_with_the_oracle(data, tmp_path):
 def test_a_loss_that_is_not_finite_is_an_error(data, tmp_path, capsys):
     assert main(flags(data, tmp_path / "run", method="finetune", lr=1e30, epochs=3)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: The loss of 'finetune' is not finite by step ") and error.count("\n") == 1
+    assert error.startswith("error: The loss of 'finetune' was not finite in the last ") and error.count("\n") == 1
     assert "lower --lr" in error
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -214,8 +214,8 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, mo
     monkeypatch.setattr(Objective, "_hard", spoilt)
     run, said = succeed_saying(data, tmp_path / "run", method="finetune", epochs=3, log_steps=6)
     said = " ".join(said.split())
-    assert "finetune: 1 update before step 4 left out, because the gradient was not finite (1 so far)" in said
-    assert "finetune: 1 update before step 8 left out" in said and "(2 so far)" in said
+    assert "finetune: 1 update up to step 4 left out because the gradient was not finite (1 so far)" in said
+    assert "finetune: 1 update up to step 8 left out" in said and "(2 so far)" in said
     assert summary(run)["phases"]["finetune"]["skipped"] == 2
     assert all(t.isfinite().all() for t in weights(run / "student").values())
     rows = [row for row in metrics(run) if "loss" in row]
