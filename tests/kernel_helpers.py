@@ -150,30 +150,22 @@ def near(got: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float, wh
         assert error <= tolerance * max(largest, floor), f"{what}: {error:.2e} off, the largest is {largest:.2e}"
 
 
-def plain(student, teachers, labels=None, *, weights=None, ignore_index=-100, reduction="mean", **settings):
+def plain(student, teachers, labels=None, *, temperature, alpha, weights=None, ignore_index=-100, reduction="mean"):
     """The loss as the formula stands, differentiable any number of times; a class at -inf takes no part in a softmax."""
     weights = [1 / len(teachers)] * len(teachers) if weights is None else weights
-    soft = hard = 1.0
-    if reduction == "mean":
-        soft = 1 / max(1, prod(student.shape[:-1]))
-        hard = 1.0 if labels is None else 1 / max(1, (labels != ignore_index).sum().item())
-    rows = plain_rows(student, teachers, labels, weights, ignore_index, soft, hard, **settings)
-    return rows if reduction == "none" else rows.sum()
-
-
-def plain_rows(student, teachers, labels, weights, ignore_index, soft, hard, *, temperature, alpha):
-    """soft alpha T^2 KL + hard (1 - alpha) CE, row by row."""
     mean = sum(w * z for w, z in zip(weights, teachers, strict=True))
     in_p, in_q = mean != -torch.inf, student != -torch.inf
     log_p, log_q = log_softmax(mean, in_p, temperature), log_softmax(student, in_q, temperature)
     p = torch.where(in_p, log_p, -torch.inf).exp()
     distance = torch.where(in_p, log_p - torch.where(in_q, log_q, -torch.inf), 0.0)
-    rows = soft * alpha * temperature**2 * (p * distance).sum(-1)
-    if labels is None:
-        return rows
-    counts = labels != ignore_index
-    picked = -log_softmax(student, in_q, 1.0).gather(-1, torch.where(counts, labels, 0)[..., None])[..., 0]
-    return rows + torch.where(counts, hard * (1 - alpha) * picked, 0.0)
+    rows = alpha * temperature**2 * (p * distance).sum(-1)
+    rows = rows / max(1, rows.numel()) if reduction == "mean" else rows
+    if labels is not None:
+        counts = labels != ignore_index
+        picked = -log_softmax(student, in_q, 1.0).gather(-1, torch.where(counts, labels, 0)[..., None])[..., 0]
+        hard = torch.where(counts, (1 - alpha) * picked, 0.0)
+        rows = rows + (hard / counts.sum().clamp_min(1) if reduction == "mean" else hard)
+    return rows if reduction == "none" else rows.sum()
 
 
 def log_softmax(z: Tensor, alive: Tensor, temperature: float) -> Tensor:

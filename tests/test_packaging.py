@@ -125,12 +125,15 @@ def test_constraints_pin_the_direct_dependencies():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the project's files, so that no `build/` of an earlier day has a part in it."""
+    """By way of an sdist, from a copy of the project's files: no `build/` of an earlier day has a part in it."""
     source, wheels = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
     for name in project_files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    python("-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", wheels)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    python("-c", build, cwd=source)
+    (sdist,) = (source / "dist").iterdir()
+    python("-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation", "--wheel-dir", wheels)
     (built,) = wheels.iterdir()
     return built
 

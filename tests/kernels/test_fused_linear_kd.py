@@ -92,19 +92,14 @@ CASES = {
     "four teachers of given weights": ({"teachers": (1, 2, 3, 4)}, {"weights": [0.1, 0.2, 0.3, 0.5]}),
     "a tensor of weights": ({}, {"weights": torch.tensor([0.25, 0.6])}),
     "no labels": ({"labels": None}, {}),
-    "no label counts": ({"labels": "none"}, {}),
-    "another ignored label": ({"ignore": -1}, {"ignore_index": -1}),
     "an ignored label behind the classes": ({"ignore": 255}, {"ignore_index": 255}),
-    "an ignored label among the classes": ({"ignore": 0}, {"ignore_index": 0}),
     "cross-entropy alone": ({}, {"alpha": 0}),
     "KL alone": ({}, {"alpha": 1}),
     "another temperature": ({}, {"temperature": 20.0}),
     "no leading dimension": ({"leading": ()}, {}),
-    "two leading dimensions": ({"leading": (2, 3)}, {}),
     "no row": ({"leading": (0,)}, {}),
     "no row, a sum": ({"leading": (2, 0)}, {"reduction": "sum"}),
     "one class": ({"C": 1}, {}),
-    "one number a row": ({"student": 1, "teachers": (1,)}, {}),
     "many classes": ({"C": 2000, "leading": (2,), "teachers": (3,)}, {}),
 }
 
@@ -275,26 +270,18 @@ def test_under_autocast(backend):
 # What is refused
 
 h, w = torch.zeros(3, 2), torch.zeros(5, 2)
-META = {"device": "meta"}
 MISTAKES = {
     "one hidden tensor and one weight; got 0 and 0": {"hidden_t": [], "weight_t": []},
     "one hidden tensor and one weight; got 1 and 2": {"weight_t": [w, w]},
     r"student's hidden \(3, 2\) torch.float32 and weight \(5, 3\)": {"weight_s": torch.zeros(5, 3)},
     r"teacher 0's hidden \(3, 2\) torch.float32 and weight \(5, 2\) torch.float64": {"weight_t": [w.double()]},
     r"student's hidden \(3, 2\) torch.float32 and weight \(2,\)": {"weight_s": w[0]},
-    r"student's hidden \(\) torch.float32 and weight \(5, 2\)": {"hidden_s": h[0, 0]},
-    r"student logits are \(3, 6\), teachers' are \(3, 5\)": {"weight_s": torch.zeros(6, 2)},
     r"student logits are \(2, 5\), teachers' are \(3, 5\)": {"hidden_s": h[1:]},
-    r"float16 or float64; got \['torch.int64'": {"hidden_s": h.long(), "weight_s": w.long()},
-    r"one device; got \['cpu', 'meta'\]": {"hidden_t": [h.to("meta")], "weight_t": [w.to("meta")]},
     "no gradient for teachers": {"hidden_t": [h.clone().requires_grad_()]},
     "no gradient for teachers; detach": {"weight_t": [w.clone().requires_grad_()]},
     "no gradient for weights": {"weights": torch.ones(1, requires_grad=True)},
-    "2 weights for 1 teachers": {"weights": [1.0, 1.0]},
     "mean or sum here; got 'none'": {"reduction": "none"},
-    "mean or sum here; got 'batchmean'": {"reduction": "batchmean"},
     "temperature must be above 0; got 0": {"temperature": 0},
-    r"labels must be int64 \(3,\) .* got torch.int32 \(3,\)": {"labels": torch.zeros(3, dtype=torch.int32)},
     r"labels must be int64 \(3,\) .* got torch.int64 \(3, 2\)": {"labels": h.long()},
 }
 

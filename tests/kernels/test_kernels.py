@@ -24,6 +24,7 @@ CASES = [
     Case("no loss at all", labels=None, alpha=0),
     Case("no label counts, in a sum", labels="none", reduction="sum"),
     Case("an ignored label among the classes", ignore=3, leading=(7,)),
+    Case("an ignored label behind the classes", ignore=255),
     Case("row by row", reduction="none"),
     Case("no leading dimension", leading=(), labels="all"),
     Case("two leading dimensions", leading=(2, 3), reduction="none"),

@@ -8,7 +8,6 @@ import torch
 from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, logits, near, plain
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
 from engine.kernels import fused_linear_kd, kd_loss, meta_cotangent
 from engine.kernels.ops.common import backends
@@ -203,13 +202,6 @@ def test_gradients_leave_with_the_backward(backend):
     loss = loss_of(given)
     gradient = weakref.ref(torch.autograd.grad(loss, given, retain_graph=True)[0])
     assert gradient() is None
-
-
-def test_activation_checkpointing(backend):
-    given = leaves()
-    wanted = torch.autograd.grad(loss_of([2 * z for z in given]), given)
-    loss = checkpoint(lambda *z: loss_of([2 * x for x in z]), *given, use_reentrant=False)
-    assert equal(torch.autograd.grad(loss, given), wanted)
 
 
 # Ways to call the losses that could give a wrong number without a word

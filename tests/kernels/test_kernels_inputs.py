@@ -51,17 +51,6 @@ def test_layouts_of_labels_and_upstream(change, backend):
     problem.agree()
 
 
-def test_rows_summed_afterwards_are_the_sum(backend):
-    """Whose upstream is one number, expanded."""
-    total, rows = (Problem(Case(leading=(3, 4), reduction=r)) for r in ("sum", "none"))
-    found = []
-    for problem in (rows, total):
-        first = torch.autograd.grad(problem.loss().sum(), problem.logits, create_graph=True)
-        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), problem.logits)])
-    for a, b in zip(*found, strict=True):
-        near(a.detach(), b.detach().double(), F32, TOLERANCE[F32])
-
-
 # Infinities
 
 
@@ -190,19 +179,6 @@ def test_labels_out_of_range(bad, reduction, backend):
         kd_loss(student, [student.detach()], torch.tensor([0, bad, -100]), reduction=reduction, **SETTINGS)
 
 
-@pytest.mark.parametrize("ignored", [-100, 255])
-def test_ignored_labels_carry_no_cross_entropy(ignored, backend):
-    student, teachers = logits(4, 5), [logits(4, 5, seed=1)]
-    labels = torch.tensor([1, ignored, 3, ignored])
-    settings = SETTINGS | {"ignore_index": ignored}
-    rows = kd_loss(student, teachers, labels, reduction="none", **settings)
-    soft = kd_loss(student, teachers, reduction="none", **settings)
-    assert torch.equal(rows[[1, 3]], soft[[1, 3]])
-    assert (rows > soft).tolist() == [True, False, True, False]
-    all_ignored = kd_loss(student, teachers, torch.full((4,), ignored), **settings)
-    assert torch.equal(all_ignored, kd_loss(student, teachers, **settings))
-
-
 def test_labels_that_nobody_looked_at(monkeypatch):
     """As on CUDA: NaN instead of a device that stops."""
     monkeypatch.setattr(checks, "check_labels", lambda *_: None)
@@ -224,21 +200,16 @@ MISTAKES = {
     "at least one teacher's logits are needed; got none": {"teachers": []},
     r"share one shape; got \[\(3, 5\), \(3, 4\)\]": {"teachers": [z, z[:, 1:]]},
     r"student logits are \(3, 4\), teachers' are \(3, 5\)": {"student": z[:, 1:]},
-    r"student logits are \(2, 5\), teachers' are \(3, 5\)": {"student": z[1:]},
     r"at least one class; got \(3, 0\)": {"student": z[:, :0], "teachers": [z[:, :0]]},
     r"at least one class; got \(\)": {"student": z[0, 0], "teachers": [z[0, 0]]},
     r"float16 or float64; got \['torch.int64', 'torch.float32'": {"student": z.long()},
     r"float16 or float64; got \['torch.float32', 'torch.float32', 'torch.int32'": {"teachers": [z, z.int()]},
-    r"float16 or float64; got \['torch.complex64'": {"student": z.cfloat()},
     r"float16 or float64; got \['torch.float8_e5m2'": {"student": z.to(torch.float8_e5m2)},
     "temperature and alpha must be numbers; got a tensor": {"temperature": torch.tensor(2.0)},
     "temperature and alpha must be numbers": {"alpha": torch.tensor(0.3)},
     r"one device; got \['cpu', 'cpu', 'meta'\]": {"teachers": [z, META]},
-    "temperature must be above 0; got 0": {"temperature": 0},
-    "temperature must be above 0; got -1.5": {"temperature": -1.5},
     "temperature must be above 0; got nan": {"temperature": NAN},
     "1 weights for 2 teachers": {"weights": [1.0]},
-    "3 weights for 2 teachers": {"weights": torch.ones(3)},
     r"tensor \[K\] on the logits' device, cpu; got torch.float32 \(2, 1\) on cpu": {"weights": torch.ones(2, 1)},
     r"tensor \[K\] on the logits' device, cpu; got torch.float32 \(\) on cpu": {"weights": torch.tensor(0.5)},
     r"tensor \[K\] on the logits' device, cpu; got torch.int64 \(2,\) on cpu": {"weights": torch.ones(2).long()},
@@ -249,7 +220,6 @@ MISTAKES = {
 MISTAKES_OF_LOSSES = {
     "mean, sum or none; got 'batchmean'": {"reduction": "batchmean"},
     r"int64 \(3,\) on cpu, .* got torch.int32 \(3,\) on cpu": {"labels": LONG.int()},
-    r"int64 \(3,\) on cpu, .* got torch.float32 \(3,\)": {"labels": LONG.float()},
     r"int64 \(3,\) on cpu, .* got torch.int64 \(3, 1\)": {"labels": LONG[:, None]},
     r"int64 \(3,\) on cpu, .* got torch.int64 \(3,\) on meta": {"labels": META[:, 0].long()},
 }
@@ -275,9 +245,6 @@ def test_a_cotangent_refuses_what_does_not_fit(says, backend):
 
 
 def test_a_mean_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="at least one teacher"):
-        mean_logits([])
-    with pytest.raises(ValueError, match="share one shape"):
-        mean_logits([z, z[1:]])
-    with pytest.raises(ValueError, match="1 weights for 2 teachers"):
-        mean_logits([z, z], [1.0])
+    for says, given in {"at least one": [[]], "share one": [[z, z[1:]]], "1 weights for 2": [[z, z], [1.0]]}.items():
+        with pytest.raises(ValueError, match=says):
+            mean_logits(*given)

@@ -60,13 +60,6 @@ def test_every_plan(plan):
     Problem(Case(C=11, leading=(rows,), reduction=reduction, weights=weights, dtypes=(F64, F32))).agree()
 
 
-@tiles
-def test_expanded_and_strided_logits(plan):
-    case = Case(C=11, leading=(2, 3), dtypes=(F64,), labels=None)
-    layouts = [lambda z: z[:, :-1], lambda z: z[:, :1].expand(2, 2, 11), lambda z: z.mT.contiguous().mT[:, 1:]]
-    Problem(case, *layouts).agree()
-
-
 @pytest.mark.parametrize(
     ("plan", "who", "dead"),
     [(TILES, "all", dead) for dead in DEAD]
