@@ -9,6 +9,7 @@ import re
 import runpy
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,12 @@ def _write_files(folder: Path) -> None:
             (folder / block.marks["file"]).write_text(block.text)
 
 
-@pytest.mark.parametrize("block", [b for b in CODE if b.needs], ids=str)
+def _slow_if(slow: bool, value: Any) -> Any:
+    return pytest.param(value, marks=[pytest.mark.slow] if slow else [])
+
+
+# A second for each grid of recipes/, whose every cell goes through the parser.
+@pytest.mark.parametrize("block", [_slow_if("recipes/" in b.text, b) for b in CODE if b.needs], ids=str)
 def test_what_is_marked_can_be_read(block, desk):
     if block.language == "python":
         compile(block.text, str(block), "exec")
@@ -70,7 +76,7 @@ def test_what_is_marked_can_be_read(block, desk):
         assert _read(words), f"{block}: nobody checks {words}"
 
 
-@pytest.mark.slow  # a second for each: every cell of a grid goes through the parser
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=_name)
 def test_commands_in_a_recipes_comments_can_be_read(recipe, desk):
     head = [line[1:] for line in recipe.read_text().partition("\ntitle:")[0].splitlines()]
@@ -244,6 +250,12 @@ def test_generated_files_are_fresh(script, file, make):
     made = runpy.run_path(str(ROOT / "docs" / f"{script}.py"))
     assert made[file].read_text() == made[make](), f"python -m docs.{script} writes it again"
     assert made[file].stat().st_size < 50_000
+
+
+@pytest.mark.parametrize("folder", ["methods", "meta/strategies", "losses/divergences"])
+def test_the_page_of_methods_has_a_row_for_each(folder):
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE))
+    assert {file.stem for file in (ROOT / "engine" / folder).glob("[a-z]*.py")} <= rows
 
 
 def test_the_floors_on_the_page_are_those_of_the_test():
