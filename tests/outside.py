@@ -10,20 +10,20 @@ from run_helpers import ROOT
 
 def install(folder: Path, kind: str, name: str, source: str) -> Path:
     """A folder for sys.path with the package `shelf_NAME` and its dist-info. Python imports a package only once in a process."""
-    package, info = folder / f"shelf_{name}", folder / "shelf-1.0.dist-info"
+    package, info = folder / f"shelf_{name}", folder / f"shelf_{name}-1.0.dist-info"
     for made in (package, info):
         made.mkdir(parents=True)
     (package / "__init__.py").write_text("import torch  # whoever imports the package, imports torch\n")
     (package / f"{name}.py").write_text(source)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: shelf_{name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[metadistil.{kind}]\n{name} = shelf_{name}.{name}\n")
     return folder
 
 
-def help_of(folder: Path) -> tuple[str, set[str]]:
-    """What `python -m engine.train --help` prints with this folder on the path, and the modules that it imported."""
+def help_of(*folders: Path) -> tuple[str, set[str]]:
+    """What `python -m engine.train --help` prints with these folders on the path, and the modules that it imported."""
     script = "import sys\nfrom engine.train import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "400"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "400"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )

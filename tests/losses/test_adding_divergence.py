@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from outside import help_of, install
+from outside import install
 from run_helpers import metrics, succeed
 from torch import nn
 
@@ -68,12 +68,6 @@ def test_a_run_by_it(backwards, method, data, tmp_path):
     losses = [[row["loss"] for row in metrics(r) if row["phase"] == method and "loss" in row] for r in (run, usual)]
     assert len(losses[0]) == 2 and losses[0] != losses[1]
     assert cli.parse(["--config", str(run / "config.yaml")]).method.soft_loss == backwards
-
-
-def test_help_names_it_and_imports_nothing(tmp_path):
-    said, modules = help_of(install(tmp_path, "divergences", "backwards", SOURCE))
-    assert "backwards, T^2 times the KL divergence the other way round" in said
-    assert not {"torch", "shelf_backwards"} & modules
 
 
 def test_what_is_none_is_refused(tmp_path):

@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import FAMILIES, batch, encoder, plain, tiny
-from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from engine.embedded import ALIASES, build
-from engine.losses.domain_head import DomainHead, DomainProjection, widen
+from engine.losses.domain_head import DomainHead, widen
 from engine.models.features import InnerStates, attach
-from engine.models.network import Encoder
 
 WIDTH, DOMAINS = 6, 4
 
@@ -99,27 +96,6 @@ def test_domains_that_were_not_seen_get_the_mean_of_the_others():
     assert module.embedding.requires_grad and module.embedding.is_leaf
 
 
-@pytest.mark.parametrize("reversal", [True, False])
-def test_a_classifier_learns_domains_and_an_encoder_forgets_them(reversal):
-    """States that tell the domain at first: reversed, the encoder comes to say less of it; else it goes on to say more."""
-    torch.manual_seed(0)
-    encoder, module = nn.Linear(WIDTH, WIDTH).double(), head(reversal)
-    domains = torch.arange(200) % DOMAINS
-    x = states(200) + 2 * F.one_hot(domains, WIDTH)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *module.parameters()], lr=0.02)
-    losses = []
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(module.logits(encoder(x), domains), domains)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    chance = math.log(DOMAINS)
-    assert losses[-1] < 0.1 * chance or reversal
-    # held near chance: not told, and not driven far beyond it
-    assert not reversal or 0.7 * chance < sum(losses[-20:]) / 20 < 1.3 * chance
-
-
 # In an encoder
 
 
@@ -148,12 +124,6 @@ def test_what_an_encoder_gives_of_it(family):
     assert f.given()[1:] == [f.domain] and torch.equal(f.logits, d.logits)
 
 
-def test_a_students_side_is_a_projection():
-    layer = nn.Linear(4, WIDTH)
-    h = torch.randn(3, 4)
-    assert torch.equal(DomainProjection(layer).feature(h, torch.tensor([0, 1, 5])), layer(h))
-
-
 # Heads for every domain
 
 
@@ -177,22 +147,6 @@ def test_an_example_gets_its_own_domains_logits(family, tmp_path):
     assert loaded.config.id2label[4] == "dvd: fair" and loaded.config.label2id["books: good"] == 2
     with torch.no_grad():
         torch.testing.assert_close(plain(loaded, given, family).logits, every, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("alias", ALIASES)
-def test_every_head_learns_from_its_domain_alone(alias):
-    module, tokenizer = build(alias, ["a film", "no book at all"], 2, 0)
-    widen(module, 2, ["a", "b", "c"], seed=1)
-    network = Encoder(alias, module, "own")
-    network.heads = 3
-    read = tokenizer(["a film", "no book"], padding=True, return_tensors="pt", return_token_type_ids=False)
-    from engine.batch import Batch
-
-    given = Batch(torch.tensor([0, 1]), {"own": dict(read)}, columns={"domain": torch.tensor([2, 0])})
-    F.cross_entropy(network(given).logits, given.labels).backward()
-    layer = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 6][-1]
-    moved = layer.weight.grad.abs().sum(1) > 0
-    assert moved.tolist() == [True, True, False, False, True, True]
 
 
 def test_widen_draws_by_its_seed_and_leaves_the_rest():

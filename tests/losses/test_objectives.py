@@ -1,15 +1,21 @@
-"""Each loss of a student against its formula (methods 1 and 2), and what the meta-gradient takes from it."""
+"""Each loss of a student against its formula (methods 1, 2, 6 and 7), and what the meta-gradient takes from it."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from engine.batch import Batch
 from engine.losses.objectives import Objective
+from engine.meta.micro_batches import parts
+from engine.models.features import over_real, over_real_pairs
 from engine.models.network import Outputs
 
-CLASSIFICATION = ["kl", "mse_prob", "mse_logits"]
 T, ALPHA, BETA = 3.0, 0.3, 7.0
-B, C, LAYERS, H = 4, 3, 2, 5
+B, C, LAYERS, L, H, HEADS = 3, 3, 2, 4, 5, 2
+LENGTHS = [4, 1, 3]
+MASK = (torch.arange(L) < torch.tensor(LENGTHS)[:, None]).long()
 
 
 def softmax(z):
@@ -34,66 +40,85 @@ def hard(student, labels, regression):
     return -softmax(student)[range(len(labels)), labels].log().sum() / len(labels)
 
 
-def patient(student, teacher):
-    """methods 2, row by row."""
-    total = 0.0
-    for b in range(student.shape[0]):
-        for i in range(student.shape[1]):
-            s, t = student[b, i], teacher[b, i]
-            total = total + ((s / (s @ s).sqrt() - t / (t @ t).sqrt()) ** 2).sum()
-    return total / student.numel()
+def patient(student, teacher, b):
+    """methods 2, of one example: the first tokens' states of length 1, their squared differences divided by all entries."""
+    pairs = zip(student[1][b, :, 0], teacher[1][b, :, 0], strict=True)
+    return sum(((s / (s @ s).sqrt() - t / (t @ t).sqrt()) ** 2).sum() for s, t in pairs) / (LAYERS * H)
 
 
-def formula(kind, regression, student, teachers, labels, weights, features):
-    mean = sum(w * t.logits for w, t in zip(weights, teachers, strict=True))
-    loss = ALPHA * soft(kind, student.logits, mean) + (1 - ALPHA) * hard(student.logits, labels, regression)
-    if features:
-        pairs = zip(weights, teachers, strict=True)
-        loss = loss + BETA * sum(w * patient(student.features, t.features) for w, t in pairs)
-    return loss
+def tinybert(student, teacher, b):
+    """methods 7, of one example: attention, hidden states and domain features, each a mean over its real tokens."""
+    n, total = LENGTHS[b], (student[3][b] - teacher[3][b]).square().mean()
+    for i in range(LAYERS):
+        total = total + (student[1][b, i, :n] - teacher[1][b, i, :n]).square().mean()
+        total = total + (student[2][b, i, :, :n, :n] - teacher[2][b, i, :, :n, :n]).square().mean()
+    return total
 
 
 class Case:
-    """Outputs of a student and K teachers that require gradient, tangents u of the student's, labels, weights [K]."""
+    """What a student and K teachers compute, requiring gradient: logits and, for features, hidden states [B, layers, L, H],
+    scores [B, layers, heads, L, L] and domain features [B, H], with numbers also where a token is padding."""
 
-    def __init__(self, kind, regression, K, features, weights):
+    def __init__(
+        self, kind="kl", regression=False, K=2, features="none", weights="mean", by_example=None, on_logits=True
+    ):
         generator = torch.Generator().manual_seed(K)
 
-        def outputs(requires_grad=True):
-            shapes = [(B, 1 if regression else C), *([(B, LAYERS, H)] if features else [])]
-            found = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-            return Outputs(*(t.requires_grad_(requires_grad) for t in found))
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.student, self.u, self.teachers = outputs(), outputs(False), [outputs() for _ in range(K)]
-        self.labels = torch.randn(B, generator=generator, dtype=torch.float64) if regression else torch.arange(B) % C
+        shapes = [(B, 1 if regression else C), (B, LAYERS, L, H), (B, LAYERS, HEADS, L, L), (B, H)]
+        models = [[(2 * randn(*shape)).requires_grad_() for shape in shapes] for _ in range(1 + K)]
+        self.student, *self.teachers = models
+        self.labels = randn(B) if regression else torch.arange(B) % C
         self.weights = None
         if weights != "mean":
-            self.weights = torch.softmax(torch.randn(K, generator=generator, dtype=torch.float64), 0)
-            self.weights.requires_grad_(weights == "learned")
-        self.objective = Objective(kind, T, ALPHA, regression, "patient" if features else "none", BETA)
-        self.plain = self.weights is None and [1 / K] * K or self.weights
-        self.settings = kind, regression, features
+            self.weights = torch.softmax(randn(K), 0).requires_grad_(weights == "learned")
+        self.by_example = None if by_example is None else torch.tensor(by_example, dtype=torch.float64)
+        self.features, self.kind, self.regression = features, kind, regression
+        self.objective = Objective(kind, T, ALPHA, regression, features, BETA, on_logits)
+        self.given = self.outputs(self.student), [self.outputs(t) for t in self.teachers], self.labels, self.weights
+        self.u = Outputs(*(None if t is None else randn(*t.shape) for t in self.given[0]))
+
+    def outputs(self, model):
+        """As engine.models.features gives them; leaves, so that gradients are those of the outputs."""
+        logits, hidden, scores, domain = (t.detach() for t in model)
+        found = {"none": (logits,), "patient": (logits, hidden[:, :, 0]),
+                 "tinybert": (logits, over_real(hidden, MASK), over_real_pairs(scores, MASK), domain)}  # fmt: skip
+        return Outputs(*(t.clone().requires_grad_() for t in found[self.features]))
 
     def loss(self):
-        return self.objective.distil(self.student, self.teachers, self.labels, self.weights)
-
-    def formula(self):
-        kind, regression, features = self.settings
-        return formula(kind, regression, self.student, self.teachers, self.labels, self.plain, features)
+        return self.objective.distil(*self.given, self.by_example)
 
     def taught(self):
         """Everything that the teachers bring, one tensor after the other."""
         learned = [self.weights] if self.weights is not None and self.weights.requires_grad else []
-        return [*(t for o in self.teachers for t in o.given()), *learned]
+        return [*(t for o in self.given[1] for t in o.given()), *learned]
+
+    def formula(self):
+        student, teachers = self.student, self.teachers
+        w = [1 / len(teachers)] * len(teachers) if self.weights is None else self.weights
+        loss = 0.0
+        if self.objective.on_logits:
+            mean = sum(share * t[0] for share, t in zip(w, teachers, strict=True))
+            loss = ALPHA * soft(self.kind, student[0], mean) + (1 - ALPHA) * hard(
+                student[0], self.labels, self.regression
+            )
+        if self.features != "none":
+            compare = {"patient": patient, "tinybert": tinybert}[self.features]
+            by_example = torch.ones(B) if self.by_example is None else self.by_example
+            each = [sum(share * compare(student, t, b) for share, t in zip(w, teachers, strict=True)) for b in range(B)]
+            loss = loss + BETA * sum(e * x for e, x in zip(by_example, each, strict=True)) / B
+        return loss
 
 
-CASES = [(kind, False, K) for kind in CLASSIFICATION for K in (1, 2, 3)] + [("mse_logits", True, K) for K in (1, 2)]
+CASES = [(kind, False, K) for kind in ("kl", "mse_prob", "mse_logits") for K in (1, 3)] + [("mse_logits", True, 2)]
 every = pytest.mark.parametrize(("kind", "regression", "K"), CASES)
-featured = pytest.mark.parametrize("features", [False, True], ids=["logits", "features"])
+featured = pytest.mark.parametrize("features", ["none", "patient", "tinybert"])
 weighted = pytest.mark.parametrize("weights", ["mean", "given", "learned"])
 
 
-def close(got, expected, rtol):
+def close(got, expected, rtol=1e-12):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
 
@@ -101,112 +126,152 @@ def close(got, expected, rtol):
 @every
 @featured
 @weighted
-def test_loss_and_gradients(kind, regression, K, features, weights):
+def test_loss_slopes_and_cotangents(kind, regression, K, features, weights):
+    """The value is the formula's; slopes and cotangents d/do < dL/do_S, u > are autograd's of that value, to every output."""
     case = Case(kind, regression, K, features, weights)
-    got, expected = case.loss(), case.formula()
-    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-    leaves = [*case.student.given(), *case.taught()]
-    close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), 1e-12)
-
-
-@every
-@featured
-@weighted
-def test_cotangents(kind, regression, K, features, weights):
-    """d/do < dL/do_S, u > for every output o of a teacher, and for weights that learn."""
-    case = Case(kind, regression, K, features, weights)
-    slopes = torch.autograd.grad(case.formula(), case.student.given(), create_graph=True)
+    loss = case.loss()
+    torch.testing.assert_close(loss, case.formula(), rtol=1e-13, atol=1e-13)
+    slopes = torch.autograd.grad(loss, case.given[0].given(), create_graph=True)
     inner = sum((s * u).sum() for s, u in zip(slopes, case.u.given(), strict=True))
     expected = torch.autograd.grad(inner, case.taught())
     with torch.no_grad():  # the caller's gradient mode must not matter
-        got, slope = case.objective.cotangents(case.student, case.teachers, case.labels, case.u, case.weights)
-    assert len(got) == K and all((o.features is not None) == features for o in got)
-    assert (slope is not None) == (weights == "learned")
-    given = [*(c for o in got for c in o.given()), *([] if slope is None else [slope])]
+        value, found = case.objective.slopes(*case.given)
+        got, slope = case.objective.cotangents(*case.given[:3], case.u, case.weights)
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-13, atol=0)
+    close(found, [s.detach() for s in slopes])
+    assert len(got) == K and (slope is not None) == (weights == "learned")
+    cotangents = [*(c for o in got for c in o.given()), *([] if slope is None else [slope])]
     assert all(b.abs().max() > 1e-4 for b in expected)
-    close(given, expected, 1e-12)
-    assert not any(c.requires_grad for c in given)
-    assert all(t.grad is None for t in [*case.student.given(), *case.taught()])
+    close(cotangents, expected)
+    assert not any(t.requires_grad for t in (value, *found, *cotangents))
+    assert all(t.grad is None for t in [*case.given[0].given(), *case.taught()])
 
 
-@every
-@featured
-@weighted
-def test_slopes(kind, regression, K, features, weights):
-    case = Case(kind, regression, K, features, weights)
-    expected = torch.autograd.grad(case.formula(), case.student.given())
-    with torch.no_grad():
-        student = case.student.detached()  # the head alone: the models' graphs are not asked for
-        loss, slopes = case.objective.slopes(student, case.teachers, case.labels, case.weights)
-    torch.testing.assert_close(loss, case.formula().detach(), rtol=1e-13, atol=0)
-    close(slopes, expected, 1e-12)
-    assert not any(t.requires_grad for t in (loss, *slopes))
-
-
-def test_an_output_that_no_loss_sees_has_zeros():
-    case = Case("kl", False, 2, True, "mean")
-    blind = Objective("kl", T, ALPHA)
-    _, (_, slope) = blind.slopes(case.student, case.teachers, case.labels)
-    assert slope.shape == (B, LAYERS, H) and not slope.any()
-    assert all(o.features is None for o in blind.cotangents(case.student, case.teachers, case.labels, case.u)[0])
-    other = Objective("mse_prob", T, ALPHA).cotangents(case.student, case.teachers, case.labels, case.u)[0]
-    assert all(o.logits.any() and not o.features.any() for o in other)
-
-
-@pytest.mark.parametrize("kind", CLASSIFICATION)
-def test_sizes(kind):
-    """The scale that a user tunes alpha and T against: one row, two classes, probabilities 0.8 against 0.5."""
-    mean, student = T * torch.tensor([[0.8, 0.2]]).log(), torch.zeros(1, 2)
-    objective = Objective(kind, T, alpha=1.0)
-    expected = {
-        "kl": T**2 * (0.8 * torch.tensor(1.6).log() + 0.2 * torch.tensor(0.4).log()),
-        "mse_prob": T**2 * torch.tensor(0.09),  # the mean over two equal entries, not their sum
-        "mse_logits": (mean**2).mean(),
-    }[kind]
-    got = objective.distil(Outputs(student), [Outputs(mean)], torch.tensor([0]))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
-    twice = Outputs(student.expand(2, 2)), [Outputs(mean.expand(2, 2))], torch.tensor([0, 0])
-    torch.testing.assert_close(objective.distil(*twice), got, rtol=1e-6, atol=0)  # a mean over the batch
-
-
-def test_size_of_the_feature_loss():
-    """Lengths do not count; unit vectors at a right angle are 2 apart, over H = 4 entries."""
-    student = torch.tensor([[[3.0, 0, 0, 0]]])
-    logits, labels = torch.zeros(1, 2), torch.tensor([0])
-    objective = Objective(alpha=1.0, feature_loss="patient", beta=10.0)
-    for teacher, expected in (([0, 0, 0.1, 0], 2 / 4), ([7.0, 0, 0, 0], 0.0), ([-1.0, 0, 0, 0], 4 / 4)):
-        given = Outputs(logits, torch.tensor([[teacher]]))
-        assert objective.distil(Outputs(logits, student), [given], labels).item() == pytest.approx(10 * expected)
-
-
-def test_features_of_length_0_have_finite_gradients():
-    case = Case("kl", False, 1, True, "mean")
-    with torch.no_grad():
-        case.student.features[0, 0] = 0
-        case.teachers[0].features[1, 1] = 0
-    assert all(
-        g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*case.student.given(), *case.teachers[0].given()])
-    )
+@pytest.mark.parametrize("kind", ["kl", "mse_prob", "mse_logits"])
+def test_gradients_of_the_logits_are_the_formulas(kind):
+    case = Case(kind, K=2)
+    expected = torch.autograd.grad(case.formula(), [case.student[0], *(t[0] for t in case.teachers)])
+    close(torch.autograd.grad(case.loss(), [case.given[0].logits, *(t.logits for t in case.given[1])]), expected)
 
 
 @pytest.mark.parametrize(
-    "shapes", [(None, (4, 2, 5)), ((4, 2, 5), None), ((4, 2, 5), (4, 2, 6)), ((4, 1, 5), (4, 2, 5))]
+    ("kind", "regression", "features"),
+    [("kl", False, "tinybert"), ("kl", False, "none"), ("mse_prob", False, "none"), ("mse_logits", True, "patient")],
 )
-def test_features_that_cannot_be_compared(shapes):
-    student, other = (Outputs(torch.zeros(B, C), None if s is None else torch.ones(s)) for s in shapes)
-    objective = Objective(feature_loss="patient")
-    fitting = student if student.features is not None else other
-    with pytest.raises(ValueError, match=r"one shape.*--feature-loss none") as caught:
-        objective.distil(student, [fitting, other], torch.zeros(B, dtype=torch.int64))
-    assert all(str(shape) in str(caught.value) for shape in shapes)
+def test_differentiable_twice(kind, regression, features):
+    """Reverse over reverse for `double_backward`, forward over reverse for the walk back of `exact`; with weights."""
+    case, small = Case(kind, regression, 1, features, "learned"), (slice(2), slice(1), slice(1), slice(2), slice(2))
+    cut = [[t.detach()[small[: t.ndim] if t.ndim > 2 else slice(2)].clone().requires_grad_() for t in o.given()]
+           for o in (case.given[0], *case.given[1])]  # fmt: skip
+    each, by_example = len(cut[0]), torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+    def loss(weights, *outputs):
+        student, *teachers = (Outputs(*outputs[i : i + each]) for i in range(0, len(outputs), each))
+        return case.objective.distil(student, teachers, case.labels[:2], weights, by_example)
+
+    assert gradcheck(loss, [case.weights, *cut[0], *cut[1]], check_forward_ad=True)
+    assert gradgradcheck(loss, [case.weights, *cut[0], *cut[1]], check_fwd_over_rev=True)
 
 
-def test_hard_losses():
-    labels = torch.tensor([0.0, 2.0])
-    regression = Objective("mse_logits", regression=True)
-    assert regression.hard(torch.tensor([[1.0], [4.0]]), labels).item() == (1 + 4) / 2
-    quarter = torch.tensor([[0.25, 0.75]]).log()
-    assert Objective().hard(quarter, torch.tensor([0])).item() == pytest.approx(1.386294, abs=1e-6)
+@pytest.mark.parametrize("on_logits", [True, False])
+@pytest.mark.parametrize("features", ["patient", "tinybert"])
+def test_every_example_has_its_own_weight(features, on_logits):
+    """Where weights collapse into their mean, as in the published code, permuted ones would give one loss."""
+    weights, losses = [0.5, 2.0, 0.0], []
+    for by_example in (weights, weights[::-1], [1.0, 4.0, 0.0]):
+        case = Case(features=features, by_example=by_example, on_logits=on_logits)
+        losses.append(case.loss())
+        torch.testing.assert_close(losses[-1], case.formula(), rtol=1e-13, atol=0)
+    assert (losses[0] - losses[1]).abs() > 1e-3
+    if not on_logits:
+        assert (losses[2] / losses[0]).item() == pytest.approx(2)  # not divided by their sum
+        case = Case(features=features, by_example=weights, on_logits=False)
+        slopes = case.objective.slopes(*case.given, case.by_example)[1]
+        assert not slopes[0].any() and all(s[1].any() and not s[2].any() for s in slopes[1:])
+        with pytest.raises(ValueError, match="needs a feature_loss"):
+            Objective(on_logits=False)
+
+
+@settings(max_examples=6, deadline=None)
+@given(size=st.integers(1, 4), seed=st.integers(1, 9))
+def test_parts_of_a_batch_add_up(size, seed):
+    w = torch.rand(B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    case = Case(K=2, features="tinybert", by_example=w.tolist())
+    student, teachers = (case.given[0].detached(), [t.detached() for t in case.given[1]])
+    batch = Batch(case.labels, {"row": {"number": torch.arange(B)}}, columns={"w": w})
+
+    def cut(outputs, rows):
+        return Outputs(*(t[rows] for t in outputs))
+
+    found = []
+    for part, share in parts(batch, case.objective, size):
+        rows = part.inputs["row"]["number"]
+        each = cut(student, rows), [cut(t, rows) for t in teachers], part.labels, None, part.columns["w"]
+        found.append(share.slopes(*each))
+    loss, slopes = case.objective.slopes(student, teachers, case.labels, None, w)
+    torch.testing.assert_close(sum(value for value, _ in found), loss, rtol=1e-13, atol=0)
+    for i, whole in enumerate(slopes):
+        torch.testing.assert_close(torch.cat([s[i] for _, s in found]), whole, rtol=1e-12, atol=1e-15)
+
+
+def test_an_output_that_no_loss_sees_has_zeros():
+    case = Case(features="patient")
+    blind = Objective("kl", T, ALPHA)
+    _, (_, slope) = blind.slopes(*case.given[:3])
+    assert slope.shape == (B, LAYERS, H) and not slope.any()
+    assert all(o.features is None for o in blind.cotangents(*case.given[:3], case.u)[0])
+    other = Objective("mse_prob", T, ALPHA).cotangents(*case.given[:3], case.u)[0]
+    assert all(o.logits.any() and not o.features.any() for o in other)
+
+
+def test_sizes():
+    """The scale that a user tunes alpha, beta and T against: one row, two classes, probabilities 0.8 against 0.5; unit vectors
+    at a right angle, 2 apart over 4 entries."""
+    mean, student, label = T * torch.tensor([[0.8, 0.2]]).log(), torch.zeros(1, 2), torch.tensor([0])
+    for kind, expected in {
+        "kl": T**2 * (0.8 * torch.tensor(1.6).log() + 0.2 * torch.tensor(0.4).log()),
+        "mse_prob": T**2 * torch.tensor(0.09),  # the mean over two equal entries, not their sum
+        "mse_logits": (mean**2).mean(),
+    }.items():
+        got = Objective(kind, T, alpha=1.0).distil(Outputs(student), [Outputs(mean)], label)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    objective, states = Objective(alpha=1.0, feature_loss="patient", beta=10.0), torch.tensor([[[3.0, 0, 0, 0]]])
+    for teacher, expected in (([0, 0, 0.1, 0], 2 / 4), ([7.0, 0, 0, 0], 0.0), ([-1.0, 0, 0, 0], 4 / 4)):
+        other = Outputs(student, torch.tensor([[teacher]]))
+        assert objective.distil(Outputs(student, states), [other], label).item() == pytest.approx(10 * expected)
+    assert Objective().hard(torch.tensor([[0.25, 0.75]]).log(), label).item() == pytest.approx(1.386294, abs=1e-6)
+
+
+def test_features_of_length_0_have_finite_gradients():
+    case = Case(K=1, features="patient")
+    student, (teacher,) = case.given[:2]
+    with torch.no_grad():
+        student.features[0, 0] = teacher.features[1, 1] = 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(case.loss(), [*student.given(), *teacher.given()]))
+
+
+def states(features=(B, LAYERS, L, H), attention=(B, LAYERS, HEADS, L, L), domain=(B, H)):
+    return Outputs(
+        torch.zeros(B, C), *(None if shape is None else torch.ones(shape) for shape in (features, attention, domain))
+    )
+
+
+OTHER = {
+    "fewer heads": {"attention": (B, LAYERS, 1, L, L)}, "another width": {"features": (B, LAYERS, L, H + 1)},
+    "width 1, which would be stretched": {"features": (B, LAYERS, L, 1)}, "fewer layers": {"features": (B, 1, L, H)},
+    "no scores": {"attention": None}, "no states": {"features": None}, "no domain": {"domain": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["patient", "tinybert"])
+@pytest.mark.parametrize("name", OTHER)
+def test_states_that_do_not_fit(name, kind):
+    for student, teacher in ((states(), states(**OTHER[name])), (states(**OTHER[name]), states())):
+        with pytest.raises(ValueError, match=rf"{kind} loss compares states of one shape.*--feature-loss none"):
+            Objective(feature_loss=kind).distil(student, [student, teacher], torch.zeros(B).long())
+    if name == "no scores" and kind == "tinybert":  # not even where both have none
+        with pytest.raises(ValueError, match="tinybert loss compares states of one shape"):
+            Objective(feature_loss=kind).distil(student, [student], torch.zeros(B).long())
 
 
 def test_regression_of_one_row_does_not_broadcast():
@@ -222,19 +287,3 @@ def test_one_output_has_no_soft_classes(kind):
     """methods 1: the softmax of one logit is constant, so that teachers would get and give nothing."""
     with pytest.raises(ValueError, match="mse_logits"):
         Objective(kind, T, ALPHA, regression=True)
-
-
-@featured
-@pytest.mark.parametrize(("kind", "regression"), [*((k, False) for k in CLASSIFICATION), ("mse_logits", True)])
-def test_differentiable_twice(kind, regression, features):
-    """Reverse over reverse for `double_backward`, forward over reverse for the walk back of `exact`; with weights."""
-    case = Case(kind, regression, 2, features, "learned")
-    each = 2 if features else 1
-    leaves = [t.detach()[:2].clone().requires_grad_() for t in [*case.student.given(), *case.taught()[:-1]]]
-
-    def loss(weights, *outputs):
-        student, *teachers = (Outputs(*outputs[i : i + each]) for i in range(0, len(outputs), each))
-        return case.objective.distil(student, teachers, case.labels[:2], weights)
-
-    assert gradcheck(loss, [case.weights, *leaves], check_forward_ad=True)
-    assert gradgradcheck(loss, [case.weights, *leaves], check_fwd_over_rev=True)

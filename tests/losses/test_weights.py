@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from engine.losses.teacher_weights import TeacherWeights
 
@@ -27,8 +26,7 @@ def test_learned_weights_start_equal(K, dtype):
     assert weights.learned and [p.shape for p in weights.parameters()] == [(K,)]
     got = weights()
     assert got.requires_grad and got.dtype == dtype
-    assert torch.equal(got, torch.full_like(got, 1 / K)) or (got - 1 / K).abs().max() < 1e-7
-    assert (got == got[0]).all()
+    assert (got - 1 / K).abs().max() < 1e-7 and (got == got[0]).all()
 
 
 def test_learned_weights_stay_weights():
@@ -42,27 +40,12 @@ def test_learned_weights_stay_weights():
     got = weights()
     assert (got > 0).all() and got[2] == got.max()
     torch.testing.assert_close(got.sum(), torch.tensor(1.0))
-
-
-def test_weights_of_a_checkpoint_come_back():
-    weights, other = TeacherWeights.of("learned", 2, LIKE), TeacherWeights.of("learned", 2, LIKE)
-    nn.init.normal_(weights.log)
-    other.load_state_dict(weights.state_dict())
-    assert torch.equal(weights(), other())
-
-
-def test_no_weights():
     assert TeacherWeights.of(None, 2, LIKE) is None
 
 
 @pytest.mark.parametrize(
-    "given", [[1.0], [1.0, 2.0, 3.0], [], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]]
+    "given", [[1.0], [1.0, 2.0, 3.0], [], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0], "learnt"]
 )
 def test_what_cannot_be_weights_is_refused(given):
     with pytest.raises(ValueError, match="give 2 positive numbers, one a teacher, or 'learned'"):
         TeacherWeights.of(given, 2, LIKE)
-
-
-def test_a_misspelt_word_is_refused():
-    with pytest.raises(ValueError, match="'learned'"):
-        TeacherWeights.of("learnt", 2, LIKE)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from outside import help_of, install
@@ -11,7 +12,10 @@ from engine import cli
 from engine.compare import options as comparison
 from engine.errors import UserError
 from engine.methods import METHODS
+from engine.profiling import options as profiling
 from engine.profiling.__main__ import main as profile
+from engine.profiling.estimate import Setting
+from engine.profiling.profile import varied
 from engine.report.__main__ import main as report
 from engine.telemetry.monitor import Monitor
 from engine.train import main
@@ -71,12 +75,18 @@ def test_a_run_is_resumed(mine, theirs, data, tmp_path, monkeypatch, capsys):
     assert_same_models(tmp_path / "run", theirs)
 
 
-def test_a_comparison_takes_it(mine):
+def test_other_commands_take_it(mine):
     grid = comparison.parse(["--methods", f"{mine},finetune"]).grid
     assert [row.name for row in grid.rows] == ["fine-tuned", "mine", "finetune"]
     assert grid.rows[1].teachers == ["bert"] and METHODS[grid.rows[1].method].title == "My own method"
+    config = profiling.parse(["--method", mine]).config
+    usual = Setting.of(config)  # frozen teachers have neither another strategy nor layers to recompute
+    assert varied(config, [usual, replace(usual, meta_grad="first_order"), replace(usual, checkpointing="both")]) == [
+        usual
+    ]
 
 
+@pytest.mark.slow
 def test_an_estimate_takes_it(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(SOURCE)
     words = ["--method", str(tmp_path / "mine.py"), "--source", "embedded", "--lengths", "8", "--batch-sizes", "2"]
@@ -84,11 +94,13 @@ def test_an_estimate_takes_it(tmp_path, capsys):
     assert "mine" in capsys.readouterr().out
 
 
-def test_help_names_it_and_imports_nothing(tmp_path):
-    said, modules = help_of(install(tmp_path, "methods", "mine", SOURCE))
-    assert "mine, by a method of one's own" in said and "(default: 5; lgtm 1; metakd 2; mine 3)" in said
-    assert "(default: 0; metakd --epochs; mine --epochs)" in said
-    assert not {"torch", "shelf_mine"} & modules
+def test_help_names_them_and_imports_nothing(tmp_path):
+    ruler = "DIVERGENCE = Divergence(soft=soft, help='by a ruler')"
+    sources = {("methods", "mine"): SOURCE, ("divergences", "length"): ruler}
+    said, modules = help_of(*(install(tmp_path / name, kind, name, text) for (kind, name), text in sources.items()))
+    assert "mine, by a method of one's own" in said and "length, by a ruler" in said
+    assert "(default: 5; lgtm 1; metakd 2; mine 3)" in said and "(default: 0; metakd --epochs; mine --epochs)" in said
+    assert not {"torch", "shelf_mine", "shelf_length"} & modules
 
 
 CALL = "METHOD = Method(step=None, {})\n"

@@ -20,7 +20,7 @@ from method_oracle import (
     read,
     real_step,
 )
-from run_helpers import metrics, sentences, succeed, summary, table
+from run_helpers import metrics, succeed
 
 from engine.meta.meta_step import MetaStep
 from engine.meta.reptile import Reptile
@@ -115,63 +115,6 @@ def test_rounds_are_the_written_ones(teachers, size, strategy, independent_masks
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def influence(optimizer):
-    """The engine's meta-gradient of a teacher behind one round, own loss left out; the state; batch and quizzes."""
-    setting = Setting("lgtm", 1, rounds=2)
-    setting.student.dropout.p = setting.teachers[0].dropout.p = 0.0
-    setting.run()
-    setting.student.norm.momentum = 0.0  # forwards leave its statistics alone
-    (learner,) = setting.state.meta_step.learners
-    step = MetaStep(setting.state.student, [learner], setting.state.objective,
-                    pilot_lr=LGTM_PILOT_LR, pilot_optimizer=optimizer)  # fmt: skip
-    batch, quizzes = make_batch(77, size=60), quiz(9)  # every word is in it: the direction is finite
-    learner.network.flat.clear_gradients()
-    step.meta_gradient([batch], quizzes)
-    found = torch.cat([p.grad.flatten() for p in setting.teachers[0].parameters() if p.requires_grad])
-    return found, setting, batch, quizzes
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_published_finite_difference_converges_to_it(optimizer):
-    """Central differences of the teacher's gradient of the student's loss, along v for a plain step and along Adam's own
-    direction for Adam's: the error falls with the square of the distance."""
-    found, setting, batch, quizzes = influence(optimizer)
-    module, teacher = setting.student.train(), setting.teachers[0]
-    own = {n: p for n, p in module.named_parameters() if p.requires_grad}
-
-    def loss(phi):
-        return distillation(read(module, batch, phi), [read(teacher, batch)], batch.labels)
-
-    gradients = torch.autograd.grad(loss(own), list(own.values()))
-    g = {n: x.detach().requires_grad_() for n, x in zip(own, gradients, strict=True)}
-    state = setting.state.student.optimizer.state
-    moments = {n: (state[p]["exp_avg"].clone(), state[p]["exp_avg_sq"].clone()) for n, p in own.items()}
-    if optimizer == "adamw":
-        phi, _ = adam_step(setting.state.student.optimizer, LGTM_PILOT_LR)(0, own, own, g, moments)
-    else:
-        phi = {n: p - LGTM_PILOT_LR * g[n] for n, p in own.items()}
-    phi = {n: p.detach().requires_grad_() for n, p in phi.items()} if optimizer == "sgd" else phi
-    module.eval()
-    q = sum(F.cross_entropy(read(module, b, phi), b.labels) for b in quizzes) / len(quizzes)
-    if optimizer == "adamw":
-        direction = torch.autograd.grad(q, list(g.values()))  # (d update / d g)^T v
-    else:
-        direction = [-LGTM_PILOT_LR * v for v in torch.autograd.grad(q, list(phi.values()))]
-    module.train()
-    norm = torch.cat([d.flatten() for d in direction]).norm()
-    ps = [p for p in teacher.parameters() if p.requires_grad]
-
-    def difference(distance):
-        sides = []
-        for r in (distance / norm, -distance / norm):
-            moved = {n: p.detach() + r * d for (n, p), d in zip(own.items(), direction, strict=True)}
-            sides.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss(moved), ps)]))
-        return (sides[0] - sides[1]) / (2 * distance / norm)
-
-    errors = [(difference(distance) - found).norm() / found.norm() for distance in (1e-1, 1e-2, 1e-3)]
-    assert errors[0] < 0.2 and errors[1] < errors[0] / 50 and errors[2] < errors[1] / 50, errors
-
-
 def test_finite_difference_as_a_strategy_has_the_own_losses_exactly():
     """The own losses do not depend on how the third term is had."""
     own = {}
@@ -203,12 +146,10 @@ def test_what_does_not_fit_is_refused():
         MetaStep(torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], teacher_alpha=0.5, strategy=Reptile([{}]))
 
 
-def test_a_run_has_three_losses_and_they_fall(cache, tmp_path):
-    data = table(tmp_path / "d.tsv", sentences(500))
-    run = succeed(data, tmp_path / "run", method="lgtm", train_size=460, max_steps=100, prepare_epochs=3,
-                  log_steps=10, eval_steps=1000)  # fmt: skip
-    rows = [row for row in metrics(run) if row["phase"] == "lgtm" and "loss" in row]
-    assert all({"loss", "pilot_loss", "quiz_loss", "teacher_loss"} <= row.keys() for row in rows)
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["teacher_loss"] < 0.9 * rows[0]["teacher_loss"], rows
-    assert "pilot_optimizer: adamw" in (run / "config.yaml").read_text()
-    assert summary(run)["method"] == "lgtm"
+def test_a_run(data, tmp_path):
+    run = succeed(data, tmp_path / "run", method="lgtm", max_steps=2, log_steps=1)
+    losses = {"loss", "pilot_loss", "quiz_loss", "teacher_loss"}
+    assert all(losses <= row.keys() for row in metrics(run) if row["phase"] == "lgtm" and "loss" in row)
+    assert {"pilot_optimizer: adamw", "alpha: 1.0", "temperature: 1.0"} <= set(
+        (run / "config.yaml").read_text().split("\n")
+    )

@@ -110,70 +110,6 @@ def test_metadistil(teachers, size, weights, strategy, independent_masks):
     assert not any(p.grad is not None and p.grad.any() for m in models for p in m.parameters())
 
 
-MISTAKES = {
-    "updated_teacher": "the teacher of before its step",
-    "eval_teacher": "a teacher with dropout",
-    "rewound": "weights that are not quite rewound",
-    "buffers_rewound": "the pilot's forward counted among the buffers",
-    "same_batches": "other batches than the pilot's",
-    "same_masks": "new masks",
-    "same_weights": "teachers that count alike",
-    "generator_left": "a generator that goes on from behind the real step's masks",
-}
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_oracle_tells_variants_apart(size):
-    """What the comparison above would notice: each of these is a mistake that it must be able to see."""
-
-    def given():
-        return Setting("metadistil", 2, rounds=2, size=size, weights="given")
-
-    setting = given()
-    setting.run()
-
-    def variant(**right):
-        right = dict.fromkeys(MISTAKES, True) | right
-        fresh = given()
-        copied, *teachers = fresh.copies
-        torch.manual_seed(7)
-        student, updates = Adam(copied, LR, 2 * size, size), [Adam(t, TEACHER_LR, 2) for t in teachers]
-        weights = fresh.weights if right["same_weights"] else None
-        for number, batches in enumerate(setting.batches):
-            _, _, masks = meta_gradient(copied, teachers, batches, quiz(number), weights)
-            if right["updated_teacher"]:
-                for update in updates:
-                    update.step()
-            if not right["eval_teacher"]:
-                for teacher in teachers:
-                    teacher.eval = teacher.train
-            if not right["buffers_rewound"]:
-                read(copied.train(), batches[0])
-            if not right["rewound"]:
-                with torch.no_grad():
-                    for p in copied.parameters():
-                        p -= 1e-3
-            if not right["same_batches"]:
-                batches = [make_batch(999) for _ in batches]
-            for batch, mask in zip(batches, masks, strict=True):
-                real_step(student, teachers, batch, weights, mask if right["same_masks"] else None)
-                if not right["generator_left"]:
-                    read(copied, batch)
-        return apart(setting.student, copied)
-
-    assert variant() < TOLERANCE
-    for mistake in MISTAKES:
-        assert variant(**{mistake: False}) > 1e-6, mistake
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_values_are_detached_scalars(method):
-    setting = Setting(method, rounds=1)
-    (values,) = setting.run()
-    assert all(v.ndim == 0 and not v.requires_grad for v in values.values())
-    assert setting.student.training
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_falls_on_a_learnable_problem(method):
     """30 rounds; the batches are learnable from their first word, and the teachers know how."""
@@ -197,7 +133,9 @@ def test_loss_falls_on_a_learnable_problem(method):
         return F.cross_entropy(read(setting.student.eval(), batch), batch.labels).item()
 
     start = held_out()
-    losses = [value["loss"].item() for value in setting.run()]
+    values = setting.run()
+    assert all(v.ndim == 0 and not v.requires_grad for v in values[-1].values())
+    losses = [value["loss"].item() for value in values]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert held_out() < 0.7 * start
 
@@ -206,10 +144,6 @@ def test_the_files_of_the_folder_are_the_methods():
     assert set(METHODS) == {"finetune", "kd", "lgtm", "metadistil", "metakd", "reptile"}
     for name, method in METHODS.items():
         said = METHODS.facts(name)  # read from the text of the file
-        assert said == {key: getattr(method, key) for key in said} and said.keys() >= {
-            "help",
-            "teachers",
-            "title",
-            "report",
-        }
+        assert said == {key: getattr(method, key) for key in said}
+        assert said.keys() >= {"help", "teachers", "title", "report"}
     assert set(get_args(get_type_hints(MethodConfig)["meta_grad"])) == set(STRATEGIES)
