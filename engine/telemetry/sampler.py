@@ -130,7 +130,6 @@ class Sampler:
 
     def start(self) -> None:
         if self._thread is None and not self._closed:
-            self._host_due = self._device_due = self._clock()
             thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
             try:
                 thread.start()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_cuda import FakeCapture, FakeCuda
+from fake_nvml import Clock
 
 from engine.models.cuda_graph import Graph
 from engine.sections import listening, section
@@ -14,18 +15,8 @@ from engine.telemetry.meter import CudaMeter, Meter, meter_of
 CUDA, X = torch.device("cuda:0"), torch.zeros(())
 
 
-class Clock:
-    """Goes on when it is told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 def test_time_belongs_to_the_innermost_section():
-    clock = Clock()
+    clock = Clock(0.0)
     found = Meter(clock)
     with listening(found):
         clock.now += 1  # other

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from fake_nvml import Clock
 
 from engine.sections import section
 from engine.telemetry import flops
@@ -14,13 +15,6 @@ from engine.telemetry.sampler import Window
 from engine.telemetry.telemetry import Costs, Telemetry
 
 CPU = torch.device("cpu")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class FakeSampler:
@@ -43,7 +37,7 @@ class FakeSampler:
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(0.0)
 
 
 @pytest.fixture

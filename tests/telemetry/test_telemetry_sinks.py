@@ -13,29 +13,20 @@ from engine.telemetry.sinks import Lines, Run, cause, numbers
 
 
 class Kept:
-    """A sink that keeps what it is told, and fails where `fails` says."""
+    """A sink that keeps every call, and fails where `fails` names it."""
 
     name = "kept"
 
     def __init__(self, *fails: str):
         self.calls, self.fails = [], fails
 
-    def _note(self, *call):
-        self.calls.append(call)
-        if call[0] in self.fails:
-            raise OSError(errno.EIO, "broken")
+    def __getattr__(self, method):
+        def call(*given):
+            self.calls.append((method, *given))
+            if method in self.fails:
+                raise OSError(errno.EIO, "broken")
 
-    def start(self, run):
-        self._note("start", run)
-
-    def log(self, phase, step, values):
-        self._note("log", phase, step, values)
-
-    def rewind(self, phase, step):
-        self._note("rewind", phase, step)
-
-    def close(self, finished):
-        self._note("close", finished)
+        return call
 
 
 def records(output):
@@ -161,12 +152,12 @@ def test_a_last_line_cut_short(tmp_path):
         assert len(warned) == 1 and "had 2 lines that are not whole" in warned[0]
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_rewind_that_fails_loses_nothing(tmp_path, monkeypatch):
     sink = lines(tmp_path, GOOD)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(sinks.os, "replace", full)
     with pytest.raises(UserError, match="cannot be written"):
         sink.rewind("b", 2)
@@ -176,8 +167,7 @@ def test_a_rewind_that_fails_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_full_disk_ends_the_run(tmp_path):
     class Full(io.FileIO):
-        def write(self, data):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        write = full
 
     it = monitor(tmp_path)
     it._lines._lines.close()
