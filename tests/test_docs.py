@@ -7,6 +7,7 @@ their real parsers.
 
 import re
 import runpy
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,31 @@ def test_paths_exist(page):
     top = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
     for path in re.findall(rf"`((?:{top})/[\w./-]*)`", page.read_text()):
         assert (ROOT / path).exists(), path
+
+
+@cache
+def _known_flags() -> set[str]:
+    parsers = [cli.parser(), compare_options.parser(), profiling_options.parser(), report_parser()]
+    texts = [*(parser.format_help() for parser in parsers), (ROOT / "bench" / "conftest.py").read_text()]
+    return {*re.findall(r"--[a-z][\w-]*", " ".join(texts)), "--no-build-isolation", "--check"}  # of pip and ruff
+
+
+@cache
+def _source() -> str:
+    return "".join(file.read_text() for top in ("engine", "kernels") for file in (ROOT / top).rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "log"], ids=_name)
+def test_flags_modules_and_variables_exist(page):
+    """Of what stands in backticks."""
+    text = " ".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+    flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if not flag.startswith("--benchmark-")}
+    assert flags <= _known_flags()
+    for name in re.findall(r"(?<![\w./])engine(?:\.[a-z]\w*)+", text):
+        module = ROOT / name.replace(".", "/")
+        assert module.is_dir() or module.with_suffix(".py").exists(), name
+    for variable in re.findall(r"(?:METADISTIL|ENGINE)_[A-Z_]+", text):
+        assert f'"{variable}"' in _source(), variable
 
 
 @pytest.mark.parametrize(("script", "file", "make"), [
