@@ -1,6 +1,7 @@
 """Whole jobs on tiny data: what they leave behind, and that they repeat themselves."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.losses.objectives import Objective
 from engine.run import checkpoint
+from engine.run.tally import Tally
 from engine.train import main
 
 JOBS = {
@@ -220,6 +222,22 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, mo
     assert all(t.isfinite().all() for t in weights(run / "student").values())
     rows = [row for row in metrics(run) if "loss" in row]
     assert len(rows) == 4 and all(0 < row["loss"] < 10 for row in rows)  # means of what was finite
+
+
+def test_rounds_that_are_not_finite_count_until_one_is():
+    tally, learner = Tally(), SimpleNamespace(skipped=torch.tensor(2.0))
+    found = []
+    for values in ([1.0, float("nan"), 3.0], [float("inf")], [float("nan"), float("nan")], [5.0]):
+        for value in values:
+            tally.add({"loss": torch.tensor(value), "lr": torch.tensor(0.5)})
+        found.append(tally.read([learner, SimpleNamespace(skipped=None)]))
+    assert found == [
+        ({"loss": 2, "lr": 0.5}, 0, 2),
+        ({"lr": 0.5}, 1, 0),
+        ({"lr": 0.5}, 3, 0),
+        ({"loss": 5, "lr": 0.5}, 0, 0),
+    ]
+    assert tally.rounds == 7
 
 
 def test_what_stood_in_is_recorded_and_repeated(data, tmp_path, monkeypatch):
