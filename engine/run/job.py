@@ -42,11 +42,12 @@ def run(
         output.create()
         output.write("config.yaml", cli.dump(config))
         stages = train(setup, output, sinks, telemetry, interrupts)
+        # step 7, with which the directory is complete
         close(setup, stages, telemetry, output, time.monotonic() - started, command)
 
 
 def set_up(config: Config, console: Console) -> Setup:
-    """All that can go wrong with what a user gives: settings, data, models, and whether they fit each other."""
+    """Steps 1 to 5. Raises UserError for settings, data and models that cannot be used or do not fit each other."""
     device = settle_device(config, console.say)
     inputs = read_inputs(config, console)
     models = load_models(config, inputs, device, console)
@@ -61,7 +62,7 @@ def set_up(config: Config, console: Console) -> Setup:
 def train(
     setup: Setup, output: OutputDirectory, sinks: list[Sink], telemetry: Telemetry, interrupts: Interrupts
 ) -> Stages:
-    """All stages, which are returned as they ended."""
+    """Step 6: all stages. They are returned with what they left: teachers, kept answers, learned weights."""
     config, console = setup.config, setup.console
     told = {"settings": config.to_flat(), "say": console.say, "warn": console.warn}
     with Monitor(output.path, sinks, **told) as monitor, closing(telemetry):

@@ -1,4 +1,4 @@
-"""The stages of a run: teachers are prepared, the student is warmed up, learns inner states, is distilled."""
+"""Step 6, the stages of a run: teachers are prepared, the student is warmed up, learns inner states, is distilled."""
 
 from __future__ import annotations
 
