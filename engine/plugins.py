@@ -117,7 +117,7 @@ class Plugins(Mapping[str, Any]):
     def _load(self, name: str) -> Any:
         if _is_path(name):
             spec = importlib.util.spec_from_file_location(f"{self.group}.{short_name(name)}", Path(name).expanduser())
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
             spec.loader.exec_module(module)
         elif self._is_own(name):
             module = import_module(f"engine.{self.folder}.{name}")
