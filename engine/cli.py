@@ -99,7 +99,8 @@ def _values(argv: list[str]) -> dict[str, Any]:
         kind, optional = _kind(name)
         if (value is None and not optional) or (kind is bool and not isinstance(value, bool)):
             raise UserError(_wrong_type(name, "null" if value is None else repr(value), argv))
-    return parsed | {name: names.settle(parsed[name], _where(name, argv)) for name, names in NAMES.items()}
+    given = {name: names for name, names in NAMES.items() if parsed[name] is not None}
+    return parsed | {name: names.settle(parsed[name], _where(name, argv)) for name, names in given.items()}
 
 
 def _sentence(message: str, argv: list[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from engine.errors import UserError
-from engine.plugins import DIVERGENCES, METHODS, Plugins, short_name
+from engine.plugins import DIVERGENCES, METHODS, PILOTS, STRATEGIES, Plugins, short_name
 
 LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
@@ -38,7 +38,8 @@ class _Section:
     def check(self) -> None:
         """Raises UserError for a value that is out of range, or a name that there is not; makes paths absolute."""
         for f in fields(self):
-            if (names := f.metadata.get("names")) is not None:
+            names = f.metadata.get("names")
+            if names is not None and getattr(self, f.name) is not None:
                 setattr(self, f.name, names.settle(getattr(self, f.name)))
             value, low, high = getattr(self, f.name), f.metadata.get("minimum"), f.metadata.get("maximum")
             if value is None or (low is None and high is None):
@@ -152,16 +153,11 @@ class MethodConfig(_Section):
         None, "weights of the teachers in the mean of their logits, as in 0.7,0.3; or learned, by the meta-gradient (default: "
         "equal weights)")  # fmt: skip
     weights_lr: float = option(0.01, "learning rate of learned teacher weights (AdamW on their logarithms)", 0.0)
-    meta_grad: Literal["exact", "double_backward", "finite_difference", "first_order"] = option(
-        "exact", "how the quiz loss is differentiated through the pilot step: exact and double_backward agree to rounding; "
-        "finite_difference is approximate and needs no forward-mode derivatives of the student; first_order uses the student's "
-        "last layer only")  # fmt: skip
+    meta_grad: str = option("exact", "how the quiz loss is differentiated through the pilot step", names=STRATEGIES)
     checkpointing: Literal["none", "student", "teachers", "both", "selective"] = option(
         "none", "compute activations again in the meta-gradient's backward passes, layer by layer, which saves memory; selective "
         "is refused, because it has no second derivatives")  # fmt: skip
-    pilot_optimizer: Literal["sgd", "adamw"] | None = option(
-        None, "how the pilot step is taken: by plain SGD, or by AdamW from the moments of the student's own optimizer",
-        otherwise="sgd")  # fmt: skip
+    pilot_optimizer: str | None = option(None, "how the pilot step is taken", otherwise="sgd", names=PILOTS)
     teacher_alpha: float = option(
         0.4, "for teachers that also learn the task (lgtm): weight of a teacher's soft loss against the student's answers; the "
         "weight of its hard loss is 1 - teacher-alpha", 0.0, 1.0)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Methods and divergences by name, without importing them. Each is one file that assigns one object, as in
+"""Methods, divergences, strategies and pilots by name, without importing them. Each is a file that assigns one object, as in
 
     METHOD = Method(step, help="...", teachers="frozen")
 
@@ -128,6 +128,8 @@ class Plugins(Mapping[str, Any]):
 
 METHODS = Plugins("--method", "methods", "METHOD", ("help", "teachers"))
 DIVERGENCES = Plugins("--soft-loss", "losses.divergences", "DIVERGENCE", ("help",))
+STRATEGIES = Plugins("--meta-grad", "meta.strategies", "STRATEGY", ("help",))
+PILOTS = Plugins("--pilot-optimizer", "meta.pilots", "PILOT", ("help",))
 
 
 def short_name(name: str) -> str:

@@ -19,13 +19,10 @@ from torch.optim import Optimizer
 from engine.batch import Batch
 from engine.losses.objectives import Objective
 from engine.losses.teacher_weights import TeacherWeights
-from engine.meta.pilots import Pilot
-from engine.meta.pilots.adamw import AdamW
-from engine.meta.pilots.first_adamw import FirstAdamW
-from engine.meta.pilots.sgd import SGD
+from engine.meta.pilots import PILOTS
 from engine.meta.problem import Kept, Meta, Problem
 from engine.meta.reptile import Reptile
-from engine.meta.strategies import STRATEGIES
+from engine.meta.strategies import STRATEGIES, Strategy
 from engine.meta.time_machine import Store, TimeMachine
 from engine.models.checkpointing import CHOICES, REFUSED
 from engine.models.learner import Learner
@@ -49,8 +46,8 @@ class MetaStep:
     max_grad_norm      clips the student's and every teacher's gradient to this norm before their steps; None leaves it
     pilot_lr, pilot_optimizer
                        the pilot's step: "sgd", or "adamw" from the moments of `student_optimizer`
-    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.meta.strategies); or a `Reptile`
-                       (engine.meta.reptile), which needs no quizzes and has a pilot step of its own
+    strategy           "exact", "double_backward", "finite_difference" or "first_order" (engine.meta.strategies), or a `Strategy`;
+                       or a `Reptile` (engine.meta.reptile), which needs no quizzes and has a pilot step of its own
     teacher_weights    None (the mean), K positive numbers, or "learned": K weights that start equal and follow the same
                        meta-gradient at `weights_lr` (AdamW on their logarithms); or a `Network` or `Learner` of a module
                        that gives them
@@ -76,7 +73,7 @@ class MetaStep:
         teacher_optimizers: Sequence[Optimizer] = (),
         pilot_lr: float = 1e-3,
         pilot_optimizer: str = "sgd",
-        strategy: str | Reptile = "exact",
+        strategy: str | Strategy | Reptile = "exact",
         teacher_weights: Sequence[float] | str | Network | Learner | None = None,
         weights_lr: float = 0.01,
         teacher_alpha: float | None = None,
@@ -106,27 +103,16 @@ class MetaStep:
 
         self.learner, self.independent_masks = learners[0], independent_masks
         self.learners = [learner for learner in [*learners[1:], weights_learner] if learner is not None]
-        self.quizzed = not isinstance(strategy, Reptile)
-        self.strategy = STRATEGIES[strategy] if self.quizzed else strategy
+        self.strategy = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         objective = objective or Objective()
-        keep = self.learner is not None and strategy != "double_backward" and not independent_masks
-        pilot = self._pilot(pilot_optimizer if self.quizzed else "first", pilot_lr, modules[0])
+        keep = self.learner is not None and self.strategy.keeps_graph and not independent_masks
+        pilot = (self.strategy.pilot or PILOTS[pilot_optimizer].make)(pilot_lr, modules[0], self.learner)
         self.problem = Problem(
             modules[0], modules[1:], objective, pilot, TimeMachine(modules[0].flat, store), weights, checkpointing, keep,
             micro_batch=micro_batch_size,
             own=None if teacher_alpha is None else replace(objective, alpha=teacher_alpha, feature_loss="none"),
         )  # fmt: skip
-        if not self.quizzed:
-            strategy.check(self.problem)
-
-    def _pilot(self, kind: str, lr: float, network: Network) -> Pilot:
-        if kind == "sgd":
-            return SGD(lr)
-        if self.learner is None:
-            raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
-        if kind == "adamw":
-            return AdamW(lr, network.flat, self.learner.optimizer)
-        return FirstAdamW(lr, network.flat, self.learner.optimizer, self.learner.max_grad_norm)
+        self.strategy.check(self.problem)
 
     @property
     def weights(self) -> Tensor | None:
@@ -143,7 +129,7 @@ class MetaStep:
         taught = {id(learner.network) for learner in self.learners}
         if self.learner is None or not all(id(teacher) in taught for teacher in self.problem.teachers):
             raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
-        batches, quizzes = _batches(batches), _batches(quizzes) if self.quizzed else []
+        batches, quizzes = _batches(batches), _batches(quizzes) if self.strategy.quizzed else []
         learners = [self.learner, *self.learners]
         for learner in learners:  # whatever a training before it left there is none of this step's
             learner.network.flat.clear_gradients()
@@ -160,7 +146,7 @@ class MetaStep:
 
     def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
         """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
-        return _losses(self._meta(_batches(batches), _batches(quizzes) if self.quizzed else []))
+        return _losses(self._meta(_batches(batches), _batches(quizzes) if self.strategy.quizzed else []))
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
         self.problem.student.module.train()
@@ -203,15 +189,15 @@ def _losses(meta: Meta) -> dict[str, Tensor]:
 
 
 def _check_settings(
-    strategy: str | Reptile, pilot_optimizer: str, teacher_alpha: float | None, checkpointing: str, micro_batch: int | None
+    strategy: str | Strategy | Reptile, pilot_optimizer: str, teacher_alpha: float | None, checkpointing: str, micro_batch: int | None
 ) -> None:  # fmt: skip
     """Raises ValueError for the first setting that is none of the allowed ones."""
-    if isinstance(strategy, Reptile):
-        if teacher_alpha is not None:
-            raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
-    else:
+    if isinstance(strategy, str):
         _choice("strategy", strategy, STRATEGIES)
-        _choice("pilot_optimizer", pilot_optimizer, ("sgd", "adamw"))
+    elif not strategy.quizzed and teacher_alpha is not None:
+        raise ValueError("teachers that follow the student's weights have no own loss; leave teacher_alpha out.")
+    if isinstance(strategy, str) or strategy.pilot is None:
+        _choice("pilot_optimizer", pilot_optimizer, PILOTS)
     if checkpointing in REFUSED:
         raise ValueError(f"checkpointing={checkpointing!r} is refused: {REFUSED[checkpointing]}")
     _choice("checkpointing", checkpointing, CHOICES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -58,6 +58,3 @@ class Meta(NamedTuple):
     masks: list[list[RandomState]]  # of each batch, of each of its parts
     kept: Kept | None = None
     teacher_loss: Tensor | None = None  # mean of the teachers' own losses, where they have them
-
-
-Strategy = Callable[[Problem, Sequence[Batch], Sequence[Batch]], Meta]

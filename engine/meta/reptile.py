@@ -1,6 +1,6 @@
 """ReptileDistil's update of the teachers, first order and without a quiz, as a strategy of the meta-step.
 
-    phi_fast  = phi - eta (g / (|g| + eps) + w phi),  g the clipped gradient of the distillation loss    (engine.meta.pilots.first_adamw)
+    phi_fast  = phi - eta (g / (|g| + eps) + w phi),  g the clipped gradient of the distillation loss    (engine.meta.first_adamw)
     theta_k.grad += theta_k - phi_fast    weight by weight of the layer map (engine.losses.layer_map), the mean where two are mapped
 
 The step is the first one of a new AdamW at a constant rate; the teachers are frozen while it is made. The rate is none of a
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from engine.batch import Batch
+from engine.meta.first_adamw import first_adamw
 from engine.meta.passes import pilot_pass
 from engine.meta.problem import Meta, Problem
 from engine.models.network import Network
@@ -27,6 +28,8 @@ class Reptile:
     `sources` holds, teacher by teacher, the names of the student's weights for each weight that the teacher trains: those
     of `LayerMap.sources`. What the map leaves out is to be frozen (`freeze_unmapped`): an optimizer would let it decay.
     """
+
+    keeps_graph, quizzed, pilot = True, False, staticmethod(first_adamw)
 
     def __init__(self, sources: Sequence[Mapping[str, Sequence[str]]]):
         self.sources = list(sources)

@@ -20,6 +20,7 @@ import torch
 
 from engine.config import Config
 from engine.data.labels import Task
+from engine.meta.strategies import STRATEGIES
 from engine.methods import METHODS
 from engine.profiling.blueprints import Blueprint
 from engine.profiling.pretend import pretending
@@ -30,8 +31,11 @@ CONTEXT = 600 * MIB  # CUDA's own, with the kernels of torch and cuBLAS that are
 CUBLAS = 32 * MIB  # what torch gives cuBLAS on a Hopper GPU; 8 elsewhere
 PROCESS = 600 * MIB  # Python with torch and transformers, measured on x86 Linux with torch 2.13
 FRAGMENTS = 0.05  # of the tensors: what an allocator holds in gaps
-# Numbers of the same meta-gradient first: finite differences are approximate, first_order is biased (engine.meta.strategies)
-RANK = {"exact": 0, "double_backward": 0, "finite_difference": 1, "first_order": 2}
+RANK = {
+    "exact": 0,
+    "approximate": 1,
+    "biased": 2,
+}  # by what a strategy computes; those of the exact meta-gradient first
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Found:
         """Less is better: exact gradients, then operations an example, then fewer parts and no copies to the host."""
         s, e = self.setting, self.estimate
         parts = 1 if s.micro_batch_size is None else math.ceil(s.batch_size / s.micro_batch_size)
-        return RANK[s.meta_grad], e.flops / s.batch_size, parts, s.snapshot_store != "device"
+        return RANK[STRATEGIES[s.meta_grad].values], e.flops / s.batch_size, parts, s.snapshot_store != "device"
 
 
 def estimate(

@@ -7,18 +7,18 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 from engine import cli
-from engine.config import Config, MethodConfig
+from engine.config import Config
 from engine.errors import UserError
+from engine.plugins import STRATEGIES
 
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{i}{b}": (1024 if i else 1000) ** power
     for power, prefix in enumerate("KMGT", 1) for i in ("", "i") for b in ("", "B")
 }  # fmt: skip
 SEE_HELP = "see python -m engine.profiling --help"
-STRATEGIES = list(get_args(get_type_hints(MethodConfig)["meta_grad"]))
 CHECKPOINTING = ["none", "student", "teachers", "both"]
 
 
@@ -84,8 +84,9 @@ def parse(words: Sequence[str]) -> Options:
         raise UserError(f"--classes is {given.classes}; it must be at least 1.")
     if given.steps < 1:
         raise UserError(f"--steps is {given.steps}; it must be at least 1.")
+    strategies = sorted(STRATEGIES, key=lambda name: name != "exact")  # first what the others are compared with
     found = {
-        "meta_grad": _named(given.strategies, "--strategies", STRATEGIES),
+        "meta_grad": _named(given.strategies, "--strategies", strategies),
         "checkpointing": _named(given.checkpointing_choices, "--checkpointing-choices", CHECKPOINTING),
         "batch_size": _numbers(given.batch_sizes, "--batch-sizes", 1),
         "micro_batch_size": _numbers(given.micro_batch_sizes, "--micro-batch-sizes", 1),

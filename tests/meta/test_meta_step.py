@@ -67,6 +67,39 @@ def test_a_step_is_the_same_by_either_exact_strategy(settings, pilots):
     assert max((a - b).abs().max() for a, b in zip(first[1], second[1], strict=True)) < TOLERANCE
 
 
+OWN_STRATEGY = """
+from engine.meta.strategies import STRATEGIES, Strategy
+
+STRATEGY = Strategy(gradient=STRATEGIES["exact"].gradient, help="the exact one by another name")
+"""
+OWN_PILOT = """
+from engine.meta.pilots import PilotRule
+from engine.meta.pilots.sgd import SGD
+
+PILOT = PilotRule(make=lambda lr, student, learner: SGD(lr / 2), help="half a step")
+"""
+
+
+def test_strategies_and_pilots_from_files(tmp_path):
+    """What a file of a user's gives is taken where a name is."""
+    (tmp_path / "strategy.py").write_text(OWN_STRATEGY)
+    (tmp_path / "pilot.py").write_text(OWN_PILOT)
+    expected = run(meta_step())
+    found = run(meta_step(strategy=str(tmp_path / "strategy.py")))
+    assert all(torch.equal(a, b) for a, b in zip(expected[1], found[1], strict=True))
+    halved = run(meta_step(pilot_optimizer=str(tmp_path / "pilot.py")))
+    assert halved[0][0]["pilot_loss"] == expected[0][0]["pilot_loss"]
+    assert halved[0][0]["quiz_loss"] != expected[0][0]["quiz_loss"]
+
+
+def test_a_learner_brings_its_own_optimizer():
+    step = meta_step(teachers=1)
+    again = MetaStep(step.learner, step.learners, Objective(temperature=2.0), pilot_lr=0.2)
+    assert again.learner is step.learner and again.learners == step.learners
+    with pytest.raises(ValueError, match="is a Learner, which has its optimizer already"):
+        MetaStep(step.learner, step.learners, student_optimizer=step.learner.optimizer)
+
+
 def test_masks_are_the_pilots_unless_independent():
     shared, independent = run(meta_step()), run(meta_step(independent_masks=True))
     assert not torch.equal(shared[2], independent[2])
@@ -162,8 +195,8 @@ def test_a_users_own_steps_go_between():
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"teachers": 0}, "at least one teacher"),
-    ({"strategy": "implicit"}, "strategy is 'implicit'; it must be one of exact"),
-    ({"pilot_optimizer": "lion"}, "pilot_optimizer is 'lion'; it must be one of sgd, adamw"),
+    ({"strategy": "implicit"}, "strategy is 'implicit'; it must be one of"),
+    ({"pilot_optimizer": "lion"}, "pilot_optimizer is 'lion'; it must be one of adamw, sgd"),
     ({"checkpointing": "selective"}, "'selective' is refused"),
     ({"checkpointing": "all"}, "checkpointing is 'all'"),
     ({"store": "disk"}, "store is 'disk'"),

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from engine.meta.first_adamw import FirstAdamW
 from engine.meta.pilots.adamw import AdamW
-from engine.meta.pilots.first_adamw import FirstAdamW
 from engine.meta.pilots.sgd import SGD
 from engine.meta.time_machine import TimeMachine
 from engine.params.flat import FlatParameters, Rows, Vector

@@ -4,17 +4,28 @@ Every rule is elementwise in the gradient g, phi' = phi - eta a(g), so the deriv
 cotangent of phi', it gives d, the direction along which the student's directional derivative goes, and what v_phi is but for
 H d, with H the Hessian of the pilot loss. There is no clipping in a pilot step.
 
-Another rule is a file with a class of this protocol, and its name in `MetaStep`.
+Imports the time machine and what stands below meta/. Another rule is one file here with a class of the protocol below that ends in
+
+    PILOT = PilotRule(make=..., help="...")
+
+`--pilot-optimizer` takes it from there; it also takes the path of a file, and entry points of the group `metadistil.pilots`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.meta.time_machine import TimeMachine
+from engine.models.learner import Learner
+from engine.models.network import Network
 from engine.params.flat import Vector
+from engine.plugins import PILOTS
+
+__all__ = ["PILOTS", "Pilot", "PilotRule"]
 
 
 class Pilot(Protocol):
@@ -31,3 +42,13 @@ class Pilot(Protocol):
 
     def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same step as differentiable operations on tensors by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotRule:
+    """make  (learning rate, student, the student's learner or None) -> Pilot; raises ValueError where it cannot serve them
+    help  one line of --help, a literal text (engine.plugins)
+    """
+
+    make: Callable[[float, Network, Learner | None], Pilot]
+    help: str

@@ -13,7 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.meta.pilots import PilotRule
 from engine.meta.time_machine import TimeMachine
+from engine.models.learner import Learner
+from engine.models.network import Network
 from engine.params.flat import FlatParameters, Rows, Vector
 from engine.params.optim import FlatAdamW
 
@@ -176,3 +179,13 @@ class AdamW:
     def _vector(self, flat: Tensor) -> Vector:
         views = self.flat.views(flat, [t.name for t in self.flat.tables]) if self.flat.tables else {}
         return Vector(flat[: self.flat.dense], [views[t.name] for t in self.flat.tables])
+
+
+def of_learner(lr: float, student: Network, learner: Learner | None) -> AdamW:
+    """The pilot that steps with the learner's optimizer. Raises ValueError where there is none."""
+    if learner is None:
+        raise ValueError("an adamw pilot steps with the student's own optimizer; give student_optimizer.")
+    return AdamW(lr, student.flat, learner.optimizer)
+
+
+PILOT = PilotRule(make=of_learner, help="AdamW from the moments of the student's own optimizer")

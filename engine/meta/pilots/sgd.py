@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from engine.meta.pilots import PilotRule
 from engine.meta.time_machine import TimeMachine
 from engine.params.flat import Vector
 
@@ -25,3 +26,6 @@ class SGD:
 
     def update(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: p - self.lr * gradients[name] for name, p in weights.items()}
+
+
+PILOT = PilotRule(make=lambda lr, student, learner: SGD(lr), help="plain SGD")

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.meta.passes import Taught, devices, recomputed, teach
 from engine.meta.problem import Meta, Problem
+from engine.meta.strategies import Strategy
 from engine.models.features import InnerStates
 from engine.models.network import Outputs
 from engine.params.flat import Lookups
@@ -78,3 +79,8 @@ def _to_teachers(problem: Problem, loss: Tensor, taught: list[Taught]) -> None:
 def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
     """d loss / d inputs, zeros for an input that the loss does not depend on (an unused pooler, say)."""
     return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+
+
+STRATEGY = Strategy(
+    gradient=double_backward, help="by autograd through the pilot step, equal to exact to rounding", keeps_graph=False
+)

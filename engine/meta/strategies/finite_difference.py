@@ -13,6 +13,7 @@ import torch
 
 from engine.batch import Batch
 from engine.meta.problem import Meta, Problem
+from engine.meta.strategies import Strategy
 from engine.meta.walk_back import Head, walk_back
 from engine.models.network import Outputs
 from engine.models.precision import ieee
@@ -49,3 +50,8 @@ def central_difference(
     slope = Outputs(*(None if a is None else (a - b) / (2 * eps) for a, b in zip(ahead, behind, strict=True)))
     hd = None if head is None else gradients[0].plus(gradients[1], -1.0).scaled(1 / (2 * eps))
     return mean, slope, hd
+
+
+STRATEGY = Strategy(
+    gradient=finite_difference, help="approximate, for students without forward-mode derivatives", values="approximate"
+)

@@ -14,6 +14,7 @@ from engine.batch import Batch
 from engine.errors import UserError
 from engine.meta.forward_mode import forward_mode
 from engine.meta.problem import Meta, Problem
+from engine.meta.strategies import Strategy
 from engine.meta.walk_back import walk_back
 from engine.models.network import Network, Outputs
 
@@ -36,3 +37,6 @@ def last_layer(student: Network, outputs: Outputs) -> list[str]:
             f"first_order needs a last layer that is a trained nn.Linear of {classes} outputs; the student ({student.name}) "
             "has none. Use --meta-grad exact (strategy= in Python).")  # fmt: skip
     return names
+
+
+STRATEGY = Strategy(gradient=first_order, help="through the student's last layer only, biased", values="biased")

@@ -6,6 +6,8 @@ import torch
 
 from engine.meta.pilots.adamw import AdamW
 from engine.meta.time_machine import TimeMachine
+from engine.models.learner import Learner
+from engine.models.network import Network
 from engine.params.flat import FlatParameters, Vector
 
 
@@ -35,3 +37,10 @@ class FirstAdamW(AdamW):
 
     def pull_back(self, step: int, v: Vector) -> tuple[Vector, Vector]:
         raise TypeError("FirstAdamW is a step that is not differentiated; a meta-gradient needs SGD or AdamW.")
+
+
+def first_adamw(lr: float, student: Network, learner: Learner | None) -> FirstAdamW:
+    """With the settings and the clipping of the learner. Raises ValueError where there is none."""
+    if learner is None:
+        raise ValueError("teachers that follow the student need the student's own optimizer; give student_optimizer.")
+    return FirstAdamW(lr, student.flat, learner.optimizer, learner.max_grad_norm)
