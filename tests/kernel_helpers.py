@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from math import prod
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,11 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 # float32: the same with 6e-8; the largest seen was a third of this.
 # bfloat16, float16: computed in float32, then rounded to 8 or 11 bits: 2^-8, 2^-11, and a little for the float32.
 TOLERANCE = {F64: 1e-12, F32: 1e-4, BF16: 4.1e-3, F16: 5.5e-4}
+
+# Triton's interpreter takes seconds for these, whose numbers its quick tests compare with the formula's.
+triton_is_slow = pytest.mark.parametrize(
+    "backend", ["reference", "cpp", pytest.param("triton", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def tolerance(dtype: torch.dtype, wide: torch.dtype, roundings: int = 1) -> float:

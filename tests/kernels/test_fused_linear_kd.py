@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_helpers import BF16, F16, F32, F64, logits, near, plain
+from kernel_helpers import BF16, F16, F32, F64, logits, near, plain, triton_is_slow
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -111,6 +111,7 @@ def test_case(case, backend, monkeypatch):
     Layers(**layers).agree(**changes)
 
 
+@triton_is_slow
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_error_does_not_grow_with_the_chunks(dtype, backend, monkeypatch):
     """The weights' gradient is added up in float32."""
@@ -206,6 +207,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@triton_is_slow
 @pytest.mark.parametrize("gradients", [True, False])
 def test_logits_are_never_whole(gradients, backend, monkeypatch):
     """Each of 16 rows of 500 classes, three rows at a time."""
@@ -222,6 +224,7 @@ def test_logits_are_never_whole(gradients, backend, monkeypatch):
 # torch.compile and the dispatcher
 
 
+@triton_is_slow
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler, backend, monkeypatch):
     monkeypatch.setitem(module.CHUNK, "cpu", 2 * 7)
@@ -250,6 +253,7 @@ def test_opcheck(backend):
         assert set(opcheck(torch.ops.metadistil.fused_linear_kd.default, arguments).values()) == {"SUCCESS"}
 
 
+@triton_is_slow
 def test_hidden_of_any_layout_is_what_the_compiler_was_told(backend):
     hidden = logits(3, 4).T.requires_grad_()
     arguments = (logits(6, 3), [logits(4, 2)], [logits(6, 2)], None, None, [1.0], 2.0, 0.3, -100, "mean", True, False)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, logits, near, plain
+from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, logits, near, plain, triton_is_slow
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -50,6 +50,7 @@ def launches(backend, monkeypatch):
 # Derivatives by finite differences
 
 
+@triton_is_slow
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize(
     ("K", "T", "alpha", "reduction", "learned"),
@@ -61,6 +62,7 @@ def test_finite_differences(K, T, alpha, reduction, learned, check, backend):
     assert check(lambda w, *z: loss_of(z, weights=w, **settings), [weights, *leaves(K, (3, 3), F64)], fast_mode=True)
 
 
+@triton_is_slow
 @pytest.mark.parametrize("learned", [False, True])
 def test_finite_differences_of_cotangents(learned, backend):
     tangent, weights = logits(2, 3, seed=7, dtype=F64), torch.tensor([0.25, 0.6], dtype=F64, requires_grad=learned)
@@ -319,7 +321,7 @@ def step(student, teacher, labels, reduction):
 
 
 @pytest.mark.parametrize(
-    ("backend", "reduction"), [("reference", "none"), ("cpp", "mean"), ("cpp", "none"), ("triton", "mean")],
+    ("backend", "reduction"), [("reference", "none"), ("cpp", "mean"), ("cpp", "none"), pytest.param("triton", "mean", marks=pytest.mark.slow)],
     indirect=["backend"],
 )  # fmt: skip
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
