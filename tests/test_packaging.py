@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
-from run_helpers import SIZES
+from run_helpers import flags
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -164,17 +164,8 @@ def installed(wheel, tmp_path_factory):
     (site,) = folder.glob("lib/python*/site-packages")
     ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site / "dependencies.pth").write_text("\n".join(ours) + "\n")  # behind the environment's own packages
-    python(
-        "-m",
-        "pip",
-        "--python",
-        folder / "bin" / "python",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--ignore-installed",
-        wheel,
-    )
+    quietly = ["install", "--no-deps", "--no-index", "--ignore-installed"]
+    python("-m", "pip", "--python", folder / "bin" / "python", *quietly, wheel)
     return folder / "bin"
 
 
@@ -186,9 +177,8 @@ def test_wheel_is_tried_in_an_empty_environment(installed, tmp_path):
         variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
         variables |= {"METADISTIL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         words = [str(installed / command[0]), *map(str, command[1:])]
-        done = subprocess.run(
-            words, cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        settings = {"cwd": tmp_path, "env": variables, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(words, **settings, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -196,21 +186,6 @@ def test_wheel_is_tried_in_an_empty_environment(installed, tmp_path):
     assert "usage: python -m engine.train" in call("metadistil-train", "--help")
     place = call("python", "-c", "import engine.kernels as k; print(k.__file__, k.backend('cpu').name)").split()
     assert Path(place[0]).is_relative_to(installed.parent) and place[1] in ("cpp", "reference")
-    words = [word for name, n in SIZES.items() for word in (f"--{name}", n)]
-    call(
-        "python",
-        "-m",
-        "engine.train",
-        "--source",
-        "embedded",
-        "--teachers",
-        "bert",
-        "--student",
-        "tinybert",
-        "--output",
-        "run",
-        *words,
-    )
-    assert {"student", "teachers", "report.html", "summary.json"} <= {
-        file.name for file in (tmp_path / "run").iterdir()
-    }
+    call("python", "-m", "engine.train", *flags(None, "run", student="tinybert"))
+    left = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"student", "teachers", "report.html", "summary.json"} <= left
