@@ -88,7 +88,7 @@ def checked(setting) -> None:
 
 
 @pytest.fixture
-def time_step(checked, benchmark) -> Callable[..., None]:
+def time_step(checked, in_time, benchmark) -> Callable[..., None]:
     """Times a step, and keeps beside it how much memory it needs and what is given."""
 
     def time_step(step: Step, **info: Any) -> None:
@@ -178,7 +178,7 @@ RUNS = [("published loop", "fp32"), *((row, precision) for precision in ("fp32",
 
 @pytest.mark.benchmark(group="meta-step as shipped", timer=Clock())
 @pytest.mark.parametrize(("row", "precision"), RUNS)
-def test_as_shipped(full, checked, request, sst2, tmp_path, benchmark, row, precision):
+def test_as_shipped(full, checked, in_time, request, sst2, tmp_path, benchmark, row, precision):
     """One run of all rows, so that each can be held against any other. A row's time is that of its training alone."""
     shipped = published if row == "published loop" else trained
     found = shipped(sst2, tmp_path, row, precision)

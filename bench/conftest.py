@@ -18,8 +18,6 @@ from bench.machine import machine
 from bench.records import subject_of
 from bench.replay import Group, replay, rows_of
 
-NO_TIME = "no time is left (--seconds)"
-
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
@@ -36,7 +34,7 @@ def pytest_configure(config):
 
 def pytest_benchmark_generate_machine_info(config):
     """In place of pytest-benchmark's, which names the host and lists what its processor can do."""
-    return machine(torch.device(here().name))
+    return machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pytest_benchmark_update_json(config, output_json):
@@ -56,14 +54,10 @@ def groups(module: ModuleType, config: pytest.Config) -> dict[str, tuple[Any, li
     return module.groups(small=config.getoption("--small"), full=config.getoption("--full"))
 
 
-def here() -> Host:
-    return Cuda() if torch.cuda.is_available() else Host()
-
-
 @pytest.fixture(scope="session")
 def device() -> Host:
     """What is measured on: the GPU where there is one."""
-    return here()
+    return Cuda() if torch.cuda.is_available() else Host()
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +65,14 @@ def timed(request) -> bool:
     """Whether pytest-benchmark times anything, or rows are only checked (--benchmark-disable)."""
     option = request.config.getoption
     return option("--benchmark-enable") or not option("--benchmark-disable")
+
+
+@pytest.fixture
+def in_time(request) -> None:
+    """Asked for by whoever is about to measure something."""
+    most = request.config.getoption("--seconds")
+    if most is not None and time.monotonic() - request.config.bench_started > most:
+        pytest.skip("no time is left (--seconds)")
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +84,9 @@ def found() -> dict[str, Group | str]:
 @pytest.fixture
 def group(request, found, device, timed) -> Group:
     """A row's group, checked and then timed in turns by the module's `measured`, once for all of its rows."""
-    name, most = request.param, request.config.getoption("--seconds")
+    name = request.param
     if name not in found:
-        if most is not None and time.monotonic() - request.config.bench_started > most:
-            pytest.skip(NO_TIME)
+        request.getfixturevalue("in_time")
         given, _ = groups(request.module, request.config)[name]
         budget = 0.0 if request.config.getoption("--small") else request.module.BUDGET
         try:

@@ -34,6 +34,9 @@ from bench.machine import describe, machine
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "gpu-check"
 SECONDS = 460  # in all
+SHARES = {  # of the time
+    "compile": 0.24, "tests": 0.16, "graphs": 0.12, "kernels": 0.16, "time-machine": 0.08, "telemetry": 0.06, "steps": 0.18,
+}  # fmt: skip
 GRAPHS = "tests/models/test_cuda_graph_gpu.py"
 WRITTEN = (
     "summary.txt",
@@ -57,11 +60,10 @@ assert found.devices >= {devices}, found.why
 
 @dataclass
 class Part:
-    """`share` of the time, and its command; `{seconds}` in it stands for what it has."""
+    """A command; `{seconds}` in it stands for the time that it has."""
 
     name: str
     title: str
-    share: float
     command: list[str]
     tests: bool = True  # run by pytest
     some: bool = False  # whether one test at least has to run
@@ -88,14 +90,14 @@ def parts(device: str, out: Path) -> list[Part]:
     usual = ["-k", "32x2 or 32768 or fused"] if here else []  # two classes, 32,768 classes, last layers
     compiled = COMPILE.format(devices={"cpu", "cuda"} if here else set())
     return [
-        Part("compile", "operations in C++ and CUDA", 0.24, [sys.executable, "-c", compiled], tests=False),
-        Part("tests", "tests marked gpu", 0.16, [*marked, *files], some=here),
-        Part("graphs", "CUDA graphs against eager steps", 0.12, [*marked, GRAPHS], some=here),
-        Part("kernels", "benchmark of the kernels", 0.16, bench("kernels", *usual), some=True),
-        Part("time-machine", "benchmark of the time machine", 0.08, bench("time-machine"), some=True),
-        Part("telemetry", "benchmark of telemetry", 0.06, bench("telemetry"), some=True),
-        Part("steps", "benchmark of whole steps", 0.18, bench("steps"), some=True),
-    ]  # fmt: skip
+        Part("compile", "operations in C++ and CUDA", [sys.executable, "-c", compiled], tests=False),
+        Part("tests", "tests marked gpu", [*marked, *files], some=here),
+        Part("graphs", "CUDA graphs against eager steps", [*marked, GRAPHS], some=here),
+        Part("kernels", "benchmark of the kernels", bench("kernels", *usual), some=True),
+        Part("time-machine", "benchmark of the time machine", bench("time-machine"), some=True),
+        Part("telemetry", "benchmark of telemetry", bench("telemetry"), some=True),
+        Part("steps", "benchmark of whole steps", bench("steps"), some=True),
+    ]
 
 
 def run(part: Part, seconds: float, environment: dict[str, str], log: Path, junit: Path) -> None:
@@ -204,8 +206,8 @@ def machine_facts() -> str:
     return found + f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}\n"
 
 
-def check(out: Path, device: str, seconds: float, names: Sequence[str]) -> int:
-    """Run the parts; how many failed."""
+def check(out: Path, device: str, seconds: float, chosen: Sequence[Part]) -> int:
+    """Run these parts; how many failed."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     for name in WRITTEN:
@@ -214,13 +216,12 @@ def check(out: Path, device: str, seconds: float, names: Sequence[str]) -> int:
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ, "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}  # nothing compiled is worth waiting for
-    chosen = [part for part in parts(device, out) if part.name in names]
-    shares, end = sum(part.share for part in chosen), started
+    shares, end = sum(SHARES[part.name] for part in chosen), started
     facts = machine_facts()
     with tempfile.TemporaryDirectory() as kept:
         junits = [Path(kept) / f"{part.name}.xml" for part in chosen]
         for part, junit in zip(chosen, junits, strict=True):
-            end += seconds * part.share / shares
+            end += seconds * SHARES[part.name] / shares
             limit = max(1.0, end - time.monotonic() - (STOP if part is chosen[-1] else 0))
             print(f"{part.name}: {part.title}, {limit:.0f} s at most", flush=True)
             run(part, limit, environment, out / "log.txt", junit)
@@ -242,7 +243,7 @@ def _tail(file: Path, lines: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.partition("\n")[0])
-    names = [part.name for part in parts("cuda", OUT)]
+    names = list(SHARES)
     parser.add_argument(
         "--out", type=Path, default=OUT, help="folder for what is found (default: bench/results/gpu-check)"
     )
@@ -256,10 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     given = parser.parse_args(arguments)
     out = given.out.resolve()
+    chosen = [part for part in parts(given.device, out) if part.name in given.parts]
     if given.dry_run:
-        for part in parts(given.device, out):
-            if part.name in given.parts:
-                print(f"{part.name}: {' '.join(part.command)}")
+        print(*(f"{part.name}: {' '.join(part.command)}" for part in chosen), sep="\n")
         return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -267,11 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    timing = [p.name for p in parts(given.device, out) if p.name in given.parts and "--benchmark-only" in p.command]
+    timing = [part.name for part in chosen if "--benchmark-only" in part.command]
     if timing and find_spec("pytest_benchmark") is None:
         print(f"{', '.join(timing)} need pytest-benchmark; install it, or name other --parts.", file=sys.stderr)
         return 2
-    return 1 if check(out, given.device, given.seconds, given.parts) else 0
+    return 1 if check(out, given.device, given.seconds, chosen) else 0
 
 
 if __name__ == "__main__":

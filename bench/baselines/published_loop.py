@@ -29,7 +29,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask and perhaps token_type_ids [B, L]; labels [B]
-SoftLoss = Literal["kl", "mse_prob"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -43,15 +42,12 @@ def pad(batch: Batch, length: int = 128, pad_id: int = 0) -> Batch:
 
 
 def distillation_loss(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor, temperature: float, alpha: float, soft_loss: SoftLoss
+    student: Tensor, teachers: Sequence[Tensor], labels: Tensor, temperature: float, alpha: float
 ) -> Tensor:
     """Scalar loss of the student's logits [B, C] against those of K teachers [B, C], averaged before the softmax."""
     mean = torch.stack(list(teachers)).mean(0)
-    if soft_loss == "kl":
-        log_student = F.log_softmax(student / temperature, dim=-1)
-        soft = F.kl_div(log_student, F.softmax(mean / temperature, dim=-1), reduction="batchmean")
-    else:  # the default of the public code: averaged over the classes too
-        soft = F.mse_loss(F.softmax(student / temperature, dim=-1), F.softmax(mean / temperature, dim=-1))
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    soft = F.kl_div(log_student, F.softmax(mean / temperature, dim=-1), reduction="batchmean")
     return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
 
@@ -82,15 +78,13 @@ class PlainKD:
         temperature: float,
         alpha: float,
         max_grad_norm: float = 1.0,
-        soft_loss: SoftLoss = "kl",
         total_steps: int = 10_000,
         length: int = 128,
         precision: Precision = "fp32",
     ):
         self.student, self.teachers, self.precision = student, list(teachers), precision
         self.learner = Learner(student, lr, total_steps, max_grad_norm)
-        self.temperature, self.alpha, self.soft_loss = temperature, alpha, soft_loss
-        self.length = length
+        self.temperature, self.alpha, self.length = temperature, alpha, length
         for teacher in self.teachers:
             teacher.eval()
 
@@ -106,7 +100,7 @@ class PlainKD:
         return {"loss": loss.item()}
 
     def loss(self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tensor:
-        return distillation_loss(student, teachers, labels, self.temperature, self.alpha, self.soft_loss)
+        return distillation_loss(student, teachers, labels, self.temperature, self.alpha)
 
     def pad(self, batch: Batch) -> Batch:
         return pad(batch, self.length, self.student.config.pad_token_id or 0)
@@ -126,7 +120,6 @@ class PublishedLoop:
         temperature: float,
         alpha: float,
         max_grad_norm: float = 1.0,
-        soft_loss: SoftLoss = "kl",
         total_steps: int = 10_000,
         length: int = 128,
         precision: Precision = "fp32",
@@ -138,7 +131,7 @@ class PublishedLoop:
         self.precision: Precision = precision
         self.kd = PlainKD(
             student, teachers, lr=lr, temperature=temperature, alpha=alpha, max_grad_norm=max_grad_norm,
-            soft_loss=soft_loss, total_steps=total_steps, length=length, precision=precision,
+            total_steps=total_steps, length=length, precision=precision,
         )  # fmt: skip
         self.student, self.teachers, self.pilot_lr = student, self.kd.teachers, pilot_lr
         self.teacher_learners = [Learner(teacher, teacher_lr, total_steps, max_grad_norm) for teacher in self.teachers]

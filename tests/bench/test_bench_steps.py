@@ -7,8 +7,8 @@ import pytest
 import torch
 from graph_simulator import SimulatedCapture
 
-from bench import bench_steps, step_cases, step_truth
-from bench.step_cases import SIZES, Case, Setting, engine_step, graph_step, masters, plain_step
+from bench import bench_steps, step_truth
+from bench.step_cases import SIZES, Case, Setting, engine_step, graph_step, masters
 from bench.step_truth import WrongError, distance, expected, validate, validate_graph
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
@@ -41,24 +41,12 @@ def test_cases(monkeypatch):
     assert rows == ["plain", "plain, fused", "engine", "graph"]
 
 
-def test_models():
-    student, teachers = setting("kd", 2, size="miniature distilbert").models(attention="eager", dropout=False)
-    assert student.config.model_type == "distilbert" and {t.config.model_type for t in teachers} == {"bert"}
-    assert not torch.equal(teachers[0].classifier.weight, teachers[1].classifier.weight)
-    for module in (student, *teachers):
-        assert module.config._attn_implementation == "eager"
-        assert all(m.p == 0 for m in module.modules() if isinstance(m, torch.nn.Dropout))
-    first, second = setting("kd", 1).models(), setting("kd", 1).models()
-    assert first.student.config.hidden_dropout_prob == step_cases.DROPOUT > 0
-    assert torch.equal(first.student.classifier.weight, second.student.classifier.weight)
-    assert first.student.classifier.weight is not second.student.classifier.weight
-
-
 @pytest.mark.parametrize(("method", "teachers"), [("finetune", 0), ("metadistil", 2)])
 def test_implementations_take_steps_and_leave_the_masters_alone(method, teachers):
     given = setting(method, teachers)
     master = masters(given.size, teachers, CPU)
     modules = [master.student, *master.teachers]
+    assert len({m.classifier.weight.sum().item() for m in modules}) == 1 + teachers
     before = copy.deepcopy([m.state_dict() for m in modules])
     for build in given.implementations().values():
         call = build()
@@ -74,13 +62,6 @@ def test_the_engines_round_may_have_several_pilots():
     state, call = engine_step(given)
     call()
     assert state.round == 1 and state.student.schedule.last_epoch == 3
-
-
-@pytest.mark.parametrize(("method", "teachers"), [("finetune", 0), ("kd", 1), ("metadistil", 1)])
-def test_plain_bf16_is_autocast(method, teachers):
-    given = [setting(method, teachers, precision) for precision in ("fp32", "bf16")]
-    fp32, bf16 = (plain_step(each, dropout=False)[1]() for each in given)
-    assert 0 < abs(fp32["loss"] - bf16["loss"]) < 0.01 * fp32["loss"]
 
 
 # A wrong step is not timed
@@ -121,8 +102,8 @@ def off(monkeypatch, what):
 )  # fmt: skip
 def test_an_engine_that_is_a_hundredth_off_is_never_timed(monkeypatch, device, method, what, message):
     off(monkeypatch, what)
+    monkeypatch.setattr(Setting, "implementations", lambda self: {"engine": None})
     monkeypatch.setattr(bench_steps, "interleaved", lambda *given: pytest.fail("it was timed"))
-    monkeypatch.setattr(bench_steps, "prepared", lambda *given, **more: ({}, None))
     with pytest.raises(WrongError, match=message):
         bench_steps.measured(setting(method), device, budget=0)
 
@@ -191,18 +172,18 @@ def test_a_graph_whose_weights_are_off_is_refused(as_on_a_gpu, monkeypatch):
 # What is kept of them
 
 
-def measured(monkeypatch, device, budget=0, check=SimulatedCapture):
-    """KD's group, a simulated graph in it that `check` validates."""
+def measured(monkeypatch, device, names, budget=0, check=SimulatedCapture):
+    """These rows of KD, and a simulated graph that `check` validates."""
     honest = Setting.implementations
-    monkeypatch.setattr(Setting, "implementations", lambda self: honest(self) | {
+    monkeypatch.setattr(Setting, "implementations", lambda self: {name: honest(self)[name] for name in names} | {
         "graph": lambda: graph_step(self, SimulatedCapture())[1]})  # fmt: skip
     monkeypatch.setattr(bench_steps, "validate_graph", lambda given: validate_graph(given, check()))
     return bench_steps.measured(setting("kd"), device, budget)
 
 
 def test_what_is_kept_of_a_step(device, as_on_a_gpu, monkeypatch):
-    group = measured(monkeypatch, device)
-    assert group.info.keys() == group.rounds.keys() == {"plain", "plain, fused", "engine", "graph"}
+    group = measured(monkeypatch, device, ["plain", "engine"])
+    assert group.info.keys() == group.rounds.keys() == {"plain", "engine", "graph"}
     assert not group.left_out and not group.failed
     for name, info in group.info.items():
         seconds = torch.tensor(group.rounds[name]).median().item()
@@ -223,6 +204,6 @@ def test_what_is_kept_of_a_step(device, as_on_a_gpu, monkeypatch):
 def test_a_graph_that_fails_is_named_and_the_others_stay(device, as_on_a_gpu, monkeypatch, capture, why):
     if capture is None:
         monkeypatch.setattr(SimulatedCapture, "capture", lambda self, call: (_ for _ in ()).throw(RuntimeError(why)))
-    group = measured(monkeypatch, device, budget=None, check=capture or SimulatedCapture)
+    group = measured(monkeypatch, device, ["engine"], budget=None, check=capture or SimulatedCapture)
     assert why in group.failed["graph"] and "graph" not in group.info
-    assert group.info.keys() == {"plain", "plain, fused", "engine"} and not group.rounds
+    assert group.info.keys() == {"engine"} and not group.rounds

@@ -69,9 +69,8 @@ def test_a_gpu_and_pytest_benchmark_are_asked_for(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(gpu_check, "check", lambda *given: 0)
     assert main(["--out", str(tmp_path)]) == 2
     assert "no CUDA device is here" in capsys.readouterr().err
-    assert main(["--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"{part.name}: " in printed for part in parts("cuda", tmp_path))
+    assert main(["--dry-run", "--parts", "graphs", "tests"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "graphs"]
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
     given = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(given) == 2
@@ -80,14 +79,12 @@ def test_a_gpu_and_pytest_benchmark_are_asked_for(monkeypatch, capsys, tmp_path)
 
 
 def test_parts(tmp_path):
-    on_gpu, on_cpu = parts("cuda", tmp_path), parts("cpu", tmp_path)
-    assert sum(part.share for part in on_gpu) == pytest.approx(1)
-    commands = {part.name: part.command for part in on_gpu}
-    assert commands["graphs"][-1] == gpu_check.GRAPHS and (ROOT / gpu_check.GRAPHS).exists()
-    assert gpu_check.GRAPHS not in commands["tests"] and "tests/kernels/test_kernels_gpu.py" in commands["tests"]
-    timing = {name for name, command in commands.items() if "--benchmark-only" in command}
-    assert timing == {part.name for part in on_cpu if "--small" in part.command} and len(timing) == 4
-    assert not any("--small" in command for command in commands.values())
+    on_gpu, on_cpu = ({part.name: part.command for part in parts(device, tmp_path)} for device in ("cuda", "cpu"))
+    assert list(on_gpu) == list(gpu_check.SHARES) and sum(gpu_check.SHARES.values()) == pytest.approx(1)
+    assert on_gpu["graphs"][-1] == gpu_check.GRAPHS and gpu_check.GRAPHS not in on_gpu["tests"]
+    timing = {name for name, command in on_gpu.items() if "--benchmark-only" in command}
+    assert timing == {name for name, command in on_cpu.items() if "--small" in command} and len(timing) == 4
+    assert not any("--small" in command for command in on_gpu.values())
     assert len(gpu_check.WRITTEN) <= 8  # what comes back from a lent machine
     assert set(gpu_check.WRITTEN) > {f"{name}.json" for name in timing}
 
@@ -120,31 +117,29 @@ except KeyboardInterrupt:
 """
 
 
-def test_every_part_runs_and_the_folder_holds_what_was_found(monkeypatch, tmp_path, capsys):
+def test_every_part_runs_and_the_folder_holds_what_was_found(tmp_path, capsys):
     (tmp_path / "steps.json").write_text("{}")  # of an earlier run
     results = json.dumps({"machine_info": {}, "benchmarks": [{"name": "nothing"}]})
     skipped = WRITE.format(inner='<skipped message="no time"/>')
     made = [
-        Part("fails", "", 0.4, script("print('what went wrong'); raise SystemExit(3)"), tests=False),
-        Part("passes", "", 0.1, script(WRITE.format(inner="")), some=True),
-        Part("skips", "", 0.1, script(skipped), some=True),
-        Part("all skipped", "", 0.1, script(skipped.replace('<testcase name="a"/>', "")), some=True),
-        Part("writes", "", 0.1, script(f"open({str(tmp_path / 'kernels.json')!r}, 'w').write({results!r})"), tests=False),
-        Part("not chosen", "", 0.1, script("raise SystemExit(1)")),
+        Part("compile", "", script("print('what went wrong'); raise SystemExit(3)"), tests=False),
+        Part("tests", "", script(WRITE.format(inner="")), some=True),
+        Part("graphs", "", script(skipped), some=True),
+        Part("steps", "", script(skipped.replace('<testcase name="a"/>', "")), some=True),
+        Part("kernels", "", script(f"open({str(tmp_path / 'kernels.json')!r}, 'w').write({results!r})"), tests=False),
     ]  # fmt: skip
-    monkeypatch.setattr(gpu_check, "parts", lambda device, out: made)
-    assert check(tmp_path, "cpu", 60.0, [part.name for part in made[:-1]]) == 3
+    assert check(tmp_path, "cpu", 60.0, made) == 3
     status = {part.name: part.status for part in made}
-    assert status["fails"] == "failed (3)" and status["not chosen"] == "not run"
-    assert status["passes"] == status["skips"] == status["writes"] == "passed"
-    assert status["all skipped"] == "failed (no test ran)"
+    assert status["compile"] == "failed (3)"
+    assert status["tests"] == status["graphs"] == status["kernels"] == "passed"
+    assert status["steps"] == "failed (no test ran)"
     assert {f.name for f in tmp_path.iterdir()} == {"summary.txt", "log.txt", "junit.xml", "tables.md", "kernels.json"}
     summary = (tmp_path / "summary.txt").read_text()
     assert "3 of 6 failed" in summary and "3 of 6 failed" in capsys.readouterr().out
     assert "1 passed, 1 skipped" in summary and "skipped 1: no time" in summary
     assert "what went wrong" in (tmp_path / "log.txt").read_text()
     suites = ET.parse(tmp_path / "junit.xml").getroot()
-    assert [suite.get("name") for suite in suites] == ["passes", "skips", "all skipped"]
+    assert [suite.get("name") for suite in suites] == ["tests", "graphs", "steps"]
     assert "failed (kernels.json: KeyError" in summary  # results that make no table
     assert "## kernels\n\nKeyError" in (tmp_path / "tables.md").read_text()
 
@@ -152,7 +147,7 @@ def test_every_part_runs_and_the_folder_holds_what_was_found(monkeypatch, tmp_pa
 def test_a_part_that_is_out_of_time_is_interrupted_then_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "STOP", 0.5)
     log, junit = tmp_path / "log.txt", tmp_path / "junit.xml"
-    polite, stubborn = Part("polite", "", 1, script(POLITE)), Part("stubborn", "", 1, script(STUBBORN), tests=False)
+    polite, stubborn = Part("tests", "", script(POLITE)), Part("compile", "", script(STUBBORN), tests=False)
     run(polite, 1.0, dict(os.environ), log, junit)
     assert polite.status == "out of time (1 s)" and polite.counts == {"passed": 1}  # what it had is written
     assert "began" in log.read_text()
@@ -165,10 +160,9 @@ def test_time_that_is_left_is_the_next_ones(monkeypatch, tmp_path):
     monkeypatch.setattr(
         gpu_check, "run", lambda part, seconds, *more: seen.append(seconds) or setattr(part, "status", "passed")
     )
-    made = [Part(name, "", share, []) for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
-    monkeypatch.setattr(gpu_check, "parts", lambda device, out: made)
-    assert check(tmp_path, "cpu", 100.0, ["a", "b", "c"]) == 0
-    assert seen == [pytest.approx(end, abs=5) for end in (50, 75, 100 - gpu_check.STOP)]
+    made = [Part(name, "", []) for name in ("compile", "tests", "graphs")]
+    assert check(tmp_path, "cpu", 100.0, made) == 0
+    assert seen == [pytest.approx(end, abs=5) for end in (46, 77, 100 - gpu_check.STOP)]
 
 
 @pytest.mark.slow
