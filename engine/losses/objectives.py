@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import mean_logits
-from engine.losses.divergences import DIVERGENCES, Divergence
+from engine.losses.divergences import DIVERGENCES, FOR_REGRESSION, Divergence
 from engine.models.network import Outputs
 
 FeatureLoss = Literal["none", "patient", "tinybert"]
@@ -56,7 +56,7 @@ class Objective:
         if not self.on_logits and self.feature_loss == "none":
             raise ValueError("a loss that is not on_logits needs a feature_loss.")
         if self.regression and not self.divergence.regression:
-            raise ValueError(f"{self.soft_loss} is not for the one output of a regression; use mse_logits.")
+            raise ValueError(f"{self.soft_loss} is not for the one output of a regression; use {FOR_REGRESSION}.")
 
     @property
     def divergence(self) -> Divergence:
@@ -86,7 +86,7 @@ class Objective:
         if not self.on_logits:
             return self._counted(self.beta * self._features(student, teachers, weights, by_example))
         logits, divergence = [teacher.logits for teacher in teachers], self.divergence
-        if divergence.loss is not None:
+        if divergence.fused:
             loss = divergence.loss(
                 student.logits, logits, labels, temperature=self.temperature, alpha=self.alpha, weights=weights
             )

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from engine.config import Config
+from engine.config import Config, MethodConfig
 from engine.data.noise import Reader
 from engine.data.splits import Task
 from engine.errors import UserError
-from engine.losses.divergences import DIVERGENCES
+from engine.losses.divergences import DIVERGENCES, FOR_REGRESSION
 from engine.losses.layer_map import LayerMap, layer_map
 from engine.losses.objectives import Objective
 from engine.methods import METHODS
@@ -91,11 +91,15 @@ def _refuse_without_quiz(config: Config) -> None:
     method = config.method
     if METHODS[method.method].learn_from != "weights":
         return
+    usual = MethodConfig()
     allowed = {
-        "meta_grad": (method.meta_grad == "exact", "takes no meta-gradient"),
-        "pilot_optimizer": (method.pilot_optimizer is None, "always takes its pilot step by a new AdamW"),
-        "pilot_steps": (method.pilot_steps == 1, "takes one pilot step in a round"),
-        "quiz_batches": (method.quiz_batches == 1, "draws no quiz batches"),
+        "meta_grad": (method.meta_grad == usual.meta_grad, "takes no meta-gradient"),
+        "pilot_optimizer": (
+            method.pilot_optimizer == usual.pilot_optimizer,
+            "always takes its pilot step by a new AdamW",
+        ),
+        "pilot_steps": (method.pilot_steps == usual.pilot_steps, "takes one pilot step in a round"),
+        "quiz_batches": (method.quiz_batches == usual.quiz_batches, "draws no quiz batches"),
         "checkpointing": (method.checkpointing in ("none", "student"), "has no backward pass through teachers"),
         "teacher_params": (not method.teacher_params.startswith("lora"), "moves weights that the student has too"),
     }
@@ -147,11 +151,11 @@ def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[Mo
 
 def _by_method(config: Config) -> dict[str, Any]:
     """The settings that depend on the method: as they were given, else the method's default, else the usual one."""
-    method, given = METHODS[config.method.method], config.to_flat()
+    method, given, usual = METHODS[config.method.method], config.to_flat(), Config().to_flat()
     chosen = {f.name: f.metadata["otherwise"] for f in fields(config.method) if f.metadata["otherwise"] is not None}
     for name, default in method.defaults.items():
         other = _referred(default) or name
-        if Config().to_flat().get(name, "") is not None or other not in given:
+        if usual.get(name, "") is not None or other not in given:
             raise UserError(f"--method {config.method.method} has the default {name}={default!r}, but {name} is no setting whose "
                             "default is None in engine/config.py, or there is no such other setting; correct the method's file.")  # fmt: skip
     chosen |= method.defaults
@@ -198,10 +202,9 @@ def objective(config: Config, task: Task, say: Callable[[str], None]) -> Objecti
     taught, regression = METHODS[method.method].teachers != "none", task.kind == "regression"
     if regression and not DIVERGENCES[method.soft_loss].regression:
         if taught:
-            say(
-                f"--soft-loss {method.soft_loss} does not compare the one output of a regression; mse_logits is used instead."
-            )
-        method.soft_loss = "mse_logits"
+            say(f"--soft-loss {method.soft_loss} does not compare the one output of a regression; {FOR_REGRESSION} is used "
+                "instead.")  # fmt: skip
+        method.soft_loss = FOR_REGRESSION
     features = method.feature_loss if taught else "none"
     if taught and method.feature_epochs and features == "none":
         raise UserError(

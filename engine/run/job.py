@@ -54,8 +54,8 @@ def set_up(config: Config, console: Console) -> Setup:
     examples = encode(config, inputs, models, console)
     student, teachers = models.student.network, models.taught()
     losses = plan_losses(config, inputs.splits.task, student, teachers, console.say)
-    soft_loss = losses.objective.soft_loss if teachers else None
-    prepare_machine(config, device, [*teachers, student], models.compiled, soft_loss, console)
+    fused = bool(teachers) and losses.objective.divergence.fused
+    prepare_machine(config, device, [*teachers, student], models.compiled, fused, console)
     return Setup(config, console, device, inputs.cache, models, examples, losses)
 
 

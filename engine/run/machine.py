@@ -26,14 +26,14 @@ def suit_threads(device: torch.device, sources: Sequence[ModelSource]) -> None:
 
 def prepare_machine(
     config: Config, device: torch.device, networks: Sequence[Network], compiled: CompiledLayers | None,
-    soft_loss: str | None, console: Console,
+    fused: bool, console: Console,
 ) -> None:  # fmt: skip
     """Compile what training needs and say what it computes with; it may take some seconds. Changes no model.
 
-    `soft_loss` is None where nobody teaches. Raises UserError for kernels that are not there.
+    `fused` says whether the soft loss takes fused kernels. Raises UserError where these cannot be had.
     """
     native.prepare(console.say)
-    if soft_loss == "kl":
+    if fused:
         _say_kernels(device, console)
     if compiled is not None:
         compiled.try_out(device)

@@ -47,8 +47,6 @@ def let_teachers_learn(
     if weights is not None and weights.trainable():
         learned = weights
         weights = Learner.constant(weights, settings.weights_lr)
-    if not isinstance(strategy, Reptile):  # which has no forward-mode pass
-        say(f"Attention: {describe_attention(setup.device, setup.config.run.precision == 'bf16')}.")
     state.meta_step = MetaStep(
         state.student, learners, objective, teacher_weights=weights, pilot_lr=settings.pilot_lr,
         pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
@@ -56,6 +54,7 @@ def let_teachers_learn(
         micro_batch_size=optim.micro_batch_size, teacher_alpha=settings.teacher_alpha if method.own_loss else None,
     )  # fmt: skip
     if method.learn_from == "quiz":
+        say(f"Attention: {describe_attention(setup.device, setup.config.run.precision == 'bf16')}.")
         quiz = setup.examples.encoded.quiz.only({state.student.network.encoding})
         state.quiz = QuizBatches(quiz, optim.batch_size, settings.quiz_batches, setup.config.run.seed, setup.device)
     return learned

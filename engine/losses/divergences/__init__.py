@@ -19,7 +19,9 @@ from torch import Tensor
 
 from engine.plugins import DIVERGENCES
 
-__all__ = ["DIVERGENCES", "Divergence"]
+__all__ = ["DIVERGENCES", "FOR_REGRESSION", "Divergence"]
+
+FOR_REGRESSION = "mse_logits"  # what a regression takes where --soft-loss compares classes alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +50,8 @@ class Divergence:
             raise ValueError("a divergence has either soft, or loss and cotangents.")
         if self.regression and self.soft is None:
             raise ValueError("fused kernels compare classes: a divergence for a regression has soft.")
+
+    @property
+    def fused(self) -> bool:
+        """Whether it computes with fused kernels."""
+        return self.loss is not None

@@ -40,7 +40,9 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
                     theirs, pupil = problem.own_loss(part, len(pilots)), [Outputs(outputs.logits.detach())]
                     own += [theirs.distil(Outputs(o.logits), pupil, part.batch.labels) for o in answers.outputs]
             with section("pilot"):
-                gradients = _gradients(loss, list(weights.values()), create_graph=True)
+                gradients = torch.autograd.grad(
+                    loss, list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True
+                )  # zeros for a weight that the loss does not depend on (an unused pooler, say)
                 weights = pilot.update(j, weights, dict(zip(weights, gradients, strict=True)))
             losses.append(loss.detach())
         quiet = student.giving(InnerStates())
@@ -74,11 +76,6 @@ def _to_teachers(problem: Problem, loss: Tensor, taught: list[Taught]) -> None:
         )
         by_name = dict(zip(names, gradients, strict=False))
         network.flat.add(by_name, together, gradients[len(names) :])
-
-
-def _gradients(loss: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """d loss / d inputs, zeros for an input that the loss does not depend on (an unused pooler, say)."""
-    return list(torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True))
 
 
 STRATEGY = Strategy(
