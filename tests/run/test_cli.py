@@ -77,6 +77,10 @@ def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
 
 
 def test_no_flags_are_the_defaults():
+    """Whatever was read before: a file, other values, a mistake beside --print_config."""
+    cli.parse(["--epochs", "7", "--retrain-teachers", "--label-column", "no"])
+    with pytest.raises(UserError, match="--lr is 'abc'"):
+        cli.parse(["--print_config", "--lr", "abc"])
     assert cli.parse([]) == Config()
 
 
