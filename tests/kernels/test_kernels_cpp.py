@@ -4,8 +4,8 @@ Their derivatives with other settings are in the tests of every backend.
 """
 
 import re
-from dataclasses import dataclass, field, replace
 from itertools import cycle, product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from kernel_helpers import BF16 as B
 from kernel_helpers import F16 as H
 from kernel_helpers import F32 as F
 from kernel_helpers import F64 as D
-from kernel_helpers import Case as Settings
-from kernel_helpers import Problem, logits
+from kernel_helpers import Case, Problem, logits
 from torch import Tensor
 
 from engine.params import native_build
@@ -32,54 +31,51 @@ def ops(compiled, monkeypatch):
     return compiled
 
 
-@dataclass
-class Case:
+class Call(NamedTuple):
+    """What the ops take, in their order."""
+
     student: Tensor
     teachers: list[Tensor]
-    labels: Tensor | None = None
-    weights: Tensor | None = None
-    constants: list[float] = field(default_factory=list)
-    T: float = 5.0
+    labels: Tensor | None
+    weights: Tensor | None
+    constants: list[float]
+    temperature: float = 5.0
     alpha: float = 0.3
-    ignore: int = IGNORE
-    soft: float = 1.0
-    hard: Tensor | None = None
-
-    def settings(self):
-        return (
-            self.teachers, self.labels, self.weights, self.constants, self.T, self.alpha, self.ignore, self.soft,
-            self.hard,
-        )  # fmt: skip
+    ignore_index: int = IGNORE
+    soft_scale: float = 0.7
+    hard_scale: Tensor | None = None
 
     @property
     def logits(self):
         return [self.student, *self.teachers]
 
-    def all(self, value=True):
-        return [value] * (1 + len(self.teachers))
-
     def first(self, ops, rows=True, wanted=None, upstream=None):
-        wanted = self.all() if wanted is None else wanted
-        return ops.kd_first(self.student, *self.settings(), upstream, rows, wanted)
+        return ops.kd_first(*self, upstream, rows, wanted or [True] * len(self.logits))
 
     def second(self, ops, upstream, cotangents, wanted=None):
-        given = [c is not None for c in cotangents]
-        present = [c for c in cotangents if c is not None]
-        wanted = self.all() if wanted is None else wanted
-        return ops.kd_second(upstream, self.student, *self.settings(), present, given, wanted)
+        given, present = [c is not None for c in cotangents], [c for c in cotangents if c is not None]
+        return ops.kd_second(upstream, *self, present, given, wanted or [True] * len(self.logits))
+
+    def in_place(self, ops):
+        """The rows, and the student's memory, which holds its gradient then."""
+        memory = self.student.clone()
+        return [ops.kd_rows_(memory, *self[1:]), memory]
+
+    def everything(self, ops, upstream, cotangents):
+        """What has no student in it is the last."""
+        meta = ops.kd_cotangent(self.teachers, cotangents[0], None, self.constants, self.temperature, 1.5)
+        first, second = self.first(ops, upstream=upstream), self.second(ops, upstream, cotangents)
+        return [*first, *second, *self.in_place(ops), *meta]
 
 
-def case(shape=(5, 7), K=2, labelled=True, dtypes=(F,), **settings):
+def call(shape=(5, 7), K=2, dtypes=(F,), **changes):
     """Weights as constants that do not sum to 1; every third label is ignored; scales that are not 1."""
     student, *teachers = (logits(*shape, seed=k, dtype=dtypes[k % len(dtypes)]) for k in range(K + 1))
-    labels = None
-    if labelled:
-        rows = student[..., 0].numel()
-        labels = torch.where(torch.arange(rows) % 3 == 1, IGNORE, 5 * torch.arange(rows) % shape[-1])
-        labels = labels.reshape(shape[:-1])
-    settings.setdefault("soft", 0.7)
-    settings.setdefault("hard", torch.tensor(1.5, dtype=D if D in dtypes else F))
-    return Case(student, teachers, labels, constants=[0.9 / (k + 1) for k in range(K)], **settings)
+    row = torch.arange(student[..., 0].numel())
+    labels = torch.where(row % 3 == 1, IGNORE, 5 * row % shape[-1]).reshape(shape[:-1])
+    scale = torch.tensor(1.5, dtype=D if D in dtypes else F)
+    made = Call(student, teachers, labels, None, [0.9 / (k + 1) for k in range(K)], hard_scale=scale)
+    return made._replace(**changes)
 
 
 def same(a, b):
@@ -95,7 +91,7 @@ def test_classes(ops, C):
     settings = cycle(product((0.5, 1, 5, 20), (0, 0.3, 1)))
     for K, dtype, labels in product((1, 2, 3), (F, D), ("some", None)):
         T, alpha = next(settings)
-        Problem(Settings(C=C, leading=(5,), K=K, T=T, alpha=alpha, labels=labels, dtypes=(dtype,))).agree(floor=0.05)
+        Problem(Case(C=C, leading=(5,), K=K, T=T, alpha=alpha, labels=labels, dtypes=(dtype,))).agree(floor=0.05)
 
 
 @either
@@ -103,16 +99,17 @@ def test_classes(ops, C):
 @pytest.mark.parametrize("dtypes", [(B,), (H,), (F, B), (B, F, H), (H, D), (D, F, B, H)], ids=str)
 def test_dtypes(ops, dtypes, weights, C):
     for T, reduction in ((1, "mean"), (5, "none")):
-        case = Settings(C=C, leading=(2, 3), K=3, T=T, weights=weights, reduction=reduction, dtypes=dtypes)
-        Problem(case).agree(floor=0.05)
+        Problem(Case(C=C, leading=(2, 3), K=3, T=T, weights=weights, reduction=reduction, dtypes=dtypes)).agree(
+            floor=0.05
+        )
 
 
 @either
 def test_weights_of_any_sign_and_layout(ops, C):
-    listed = replace(case((5, C), K=3), constants=[-0.5, 0.0, 1.5])
+    listed = call((5, C), K=3, constants=[-0.5, 0.0, 1.5])
     for dtype in (F, D, B, H):
         tensor = torch.tensor([-0.5, 9, 0, 9, 1.5], dtype=dtype)[::2]
-        assert same(replace(listed, weights=tensor, constants=[]).first(ops), listed.first(ops))
+        assert same(listed._replace(weights=tensor, constants=[]).first(ops), listed.first(ops))
     assert (listed.first(ops)[3] == 0).all(), "of no weight"
 
 
@@ -135,7 +132,7 @@ def test_exponentials(ops, more):
 @pytest.mark.parametrize("K", [1, 2])
 def test_what_is_wanted_and_given(ops, K, C):
     """Alone, each result has the bits that it has among all; what is not given is 0."""
-    one, upstream = case((5, C), K=K), logits(5, seed=20)
+    one, upstream = call((5, C), K=K), logits(5, seed=20)
     cotangents = [logits(5, C, seed=30 + i) for i in range(K + 1)]
     everything, second = one.first(ops, upstream=upstream), one.second(ops, upstream, cotangents)
     for mask in range(2 ** (K + 1)):
@@ -152,7 +149,7 @@ def test_what_is_wanted_and_given(ops, K, C):
 @either
 @pytest.mark.parametrize("dtype", [F, D, B], ids=str)
 def test_upstream_of_any_dtype_and_layout(ops, dtype, C):
-    one, cotangents = case((4, 3, C)), [logits(4, 3, C, seed=k, dtype=d) for k, d in enumerate((H, B, D))]
+    one, cotangents = call((4, 3, C)), [logits(4, 3, C, seed=k, dtype=d) for k, d in enumerate((H, B, D))]
     number, numbers = torch.tensor(-2.5).to(dtype), logits(4, 3, dtype=B).to(dtype)  # the same in every dtype
     for upstream in (number, number.expand(4, 3), numbers[:, :1].expand(4, 3), numbers.T.contiguous().T):
         plain = upstream.to(F).expand(4, 3).contiguous()
@@ -165,31 +162,24 @@ def test_upstream_of_any_dtype_and_layout(ops, dtype, C):
 @pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
 def test_rows_in_place(ops, dtype):
     for shape in ((5, 33), (2, 3, 1030), (2, 25, 6)):
-        one = case(shape, dtypes=(dtype, F))
-        rows, gradient = one.first(ops, wanted=[True, False, False])
-        memory = one.student.clone()
-        assert torch.equal(ops.kd_rows_(memory, *one.settings()), rows)
-        assert torch.equal(memory, gradient)
+        one = call(shape, dtypes=(dtype, F))
+        assert same(one.in_place(ops), one.first(ops, wanted=[True, False, False]))
 
 
 @pytest.mark.parametrize(("rows", "C"), [(67, 1003), (9001, 5)], ids=["rows", "tiles"])
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("T", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", [F, D, B, H], ids=str)
 def test_same_bits_with_any_number_of_threads(ops, dtype, T, rows, C):
-    one, upstream = case((rows, C), dtypes=(dtype,), T=T), logits(rows, seed=20)
+    one, upstream = call((rows, C), dtypes=(dtype,), temperature=T), logits(rows, seed=20)
     cotangents = [logits(rows, C, seed=30 + i, dtype=dtype) for i in range(3)]
     runs, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            memory = one.student.clone()
-            runs.append([*one.first(ops), *one.second(ops, upstream, cotangents)])
-            runs[-1] += ops.kd_cotangent(one.teachers, memory, None, one.constants, 5.0, 1.0)
-            runs[-1] += [ops.kd_rows_(memory, *one.settings()), memory]
+            runs.append(one.everything(ops, upstream, cotangents))
     finally:
         torch.set_num_threads(threads)
-    assert same(runs[0], runs[1])
-    assert same(runs[0], runs[2])
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
 
 
 # 16 bits
@@ -231,21 +221,15 @@ def test_rounds_as_torch_does(ops, dtype, more):
 def test_bad_rows_stay_alone(ops, dtype, value, C):
     """A NaN of either sign, +inf or nothing above -inf: this row is NaN in every result, the others keep their bits."""
     upstream, cotangents = logits(5, seed=20), [logits(5, C, seed=30 + i) for i in range(3)]
-
-    def results(one, meta):
-        memory = one.student.clone()
-        found = [ops.kd_rows_(memory, *one.settings()), memory, *one.first(ops), *one.second(ops, upstream, cotangents)]
-        return found + (ops.kd_cotangent(one.teachers, cotangents[0], None, one.constants, 5.0, 1.0) if meta else [])
-
+    masked, rest = value == "all -inf", torch.tensor([0, 1, 2, 4])
     for which, column in product(range(3), (0, C * 2 // 3, C - 1)):
-        one, rest = case((5, C), dtypes=(dtype,)), torch.tensor([0, 1, 2, 4])
-        if which and value != "all -inf":
+        one = call((5, C), dtypes=(dtype,))
+        if which and not masked:
             one.constants[which - 1] *= -1  # which must not make a mask of a +inf
-        before = results(one, which)  # a cotangent does not see the student
-        one.logits[which][3, slice(None) if value == "all -inf" else column] = (
-            -torch.inf if value == "all -inf" else value
-        )
-        for a, b in zip(results(one, which), before, strict=True):
+        before = one.everything(ops, upstream, cotangents)
+        one.logits[which][3, slice(None) if masked else column] = -torch.inf if masked else value
+        after = one.everything(ops, upstream, cotangents)
+        for a, b in list(zip(after, before, strict=True))[: None if which else -2]:
             assert a[3].isnan().all()
             assert torch.equal(a[rest], b[rest])
 
@@ -253,11 +237,11 @@ def test_bad_rows_stay_alone(ops, dtype, value, C):
 @pytest.mark.parametrize("scale", [torch.inf, torch.nan])
 @either
 def test_nothing_of_the_scale_enters_where_no_label_counts(ops, scale, C):
-    one = case((5, C))
+    one = call((5, C))
     upstream, cotangents = logits(5, seed=20), [logits(5, C, seed=30 + i) for i in range(3)]
     for labels in (None, torch.full((5,), IGNORE)):
-        some = replace(one, labels=labels, hard=torch.tensor(scale))
-        other = replace(one, labels=None, hard=None)
+        some = one._replace(labels=labels, hard_scale=torch.tensor(scale))
+        other = one._replace(labels=None, hard_scale=None)
         assert same(some.first(ops), other.first(ops))
         assert same(some.second(ops, upstream, cotangents), other.second(ops, upstream, cotangents))
 
@@ -267,67 +251,65 @@ def test_nothing_of_the_scale_enters_where_no_label_counts(ops, scale, C):
 
 @pytest.mark.parametrize("bad", [-1, 7, -101, 2**40])
 def test_labels_outside(ops, bad):
-    one = case((2, 3, 7))
+    one = call((2, 3, 7))
     one.labels[1, 1] = bad
-    memory = one.student.clone()
-    for op, call in {
+    before = one.student.clone()
+    for op, run in {
         "kd_first": lambda: one.first(ops),
         "kd_second": lambda: one.second(ops, torch.ones(()), [None] * 3),
-        "kd_rows_": lambda: ops.kd_rows_(memory, *one.settings()),
+        "kd_rows_": lambda: ops.kd_rows_(*one),
     }.items():
         message = rf"metadistil::{op}: the label of row 4 is {bad}; it must be 0 to 6, or ignore_index -100\."
         with pytest.raises(IndexError, match=message):
-            call()
-    assert torch.equal(memory, one.student)
+            run()
+    assert torch.equal(one.student, before)
 
 
-def bad(**changes):
-    return lambda ops: replace(case(), **changes).first(ops)
+def cotangent(ops, teacher, tangent, constants=(1.0,), T=1.0):
+    return ops.kd_cotangent(teacher, tangent, None, list(constants), T, 1.0)
 
 
-x, y = torch.ones(5, 7), torch.ones(5, 8)
-BAD = {
-    r"kd_first: student is int64 \[5, 7\] on cpu; it must be float32, float64, bfloat16 or float16, with at least one":
-        bad(student=x.long()),
-    r"kd_first: student is float32 \[5, 0\] on cpu; it must": bad(student=x[:, :0]),
-    r"kd_first: teachers is empty; there must be at least one": bad(teachers=[], constants=[]),
-    r"kd_first: teachers\[1\] is float32 \[5, 8\] on cpu; it must be float32, .* \[5, 7\] on cpu, to fit student":
-        bad(teachers=[x, y]),
-    r"kd_first: teachers\[0\] is int32 \[5, 7\] on cpu; it must be": bad(teachers=[x.int(), x]),
-    r"kd_first: labels is int32 \[5\] on cpu; it must be int64 \[5\] on cpu, to fit student":
-        bad(labels=torch.zeros(5, dtype=torch.int32)),
-    r"kd_first: weights is float32 \[3\] on cpu; it must be float32, .* \[2\] on cpu, one for each teacher":
-        bad(weights=torch.ones(3)),
-    r"kd_first: constants has 1 numbers; it must have 2, one for each teacher": bad(constants=[1.0]),
-    r"kd_first: temperature is 0; it must be above 0": bad(T=0.0),
-    r"kd_first: hard_scale is float64 \[\] on cpu; it must be float32 \[\] on cpu": bad(hard=torch.tensor(1.0, dtype=D)),
-    r"kd_first: hard_scale is float32 \[1\] on cpu; it must be float32 \[\] on cpu": bad(hard=torch.ones(1)),
-    r"kd_first: upstream is float32 \[7\] on cpu; it must be float32, .* \[\] or \[5\] on cpu, to fit student":
-        lambda ops: case().first(ops, upstream=x[0]),
-    r"kd_first: upstream is int64 \[\] on cpu": lambda ops: case().first(ops, upstream=torch.tensor(1)),
-    r"kd_first: wanted has 2 flags; it must have 3, for the student and each teacher":
-        lambda ops: case().first(ops, wanted=[True, False]),
-    r"kd_rows_: student is not contiguous; it is overwritten with its gradient":
-        lambda ops: ops.kd_rows_(torch.ones(7, 5).T, *case().settings()),
-    r"kd_rows_: argument tensors share memory":
-        lambda ops: ops.kd_rows_(x, [x], None, None, [1.0], 1.0, 1.0, IGNORE, 1.0, None),
-    r"kd_second: wanted has 1 flags; it must have 3": lambda ops: case().second(ops, x.sum(), [x] * 3, [True]),
-    r"kd_second: given has 2 flags; it must have 3": lambda ops: case().second(ops, x.sum(), [x] * 2),
-    r"kd_second: there are 1 cotangents; given names 2":
-        lambda ops: ops.kd_second(x.sum(), x, *case().settings(), [x], [True, True, False], [True] * 3),
-    r"kd_second: cotangents\[1\] is float32 \[5, 8\] on cpu; it must be float32, .* \[5, 7\] on cpu, to fit student":
-        lambda ops: case().second(ops, x.sum(), [x, None, y]),
-    r"kd_second: upstream is float32 \[7\] on cpu": lambda ops: case().second(ops, x[0], [x] * 3),
-    r"kd_cotangent: teachers is empty": lambda ops: ops.kd_cotangent([], x, None, [], 1.0, 1.0),
-    r"kd_cotangent: teachers\[0\] is float32 \[5, 8\] on cpu; it must be .* \[5, 7\] on cpu, to fit tangent":
-        lambda ops: ops.kd_cotangent([y], x, None, [1.0], 1.0, 1.0),
-    r"kd_cotangent: constants has 2 numbers; it must have 1":
-        lambda ops: ops.kd_cotangent([x], x, None, [1.0, 1.0], 1.0, 1.0),
-    r"kd_cotangent: tangent is int64 \[5, 7\]": lambda ops: ops.kd_cotangent([x], x.long(), None, [1.0], 1.0, 1.0),
+x, y, FITS = torch.ones(5, 7), torch.ones(5, 8), "it must be float32, float64, bfloat16 or float16"
+FIRST = [
+    ({"student": x.long()}, f"student is int64 [5, 7] on cpu; {FITS}, with at least one class"),
+    ({"student": x[:, :0]}, "student is float32 [5, 0] on cpu; it must"),
+    ({"teachers": []}, "teachers is empty; there must be at least one"),
+    ({"teachers": [x, y]}, f"teachers[1] is float32 [5, 8] on cpu; {FITS} [5, 7] on cpu, to fit student"),
+    ({"teachers": [x.int(), x]}, "teachers[0] is int32 [5, 7] on cpu; it must be"),
+    ({"labels": torch.zeros(5).int()}, "labels is int32 [5] on cpu; it must be int64 [5] on cpu, to fit student"),
+    ({"weights": torch.ones(3)}, f"weights is float32 [3] on cpu; {FITS} [2] on cpu, one for each teacher"),
+    ({"constants": [1.0]}, "constants has 1 numbers; it must have 2, one for each teacher"),
+    ({"temperature": 0.0}, "temperature is 0; it must be above 0"),
+    ({"hard_scale": torch.tensor(1.0, dtype=D)}, "hard_scale is float64 [] on cpu; it must be float32 [] on cpu"),
+    ({"hard_scale": torch.ones(1)}, "hard_scale is float32 [1] on cpu; it must be float32 [] on cpu"),
+    ({"upstream": x[0]}, f"upstream is float32 [7] on cpu; {FITS} [] or [5] on cpu, to fit student"),
+    ({"upstream": torch.tensor(1)}, "upstream is int64 [] on cpu"),
+    ({"wanted": [True, False]}, "wanted has 2 flags; it must have 3, for the student and each teacher"),
+]
+OTHERS = {
+    "kd_rows_: student is not contiguous; it is overwritten": lambda ops: ops.kd_rows_(torch.ones(7, 5).T, *call()[1:]),
+    "kd_rows_: argument tensors share memory": lambda ops: ops.kd_rows_(x, *call(teachers=[x, x])[1:]),
+    "kd_second: wanted has 1 flags; it must have 3": lambda ops: call().second(ops, x.sum(), [x] * 3, [True]),
+    "kd_second: given has 2 flags; it must have 3": lambda ops: call().second(ops, x.sum(), [x] * 2),
+    "kd_second: there are 1 cotangents; given names 2":
+        lambda ops: ops.kd_second(x.sum(), *call(), [x], [True, True, False], [True] * 3),
+    f"kd_second: cotangents[1] is float32 [5, 8] on cpu; {FITS} [5, 7] on cpu, to fit student":
+        lambda ops: call().second(ops, x.sum(), [x, None, y]),
+    "kd_second: upstream is float32 [7] on cpu": lambda ops: call().second(ops, x[0], [x] * 3),
+    "kd_cotangent: teachers is empty": lambda ops: cotangent(ops, [], x, []),
+    f"kd_cotangent: teachers[0] is float32 [5, 8] on cpu; {FITS} [5, 7] on cpu, to fit tangent":
+        lambda ops: cotangent(ops, [y], x),
+    "kd_cotangent: constants has 2 numbers; it must have 1": lambda ops: cotangent(ops, [x], x, [1.0, 1.0]),
+    "kd_cotangent: temperature is 0": lambda ops: cotangent(ops, [x], x, T=0.0),
+    "kd_cotangent: tangent is int64 [5, 7]": lambda ops: cotangent(ops, [x], x.long()),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments(ops, message):
-    with pytest.raises(ValueError, match=f"metadistil::{message}"):
-        BAD[message](ops)
+def test_bad_arguments(ops):
+    for changes, says in FIRST:
+        settings = {name: changes[name] for name in changes.keys() & set(Call._fields)}
+        with pytest.raises(ValueError, match=re.escape(f"metadistil::kd_first: {says}")):
+            call(**settings).first(ops, **{name: changes[name] for name in changes.keys() - settings.keys()})
+    for says, run in OTHERS.items():
+        with pytest.raises(ValueError, match=re.escape(f"metadistil::{says}")):
+            run(ops)
