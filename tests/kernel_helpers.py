@@ -21,6 +21,8 @@ TOLERANCE = {F64: 1e-12, F32: 1e-4, BF16: 4.1e-3, F16: 5.5e-4}
 triton_is_slow = pytest.mark.parametrize(
     "backend", ["reference", "cpp", pytest.param("triton", marks=pytest.mark.slow)], indirect=True
 )
+# What a compiler and the dispatcher see is the ops, whatever computes behind them.
+one_backend = pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 
 
 def tolerance(dtype: torch.dtype, wide: torch.dtype, roundings: int = 1) -> float:

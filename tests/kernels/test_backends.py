@@ -1,10 +1,7 @@
 """Which kernels serve a device, and what is said of it."""
 
 import logging
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from engine.kernels.ops.common import backends
 from engine.kernels.ops.common.scaling import scaled
 from engine.params import native
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 SETTINGS = {"temperature": 2.0, "alpha": 0.3}
 x = torch.zeros(2, 3)
@@ -77,12 +74,15 @@ def test_cuda_without_triton_is_worth_a_warning(monkeypatch, caplog):
         ("cuda", "cpp", "ENGINE_KERNELS is 'cpp', but the C.. kernels do not serve cuda"),
         ("meta", "triton", "ENGINE_KERNELS is 'triton', but triton does not serve meta"),
         ("cuda", "triton", "ENGINE_KERNELS is 'triton', but triton is not installed"),
+        ("cpu", "triton", "but triton does not serve cpu .on a CPU its interpreter does, with TRITON_INTERPRET=1"),
     ],
 )
 def test_refusals(device, choice, says, monkeypatch):
     library(monkeypatch)
     if "not installed" in says:
         without_triton(monkeypatch)
+    elif "interpreter" in says:
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setenv(backends.VARIABLE, choice)
     for _ in range(2):
         with pytest.raises(ValueError, match=says):
@@ -136,23 +136,3 @@ def test_gradients_are_scaled_on_a_device_that_only_the_reference_serves(monkeyp
     library(monkeypatch)
     gradient = torch.ones(2, device="meta")
     assert scaled([gradient], torch.tensor(0.5, device="meta"))[0] is gradient
-
-
-def test_triton_on_a_cpu_wants_its_interpreter():
-    """Which it looks for when it is imported, hence in a process of its own."""
-    script = """
-import torch
-from engine.kernels import kd_loss
-x = torch.zeros(2, 3)
-try:
-    kd_loss(x, [x], temperature=2.0, alpha=0.3)
-except ValueError as error:
-    print("ValueError:", error)
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"ENGINE_KERNELS": "triton", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    arguments = [sys.executable, "-c", script]
-    done = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ValueError: ENGINE_KERNELS is 'triton', but triton does not serve cpu")
-    assert "on a CPU its interpreter does, with TRITON_INTERPRET=1" in done.stdout

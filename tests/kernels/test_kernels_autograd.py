@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, logits, near, plain, triton_is_slow
+from kernel_helpers import F32, F64, TOLERANCE, Case, Problem, logits, near, one_backend, plain, triton_is_slow
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -47,19 +47,7 @@ def launches(backend, monkeypatch):
     return found
 
 
-# Derivatives by finite differences
-
-
-@triton_is_slow
-@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-@pytest.mark.parametrize(
-    ("K", "T", "alpha", "reduction", "learned"),
-    [(1, 0.5, 0.3, "mean", False), (2, 5, 0.3, "none", False), (2, 20, 0.7, "sum", True)],
-)
-def test_finite_differences(K, T, alpha, reduction, learned, check, backend):
-    weights = torch.tensor([0.2, 0.5][:K], dtype=F64, requires_grad=learned)
-    settings = {"temperature": T, "alpha": alpha, "reduction": reduction}
-    assert check(lambda w, *z: loss_of(z, weights=w, **settings), [weights, *leaves(K, (3, 3), F64)], fast_mode=True)
+# Derivatives; the first two of a loss are in test_kernels.py
 
 
 @triton_is_slow
@@ -75,10 +63,13 @@ def test_finite_differences_of_cotangents(learned, backend):
     assert learned or gradgradcheck(cotangents, given, fast_mode=True)
 
 
-def test_third_derivative(backend):
+@pytest.mark.parametrize("some", [[0, 1, 2], [0], [2]])
+def test_third_derivative(some, backend):
+    """Also behind a second one that starts from some of the gradients."""
+
     def third(loss, leaves):
         first = torch.autograd.grad(loss(leaves).square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(first[i].square().sum() for i in some), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in second), leaves)
 
     given = leaves(2, (3, 3), F64)
@@ -196,12 +187,8 @@ def test_nothing_holds_on_to_the_inputs(order, backend):
         del slopes
     del given, loss
     assert [z() for z in alive] == [None] * 3
-
-
-def test_gradients_leave_with_the_backward(backend):
-    """What was computed ahead is not kept beside `.grad`."""
     given = leaves()
-    loss = loss_of(given)
+    loss = loss_of(given)  # what was computed ahead is not kept beside `.grad`
     gradient = weakref.ref(torch.autograd.grad(loss, given, retain_graph=True)[0])
     assert gradient() is None
 
@@ -219,16 +206,14 @@ def teachers():
     return [logits(3, 5, seed=k) for k in (1, 2)]
 
 
-@pytest.mark.parametrize("what", ["labels", "weights", "teacher"])
-def test_inputs_that_change_before_the_backward(what, student, teachers, backend):
-    labels = LABELS.clone()
-    weights = torch.tensor([0.5, 0.5])
-    loss = kd_loss(student, teachers, labels, weights=weights, reduction="none", **SETTINGS)
-    {"labels": labels, "weights": weights, "teacher": teachers[1]}[what].zero_()
-    if backend == "reference":  # whose operations keep what they need, and no more
-        return
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.sum().backward()
+@one_backend
+def test_inputs_that_change_before_the_backward(student, teachers, backend):
+    labels, weights = LABELS.clone(), torch.tensor([0.5, 0.5])
+    for changed in (labels, weights, teachers[1]):
+        loss = kd_loss(student, teachers, labels, weights=weights, reduction="none", **SETTINGS)
+        changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
 
 
 def test_teachers_that_ran_in_inference_mode(student, teachers, backend):
@@ -248,34 +233,30 @@ def test_teachers_that_ran_in_inference_mode(student, teachers, backend):
     assert hidden.grad.norm() > 0
 
 
-@pytest.mark.parametrize("primal", [1.0, 2.0])
-def test_forward_mode_through_what_arrives(primal, student, teachers, backend):
+def test_forward_mode_through_what_arrives(student, teachers, backend):
     """A kernel would scale by the primal and lose the tangent."""
-    tangent = 0.7
-    with forward_ad.dual_level():
-        upstream = forward_ad.make_dual(torch.tensor(primal), torch.tensor(tangent))
-        loss = kd_loss(student, teachers, **SETTINGS)
-        (gradient,) = torch.autograd.grad(loss, student, upstream)
-        gradient = forward_ad.unpack_dual(gradient)
-        torch.testing.assert_close(gradient.tangent, gradient.primal * (tangent / primal))
+    for primal in (1.0, 2.0):
+        with forward_ad.dual_level():
+            upstream = forward_ad.make_dual(torch.tensor(primal), torch.tensor(0.7))
+            (gradient,) = torch.autograd.grad(kd_loss(student, teachers, **SETTINGS), student, upstream)
+            gradient = forward_ad.unpack_dual(gradient)
+            torch.testing.assert_close(gradient.tangent, gradient.primal * (0.7 / primal))
 
 
 def test_forward_mode_through_weights(student, teachers, backend):
     weights, direction, student = torch.tensor([0.4, 0.6]), torch.tensor([1.0, -2.0]), student.detach()
+    hidden, layer = logits(2, 3), logits(4, 3)
 
     def loss(weights):
         cotangents = meta_cotangent(student, teachers, logits(3, 5, seed=3), weights=weights, **SETTINGS)
-        return kd_loss(student, teachers, LABELS, weights=weights, **SETTINGS) + sum(
-            c.square().sum() for c in cotangents
-        )
+        slopes = sum(c.square().sum() for c in cotangents)
+        return kd_loss(student, teachers, LABELS, weights=weights, **SETTINGS) + slopes
 
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(weights, direction)
         found = forward_ad.unpack_dual(loss(dual)).tangent
         with pytest.raises(RuntimeError, match="no forward mode"):
-            fused_linear_kd(
-                logits(2, 3), logits(4, 3), [logits(2, 3)] * 2, [logits(4, 3)] * 2, weights=dual, **SETTINGS
-            )
+            fused_linear_kd(hidden, layer, [hidden] * 2, [layer] * 2, weights=dual, **SETTINGS)
     expected = (loss(weights + 1e-2 * direction) - loss(weights - 1e-2 * direction)) / 2e-2
     assert abs(found - expected) < 1e-2 * abs(expected)
 
@@ -295,8 +276,7 @@ def test_transforms_of_torch_func(student, teachers, backend):
     torch.testing.assert_close(torch.einsum("abcd,cd->ab", h, u), expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_arrives(reduction, student, teachers, backend):
+def test_nothing_arrives(student, teachers, backend):
     """A function behind the loss whose derivative is None, which is not a gradient of one."""
 
     class Stop(torch.autograd.Function):
@@ -308,8 +288,9 @@ def test_nothing_arrives(reduction, student, teachers, backend):
         def backward(ctx, _):
             return None
 
-    loss = kd_loss(student, teachers, reduction=reduction, **SETTINGS)
-    assert torch.autograd.grad(Stop.apply(loss).sum(), student, allow_unused=True) == (None,)
+    for reduction in ("mean", "none"):
+        loss = kd_loss(student, teachers, reduction=reduction, **SETTINGS)
+        assert torch.autograd.grad(Stop.apply(loss).sum(), student, allow_unused=True) == (None,)
 
 
 # torch.compile
@@ -320,10 +301,8 @@ def step(student, teacher, labels, reduction):
     return loss, meta_cotangent(student, [teacher], student.detach(), **SETTINGS)
 
 
-@pytest.mark.parametrize(
-    ("backend", "reduction"), [("reference", "none"), ("cpp", "mean"), ("cpp", "none"), pytest.param("triton", "mean", marks=pytest.mark.slow)],
-    indirect=["backend"],
-)  # fmt: skip
+@one_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(compiler, reduction, backend):
     torch._dynamo.reset()
@@ -341,10 +320,9 @@ def test_compiles_without_a_graph_break(compiler, reduction, backend):
 
 def test_compiles_without_gradients(backend):
     torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
     with torch.no_grad():
-        found, wanted = (
-            f(*leaves(1), LABELS, "mean") for f in (torch.compile(step, fullgraph=True, backend="eager"), step)
-        )
+        found, wanted = (run(*leaves(1), LABELS, "mean") for run in (compiled, step))
     assert torch.equal(found[0], wanted[0]) and equal(found[1], wanted[1])
 
 
@@ -390,8 +368,8 @@ def test_the_op_is_the_function(reduction, backend):
     assert equal(*results)
 
 
+@one_backend
 @pytest.mark.parametrize("op", ["kd_loss", "kd_gradients", "kd_double_backward", "meta_cotangent"])
-@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_opcheck(op, backend):
     """Schema, autograd registration, fake tensors, and compiled with symbolic sizes."""
     for arguments in arguments_of(op):
