@@ -1,5 +1,7 @@
 """The distillation kernels on a GPU: against float64 on it, in a CUDA graph, and without a single wait for it."""
 
+from itertools import product
+
 import pytest
 import torch
 from kernel_helpers import near as within
@@ -19,6 +21,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8.2e-3, torch.float64: 1e-11}
 T, ALPHA = 2.0, 0.3
 SIZES = [(4096, 2), (64, 1000), (33, 8192), (16, 32000), (8, 131072), (1, 131072)]
 SETTINGS = {"temperature": T, "alpha": ALPHA}
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+some_sizes = pytest.mark.parametrize(("rows", "classes"), [(4096, 2), (64, 1000), (16, 32000), (8, 131072)])
 
 
 @pytest.fixture(autouse=True)
@@ -40,30 +44,39 @@ def near(got, expected, dtype, what=""):
     within(got, expected, dtype, TOLERANCE[dtype], what)
 
 
+class Both:
+    """Inputs, and what the formula makes of them in float64: gradients and their derivatives."""
+
+    def __init__(self, rows, classes, dtype, teachers=2, reduction="mean"):
+        self.leaves, self.labels = inputs(rows, classes, dtype, teachers)
+        self.settings = {"reduction": reduction, **SETTINGS}
+        self.wide = [z.detach().double().requires_grad_() for z in self.leaves]
+        self.cotangents = [torch.randn_like(z) for z in self.leaves]
+        self.correct = plain(self.wide[0], self.wide[1:], self.labels, **self.settings)
+        self.upstream = torch.rand(self.correct.shape, device="cuda")
+        self.first = torch.autograd.grad(self.correct, self.wide, self.upstream.double(), create_graph=True)
+        self.second = torch.autograd.grad(self.first, self.wide, [c.double() for c in self.cotangents])
+
+    def agree(self, dtype, what=""):
+        loss = kd_loss(self.leaves[0], self.leaves[1:], self.labels, **self.settings)
+        near(loss.detach(), self.correct.detach(), torch.float32, f"{what} loss")
+        quick = torch.autograd.grad(loss, self.leaves, self.upstream, retain_graph=True)
+        first = torch.autograd.grad(loss, self.leaves, self.upstream, create_graph=True)
+        second = torch.autograd.grad(first, self.leaves, self.cotangents)
+        for found, wanted in ((quick, self.first), (first, self.first), (second, self.second)):
+            for a, b in zip(found, wanted, strict=True):
+                near(a.detach(), b.detach(), dtype, what)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@dtypes
 @pytest.mark.parametrize(("rows", "classes"), SIZES)
 def test_numbers(rows, classes, dtype, reduction):
     """Values, first and second derivatives and cotangents: every tuned plan and the one that is taken untried."""
-    leaves, labels = inputs(rows, classes, dtype)
-    wide = [z.detach().double().requires_grad_() for z in leaves]
-    cotangents = [torch.randn_like(z) for z in leaves]
-    loss = kd_loss(leaves[0], leaves[1:], labels, reduction=reduction, **SETTINGS)
-    correct = plain(wide[0], wide[1:], labels, reduction=reduction, **SETTINGS)
-    near(loss.detach(), correct.detach(), torch.float32, "loss")
-    upstream = torch.rand_like(loss)
-    quick = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
-    first = torch.autograd.grad(loss, leaves, upstream, create_graph=True)
-    second = torch.autograd.grad(first, leaves, cotangents)
-    wide_first = torch.autograd.grad(correct, wide, upstream.double(), create_graph=True)
-    wide_second = torch.autograd.grad(wide_first, wide, [c.double() for c in cotangents])
-    for name, found, wanted in (
-        ("quick", quick, wide_first), ("first", first, wide_first), ("second", second, wide_second)
-    ):  # fmt: skip
-        for k, (a, b) in enumerate(zip(found, wanted, strict=True)):
-            near(a.detach(), b.detach(), dtype, f"{name} {k}")
-    found = meta_cotangent(leaves[0], leaves[1:], cotangents[0], **SETTINGS)
-    p, u = torch.softmax((wide[1] + wide[2]).detach() / 2 / T, -1), cotangents[0].double()
+    both = Both(rows, classes, dtype, reduction=reduction)
+    both.agree(dtype)
+    found = meta_cotangent(both.leaves[0], both.leaves[1:], both.cotangents[0], **SETTINGS)
+    p, u = torch.softmax((both.wide[1] + both.wide[2]).detach() / 2 / T, -1), both.cotangents[0].double()
     for c in found:
         near(c.detach(), -ALPHA / 2 / rows * p * (u - (p * u).sum(-1, keepdim=True)), torch.float32, "cotangent")
 
@@ -72,20 +85,11 @@ def test_every_plan(monkeypatch):
     """All those between which a device may choose."""
     from engine.kernels.ops.common import triton_launch, tuning
 
-    leaves, labels = inputs(40, 20000, torch.bfloat16, teachers=1)
-    wide = [z.detach().double().requires_grad_() for z in leaves]
-    wanted = torch.autograd.grad(plain(wide[0], wide[1:], labels, **SETTINGS), wide, create_graph=True)
-    cotangents = [torch.randn_like(z) for z in leaves]
-    wanted_second = torch.autograd.grad(wanted, wide, [c.double() for c in cotangents])
+    both = Both(40, 20000, torch.bfloat16, teachers=1)
     every = tuning.plans(20000, triton_launch.ON_CHIP, triton_launch.TILES)
     for plan in [*every, tuning.Plan(False, 1, 32768, 16), tuning.Plan(True, 1, 256, 4)]:
         monkeypatch.setattr(triton_launch, "plans", lambda *_, plan=plan: [plan])
-        loss = kd_loss(leaves[0], leaves[1:], labels, **SETTINGS)
-        found = torch.autograd.grad(loss, leaves, create_graph=True)
-        for a, b in zip(found, wanted, strict=True):
-            near(a.detach(), b.detach(), torch.bfloat16, plan)
-        for a, b in zip(torch.autograd.grad(found, leaves, cotangents), wanted_second, strict=True):
-            near(a, b, torch.bfloat16, plan)
+        both.agree(torch.bfloat16, plan)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(64, 1000), (5, 8192), (3, 50257)])
@@ -102,23 +106,19 @@ def test_masked_classes_and_bad_rows(rows, classes):
         logits = [z.clone().requires_grad_() for z in logits]
         loss = kd_loss(logits[0], logits[1:], labels, reduction="none", **SETTINGS)
         first = torch.autograd.grad(loss.sum(), logits, create_graph=True)
-        return [
-            loss.detach(),
-            *(g.detach() for g in first),
-            *torch.autograd.grad(sum(g.square().sum() for g in first), logits),
-        ]
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), logits)
+        return [loss.detach(), *(g.detach() for g in first), *second]
 
     before = run(finite)
     assert all(x.isfinite().all() for x in before)
     assert all((x[:, dead] == 0).all() for x in before[1:])
-    for who in range(3):
-        for value in (torch.nan, torch.inf):
-            bad = [z.clone() for z in finite]
-            bad[who][1, classes - 3] = value
-            after = run(bad)
-            assert after[0].isnan().nonzero().flatten().tolist() == [1]
-            keep = torch.arange(rows, device="cuda") != 1
-            assert all(torch.equal(a[keep], b[keep]) for a, b in zip(after[:4], before[:4], strict=True))
+    keep = torch.arange(rows, device="cuda") != 1
+    for who, value in product(range(3), (torch.nan, torch.inf)):
+        bad = [z.clone() for z in finite]
+        bad[who][1, classes - 3] = value
+        after = run(bad)
+        assert after[0].isnan().nonzero().flatten().tolist() == [1]
+        assert all(torch.equal(a[keep], b[keep]) for a, b in zip(after[:4], before[:4], strict=True))
 
 
 def test_a_label_out_of_range_makes_the_loss_nan():
@@ -128,8 +128,8 @@ def test_a_label_out_of_range_makes_the_loss_nan():
     assert rows.isnan().tolist() == [True] + [False] * 7
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "classes"), [(4096, 2), (64, 1000), (16, 32000), (8, 131072)])
+@some_sizes
+@dtypes
 def test_cuda_graph(rows, classes, dtype):
     """Forward and backward captured and replayed with other numbers have the bits of eager."""
     leaves, labels = inputs(rows, classes, dtype)
@@ -158,8 +158,8 @@ def test_cuda_graph(rows, classes, dtype):
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "classes"), [(4096, 2), (64, 1000), (16, 32000), (8, 131072)])
+@some_sizes
+@dtypes
 def test_nothing_waits_for_the_device(rows, classes, dtype):
     leaves, labels = inputs(rows, classes, dtype)
     weights = torch.tensor([0.25, 0.6], device="cuda")
@@ -199,11 +199,11 @@ def test_a_plan_of_the_file_has_the_same_bits():
 
     first = step()
     tuning._known.cache_clear()
-    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@dtypes
 def test_fused(dtype, monkeypatch):
     """Three chunks against logits, whole in float64."""
     from engine.kernels.ops.fused_linear_kd import op as module

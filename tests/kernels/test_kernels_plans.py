@@ -25,17 +25,13 @@ PLANS = {
     "three tiles": Plan(True, 1, 4, 4),
     "a tile for each class": Plan(True, 1, 1, 4),
 }
-slow = dict.fromkeys(["one tile", "a tile for each class"], pytest.mark.slow)
+slow = dict.fromkeys(["one tile", "two tiles, the last one ragged", "a tile for each class"], pytest.mark.slow)
 every_plan = pytest.mark.parametrize(
     "plan", [pytest.param(plan, id=name, marks=slow.get(name, ())) for name, plan in PLANS.items()], indirect=True
 )
 WHOLE, TILES = PLANS["whole, wider than it has to be"], PLANS["three tiles"]
+FIRST, LAST = [0, 1, 2, 3], [8, 9, 10]  # the classes of these two tiles
 both_kinds, tiles = (pytest.mark.parametrize("plan", p, indirect=True) for p in ([WHOLE, TILES], [TILES]))
-DEAD = {
-    "the first tile": [0, 1, 2, 3],
-    "the last tile": [8, 9, 10],
-    "two tiles and a class": [0, 1, 2, 3, 4, 5, 6, 7, 9],
-}
 
 
 @pytest.fixture
@@ -60,23 +56,20 @@ def test_every_plan(plan):
     Problem(Case(C=11, leading=(rows,), reduction=reduction, weights=weights, dtypes=(F64, F32))).agree()
 
 
-@pytest.mark.parametrize(
-    ("plan", "who", "dead"),
-    [(TILES, "all", "the last tile"), (TILES, "all", "two tiles and a class"), (TILES, "the teachers", "the first tile"),
-     (WHOLE, "all", "the first tile")],
-    indirect=["plan"],
-)  # fmt: skip
-def test_masked_classes(plan, who, dead):
-    def mask(z):
-        return z.index_fill(-1, torch.tensor(DEAD[dead], dtype=torch.int64), -torch.inf)
+@tiles
+@pytest.mark.parametrize("student, teacher", [(LAST, [*FIRST, *LAST]), ([*FIRST, 4, 5, 6, 7, 9],) * 2])
+def test_masked_classes(plan, student, teacher):
+    """Tiles without a class: of the student the last, of the teacher the first too; of both all but the last."""
 
-    problem = Problem(Case(C=11, leading=(2,), K=1, dtypes=(F64,)), mask if who == "all" else lambda z: z, mask)
-    problem.labels = torch.tensor([3 if dead == "the last tile" else 10, -100])
+    def mask(dead):
+        return lambda z: z.index_fill(-1, torch.tensor(dead), -torch.inf)
+
+    problem = Problem(Case(C=11, leading=(2,), K=1, dtypes=(F64,)), mask(student), mask(teacher))
+    problem.labels = torch.tensor([5 if 10 in student else 10, -100])
     found = problem.agree()
-    for name in found:
-        assert found[name].isfinite().all(), name
+    assert all(x.isfinite().all() for x in found.values())
     for name in ("gradient 1", "first 1", "second 2", "meta 0"):
-        assert (found[name][:, DEAD[dead]] == 0).all(), name
+        assert (found[name][:, teacher] == 0).all(), name
 
 
 @both_kinds
@@ -99,7 +92,7 @@ def test_cotangents_on_some_gradients(plan):
             near(a, b, F64, TOLERANCE[F64], f"{i} of {some}")
 
 
-@pytest.mark.parametrize("resident", [0, pytest.param(2, marks=pytest.mark.slow), 10_000])
+@pytest.mark.parametrize("resident", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 10_000))])
 def test_statistics_ahead_of_gradients(resident, interpreted, monkeypatch):
     """By one row, by some, by all of them."""
     monkeypatch.setattr(triton_launch, "resident", lambda *_: resident)
@@ -120,40 +113,30 @@ def test_a_tile_whose_teacher_probability_is_too_small_for_a_number(plan):
 
 @tiles
 def test_a_bad_number_stays_in_its_row(plan):
-    """In any tile, of student or teacher."""
+    """In any tile, of student or teacher; the first row is as it is alone."""
 
-    def run(*bad):
-        problem = Problem(Case(C=11, K=1, leading=(2,), reduction="none", labels="all"))
-        with torch.no_grad():
-            for who, column, value in bad:
-                problem.logits[who][1, column] = value
+    def run(some):
+        problem = Problem(Case(C=11, K=1, reduction="none", labels="all"), lambda z: z[some], labels=lambda y: y[some])
+        for who, row, column, value in ((0, 1, 0, torch.nan), (1, 2, 10, torch.inf)):
+            problem.logits[who].detach()[row:, column] = value
         loss = problem.loss()
         return loss.detach(), *torch.autograd.grad(loss.sum(), problem.logits)
 
-    before = run()
-    for bad in ((0, 0, torch.nan), (1, 10, torch.inf)):
-        after = run(bad)
-        assert after[0].isnan().tolist() == [False, True]
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(after, before, strict=True))
+    together, alone = run(slice(3)), run(slice(1))
+    assert together[0].isnan().tolist() == [False, True, True]
+    assert all(torch.equal(a[:1], b) for a, b in zip(together, alone, strict=True))
 
 
 # Which plans there are, and which one is taken
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(
-    classes=st.one_of(
-        st.integers(1, 2**23), st.integers(1, 23).map(lambda n: 2**n), st.integers(1, 23).map(lambda n: 2**n - 1)
-    )
-)
+@given(st.integers(1, 2**23) | st.builds(lambda n, less: 2**n - less, st.integers(1, 23), st.integers(0, 1)))
 def test_plans_cover_the_classes(classes):
     found = tuning.plans(classes, triton_launch.ON_CHIP, triton_launch.TILES)
-    assert found
-    assert len(found) == len(set(found))
+    assert found and len(found) == len(set(found))
     for plan in found:
-        for size in (plan.block_r, plan.block_c, plan.warps):
-            assert size > 0
-            assert size & (size - 1) == 0, "Triton wants powers of two"
+        assert all(n.bit_count() == 1 for n in plan[1:]), "Triton wants powers of two"
         assert plan.block_r == 1 or not plan.tiled
         tiles = -(-classes // plan.block_c)
         assert tiles <= (triton_launch.TILES if plan.tiled else 1)
@@ -184,20 +167,23 @@ CHOICES = [Plan(True, 1, width, 4) for width in (8, 32, 16)]
 DEVICE = torch.device("cuda")
 
 
+def chosen(gpu, op="first", classes=50, choices=CHOICES, device=DEVICE):
+    return tuning.choose((op, classes), choices, gpu.append, device)
+
+
 def test_the_quickest_plan_is_remembered(gpu, tmp_path):
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
-    assert gpu == CHOICES
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert chosen(gpu) == CHOICES[1] and gpu == CHOICES
+    assert chosen(gpu) == CHOICES[1]
     tuning._known.cache_clear()  # as in the next process
-    assert tuning.choose(("first", 50), CHOICES[::-1], gpu.append, DEVICE) == CHOICES[1]
+    assert chosen(gpu, choices=CHOICES[::-1]) == CHOICES[1]
     assert len(gpu) == 3, "tried once"
-    assert tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert chosen(gpu, "first", 51) == CHOICES[1]
     assert len(gpu) == 6, "another shape is tried"
     (file,) = tmp_path.rglob("*.json")
     assert set(json.loads(file.read_text())) == {"first 50", "first 51"}
     file.write_text(file.read_text()[:-9])
     tuning._known.cache_clear()
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+    assert chosen(gpu) == CHOICES[1]
     assert len(gpu) == 9, "a damaged file is written again"
     assert list(json.loads(file.read_text())) == ["first 50"]
     assert list(tmp_path.rglob("*")) == [file.parent, file], "nothing is left beside it"
@@ -214,19 +200,19 @@ def test_a_cache_that_cannot_be_written_is_no_error(gpu, tmp_path, monkeypatch, 
     (tmp_path / "file").touch()
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "file"))
     with caplog.at_level("WARNING", "engine.kernels"):
-        assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1]
+        assert chosen(gpu) == CHOICES[1]
     assert "not kept for the next run" in caplog.text
 
 
 def test_what_another_process_found_is_kept(gpu, tmp_path):
-    tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE)
+    chosen(gpu)
     (file,) = tmp_path.rglob("*.json")
     file.write_text(json.dumps({"second 50": list(CHOICES[0]), "first 51": list(CHOICES[2])}))
-    tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE)
+    chosen(gpu, "first", 51)
     assert set(json.loads(file.read_text())) == {"first 50", "first 51", "second 50"}
     tuning._known.cache_clear()
-    assert tuning.choose(("second", 50), CHOICES, gpu.append, DEVICE) == CHOICES[0]
-    assert tuning.choose(("first", 51), CHOICES, gpu.append, DEVICE) == CHOICES[2], "of two, the one that came first"
+    assert chosen(gpu, "second") == CHOICES[0]
+    assert chosen(gpu, "first", 51) == CHOICES[2], "of two, the one that came first"
 
 
 def test_a_plan_that_does_not_fit_is_not_taken(gpu):
@@ -239,13 +225,12 @@ def test_a_plan_that_does_not_fit_is_not_taken(gpu):
 
 
 def test_nothing_is_tried_where_it_must_not_be(gpu, monkeypatch):
-    assert tuning.choose(("first", 50), CHOICES[:1], gpu.append, DEVICE) == CHOICES[0]
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, torch.device("cpu")) == CHOICES[0]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[0]
+    assert chosen(gpu, choices=CHOICES[:1]) == chosen(gpu, device=torch.device("cpu")) == CHOICES[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert chosen(gpu) == CHOICES[0]
     assert gpu == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.choose(("first", 50), CHOICES, gpu.append, DEVICE) == CHOICES[1], "after the capture it is tried"
+    assert chosen(gpu) == CHOICES[1], "after the capture it is tried"
 
 
 # Where a row lies
@@ -276,11 +261,9 @@ def read(x: torch.Tensor, offset: int) -> float:
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(views())
 def test_rows_are_found_by_their_strides(tensors):
-    lie = Rows(tensors)
-    C = tensors[0].shape[-1]
+    lie, C = Rows(tensors), tensors[0].shape[-1]
     assert (lie.shape, lie.classes) == (tensors[0].shape, C)
-    assert lie.rows * C == tensors[0].numel()
-    assert lie.inner >= 1
+    assert lie.rows * C == tensors[0].numel() and lie.inner >= 1
     assert not lie.rows or len(lie.strides) == 3 * len(tensors)
     for k, (x, kept) in enumerate(zip(tensors, lie.tensors, strict=True)):
         assert torch.equal(kept, x)
