@@ -1,5 +1,8 @@
 """A small module with all that a time machine has to bring back, and looks at it. Imports little: GPU tests use it."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from torch import nn
 
@@ -41,17 +44,18 @@ def ids(flat, seed=0):
 
 
 def random_step(flat, seed, whole=False):
-    """Anything in the dense part; of each table some rows (none and all of them too), or with `whole` all of it."""
+    """Anything in the dense part; of each table that is looked up by rows some (none and all of them too), of the others, or
+    with `whole` of every one, all."""
     generator = torch.Generator().manual_seed(seed)
-    dense, tables = torch.zeros(flat.dense, device=flat.weights.device), []
+    dense, tables = torch.zeros_like(flat.weights[: flat.dense]), []
     for view in flat.views(dense, flat.dense_names).values():
         view.copy_(torch.randn(view.shape, generator=generator))
     for table in flat.tables:
-        V, H = table.weight.shape
+        (V, H), every_row = table.weight.shape, whole or not table.row_wise
         count = int(torch.randint(V + 1, (), generator=generator))
-        rows = torch.arange(V) if whole else torch.randperm(V, generator=generator)[:count].sort().values
+        rows = torch.arange(V) if every_row else torch.randperm(V, generator=generator)[:count].sort().values
         values = torch.randn(len(rows), H, generator=generator).to(dense)
-        tables.append(values if whole else Rows(rows.to(dense.device), values))
+        tables.append(values if every_row else Rows(rows.to(dense.device), values))
     return Vector(dense, tables)
 
 
@@ -73,3 +77,62 @@ def differing(a, b):
 
 def shadowed(flat):
     return flat.shadow is None or torch.equal(flat.shadow, flat.weights.bfloat16())
+
+
+class Copies:
+    """The promises, kept by copying everything: a list of names and whole weights in order of time."""
+
+    def __init__(self, flat):
+        self.flat, self.kept, self.floor = flat, [], 0
+
+    def take(self, name):
+        # one from before an excursion is hidden while it lasts
+        self.kept = [k for i, k in enumerate(self.kept) if i < self.floor or k[0] != name]
+        self.kept.append((name, self.flat.weights.clone()))
+
+    def find(self, name):
+        """Its place, None for none, -1 for one that is out of reach."""
+        found = [i for i, (n, _) in enumerate(self.kept) if n == name]
+        return None if not found else found[-1] if found[-1] >= self.floor else -1
+
+
+def carry_out(machine, copies, operation):
+    """("advance", name, seed, whole), ("snapshot", name), ("rewind", name), or ("perturbed" or "excursion", seed, operations
+    inside, whether it then raises)."""
+    kind, what, *rest = operation
+    flat = machine.flat
+    if kind in ("advance", "snapshot"):
+        copies.take(what)
+        if kind == "advance":
+            machine.advance(random_step(flat, rest[0], whole=rest[1]), 0.1, what)
+        else:
+            machine.snapshot(what)
+    elif kind == "rewind":
+        at = copies.find(what)
+        with nullcontext() if at is not None and at >= 0 else pytest.raises(KeyError if at is None else ValueError):
+            machine.rewind(what)
+        if at is not None and at >= 0:
+            assert torch.equal(flat.weights, copies.kept[at][1])
+            copies.kept = copies.kept[: at + 1]
+    else:
+        before, floor, kept = flat.weights.clone(), copies.floor, list(copies.kept)
+        copies.floor = len(kept)
+        (inside, raises), step = rest, random_step(flat, what)
+        context = machine.excursion() if kind == "excursion" else machine.perturbed(step, flat.weights.new_tensor(0.1))
+        with pytest.raises(ZeroDivisionError) if raises else nullcontext(), context:
+            assert shadowed(flat) and (kind == "excursion" or not torch.equal(flat.weights, before))
+            for inner in inside:
+                carry_out(machine, copies, inner)
+            _ = 1 / (not raises)
+        assert torch.equal(flat.weights, before)
+        copies.floor, copies.kept = floor, kept
+    assert shadowed(flat)
+
+
+def follow(machine, operations):
+    copies = Copies(machine.flat)
+    for operation in operations:
+        carry_out(machine, copies, operation)
+    for name, weights in reversed(copies.kept):
+        machine.rewind(name)
+        assert torch.equal(machine.flat.weights, weights)

@@ -26,34 +26,25 @@ def importing(tmp_path, monkeypatch):
     sys.modules.update(kept)
 
 
-def test_apex_is_found(importing):
+@pytest.mark.parametrize(("install", "options", "message"), [
+    (fake_apex.install_namesake, {}, "unrelated web-authentication toolkit.*NVIDIA/apex.*--optimizer flat"),
+    (fake_apex.install, {"kernels": False}, "CUDA extensions.*amp_C.*NVIDIA/apex"),
+    (lambda *_: None, {}, "not installed; build it from the source.*NVIDIA/apex"),
+], ids=["another", "no kernels", "none"])  # fmt: skip
+def test_what_is_no_usable_apex_is_refused(importing, install, options, message):
+    """A stranger's package of that name is not even imported."""
+    importing(install, **options)
+    if "not installed" in message and optim.find_spec("apex") is not None:
+        pytest.skip("some apex is installed here")
+    with pytest.raises(UserError, match=message):
+        optim.check("apex", CUDA)
+    assert install is fake_apex.install or "apex" not in sys.modules
+
+
+def test_apex_is_found_and_needs_cuda(importing):
     importing(fake_apex.install)
     optim.check("apex", CUDA)
     assert optim._fused_adam() is fake_apex.FusedAdam
-
-
-def test_the_other_apex_is_refused_and_not_imported(importing):
-    importing(fake_apex.install_namesake)
-    with pytest.raises(UserError, match="unrelated web-authentication toolkit.*NVIDIA/apex.*--optimizer flat"):
-        optim.check("apex", CUDA)
-    assert "apex" not in sys.modules
-
-
-def test_apex_without_its_kernels_is_refused(importing):
-    importing(fake_apex.install, kernels=False)
-    with pytest.raises(UserError, match="CUDA extensions.*amp_C.*NVIDIA/apex"):
-        optim.check("apex", CUDA)
-
-
-def test_a_missing_apex_is_refused(importing):
-    if optim.find_spec("apex") is not None:
-        pytest.skip("some apex is installed here")
-    with pytest.raises(UserError, match="not installed; build it from the source.*NVIDIA/apex"):
-        optim.check("apex", CUDA)
-
-
-def test_apex_needs_cuda(importing):
-    importing(fake_apex.install)
     flat = FlatParameters(nn.Linear(2, 2))
     for make in (lambda: optim.check("apex", torch.device("cpu")), lambda: optim.adamw("apex", flat, 0.1, 0.0)):
         with pytest.raises(UserError, match="--optimizer apex needs a CUDA device, and this run is on cpu"):
