@@ -20,6 +20,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str):
     """The public classes, imported when first asked for: the command line answers before torch is there."""
     if name not in _HOMES:

@@ -73,17 +73,18 @@ class Plugins(Mapping[str, Any]):
     def facts(self, name: str) -> dict[str, Any]:
         """The literal keywords of the object's call. Raises UserError where the file cannot be read or lacks one."""
         file, kind = self._file(name), self.attribute.capitalize()
+        given = f"{self.flag} {name}" if _is_path(name) else f"{self.flag} {name} ({file})"
         try:
             found = _literals(file, file.stat().st_mtime_ns, self.attribute)
-        except (OSError, SyntaxError, ValueError) as e:
-            raise UserError(f"{self.flag} {name}: {file} cannot be read ({e}); give a Python file.") from e
+        except OSError as e:
+            raise UserError(f"{given} cannot be read ({e.strerror}); give the path of a Python file.") from e
+        except (SyntaxError, ValueError) as e:
+            raise UserError(f"{given} is not valid Python ({e}); correct it.") from e
         if found is None:
-            raise UserError(
-                f"{self.flag} {name}: {file} has no line '{self.attribute} = {kind}(...)'; give a file that has it."
-            )
+            raise UserError(f"{given} has no line '{self.attribute} = {kind}(...)'; give a file that has it.")
         for wanted in self.required:
             if wanted not in found:
-                raise UserError(f"{self.flag} {name}: {kind}(...) in {file} needs {wanted}=, with a literal value.")
+                raise UserError(f"{given}: {kind}(...) has no {wanted}= with a literal value; add it.")
         return found
 
     def known(self, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from engine import cli
 from engine.config import Config
 from engine.errors import UserError
 from engine.run.interrupts import Interrupted, Interrupts
+from engine.run.output import CHECKPOINT, OutputDirectory
 from engine.screen.console import Console
 
 
@@ -35,14 +36,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, console: Console, interrupts: Interrupts, started: float, command: str) -> None:
     """`command` is what was typed, and `started` when, on the monotonic clock."""
-    from engine.run.output import OutputDirectory  # nothing heavy is imported before the settings are known to be good
-
     output = OutputDirectory(config.run.output, config.method.name, config.run.resume)
     config.run.output = str(output.path)
     if output.finished():
         console.say(f"The run in {output.path} is finished; its figures are in {output.path / 'summary.json'}.")
         return
-    from engine.run import checkpoint, job  # imports torch and transformers
+    from engine.run import checkpoint, job  # torch and transformers wait until the settings are known to be good
 
     if config.run.resume and output.checkpoint.exists():
         checkpoint.check(output.checkpoint)  # refuses a damaged one before anything is written
@@ -53,8 +52,13 @@ def _farewell(stop: Interrupted, config: Config | None) -> str:
     folder = config and config.run.output
     if not folder or not (Path(folder) / "config.yaml").exists():
         return f"Stopped by {stop}; nothing was written."
-    state = "the checkpoint is saved" if stop.saved else "what came after the last checkpoint is lost"
-    return f"Stopped by {stop}; {state}. Resume with: python -m engine.train --resume --output {shlex.quote(folder)}"
+    if stop.saved:
+        state = "; the checkpoint is saved. Resume"
+    elif (Path(folder) / CHECKPOINT).exists():
+        state = "; what came after the last checkpoint is lost. Resume"
+    else:
+        state = " before the first checkpoint. Start again"
+    return f"Stopped by {stop}{state} with: python -m engine.train --resume --output {shlex.quote(folder)}"
 
 
 if __name__ == "__main__":

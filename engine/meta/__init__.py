@@ -9,6 +9,5 @@
     reptile.py           teachers that follow the student's weights instead
     micro_batches.py     a batch in parts whose gradients add up
 
-Imports losses, kernels, models, params and what stands below them. Another strategy or pilot rule is one file in its folder
-and its name there.
+Imports losses, kernels, models, params and what stands below them. Another strategy or pilot rule is one file in its folder.
 """

@@ -11,6 +11,8 @@ from typing import Any
 
 from engine.errors import UserError
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 class OutputDirectory:
     """Checks on construction that nothing would be overwritten; `create` makes the directory and locks it."""
@@ -45,13 +47,13 @@ class OutputDirectory:
         if self.resume or not self.path.exists():
             return
         if any(entry.name != ".lock" for entry in self.path.iterdir()):
-            raise UserError(
-                f"--output {self.path} is in use; give another directory, or --resume to continue an interrupted run.")  # fmt: skip
+            raise UserError(f"--output {self.path} holds files already; give another directory, or add --resume to continue an "
+                            "interrupted run.")  # fmt: skip
 
     @property
     def checkpoint(self) -> Path:
         """The file of the run's checkpoint, there or not."""
-        return self.path / "checkpoint.safetensors"
+        return self.path / CHECKPOINT
 
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: how logits layout in memory, how the work is cut into programs, on which device."""
+"""How the Triton kernels are launched: how logits lie in memory, how the work is cut into programs, on which device."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -2,7 +2,7 @@
 
     c_k = d/dz_k < d kd_loss / d z_S, u > = -alpha w_k / R p (u - <p, u>)        (row by row)
 
-Its own derivatives are autograd's. engine/meta/metagrad.py says where it comes from.
+Its own derivatives are autograd's. engine/meta/walk_back.py says where it comes from.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_what_is_none_is_refused(tmp_path):
     ):
         cli.parse(["--soft-loss", "cosine"])
     (tmp_path / "silent.py").write_text("DIVERGENCE = Divergence(soft=print)")
-    with pytest.raises(UserError, match="needs help=, with a literal value"):
+    with pytest.raises(UserError, match="has no help= with a literal value"):
         cli.parse(["--soft-loss", str(tmp_path / "silent.py")])
 
 

@@ -115,11 +115,11 @@ def test_help_names_them_and_imports_nothing(tmp_path):
 
 CALL = "METHOD = Method(step=None, {})\n"
 BAD = {
-    "no.py": (None, "cannot be read", "give a Python file"),
+    "no.py": (None, "cannot be read (No such file or directory)"),
     "empty.py": ("", "has no line 'METHOD = Method(...)'"),
-    "broken.py": ("METHOD = (\n", "cannot be read", "never closed"),
-    "silent.py": (CALL.format("help='by magic'"), "needs teachers=, with a literal value"),
-    "reckoned.py": (CALL.format("help='by ' + magic, teachers='none'"), "needs help=, with a literal value"),
+    "broken.py": ("METHOD = (\n", "is not valid Python", "never closed"),
+    "silent.py": (CALL.format("help='by magic'"), "has no teachers= with a literal value"),
+    "reckoned.py": (CALL.format("help='by ' + magic, teachers='none'"), "has no help= with a literal value"),
 }
 
 

@@ -102,7 +102,7 @@ def test_tables_plots_and_a_trace_that_names_the_sections(profiled, found, tmp_p
 def test_a_directory_in_use_is_left_alone(profiled, capsys):
     before = sorted(p.name for p in profiled.rglob("*"))
     assert main([*FLAGS, "--output", str(profiled)]) == 2
-    assert "is in use" in capsys.readouterr().err
+    assert "holds files already" in capsys.readouterr().err
     assert sorted(p.name for p in profiled.rglob("*")) == before
 
 

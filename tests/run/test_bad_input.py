@@ -308,7 +308,7 @@ def test_unknown_kernels(refused, monkeypatch):
 def test_output_in_use(refused, place):
     (place / "out").mkdir()
     (place / "out" / "thesis.txt").write_text("do not touch")
-    refused(flags("d.tsv", "out"), "--output out is in use", "another directory", "--resume")
+    refused(flags("d.tsv", "out"), "--output out holds files already", "another directory", "--resume")
 
 
 def test_empty_output_stays_empty(refused, place):
@@ -343,7 +343,7 @@ def test_resume_from_damaged_files(refused, interrupted):
 def test_an_output_is_for_one_process(refused, interrupted):
     other = OutputDirectory("out", "kd", resume=True)
     other.create()
-    refused(flags("d.tsv", "out"), "--output out is in use")
+    refused(flags("d.tsv", "out"), "--output out holds files already")
     refused(["--resume", "--output", "out"], "--output out is in use by another process; wait for it or stop it.")
     other.close()
     assert not (interrupted / ".lock").exists()

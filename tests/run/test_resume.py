@@ -21,6 +21,7 @@ from run_helpers import (
 )
 
 from engine.run import inputs
+from engine.run.stages import Stages
 
 
 def test_a_finished_run_says_so(finished, capsys):
@@ -71,6 +72,13 @@ def test_a_stop_before_there_is_anything_leaves_nothing(data, tmp_path, monkeypa
     assert job(flags(data, tmp_path / "run")) == 128 + signal.SIGTERM
     assert capsys.readouterr().out.splitlines()[-1] == "Stopped by SIGTERM; nothing was written."
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_before_the_first_checkpoint_says_so(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Stages, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert job(flags(data, tmp_path / "run")) == 128 + signal.SIGTERM
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("Stopped by SIGTERM before the first checkpoint. Start again with: ") and "--resume" in said
 
 
 # In processes of their own
