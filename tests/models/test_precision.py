@@ -1,77 +1,94 @@
 """What --precision does: the processor's or the GPU's choice, torch's switches, float32 where it has to stay."""
 
-import json
 import warnings
 
 import pytest
 import torch
 import yaml
-from run_helpers import assert_same_models, sentences, succeed, summary, table
-from small_models import transformer
+from run_helpers import assert_same_models, succeed, succeed_saying, summary
+from small_models import CPU, CUDA, batch, encoder
 
-from engine.batch import Batch
 from engine.errors import UserError
 from engine.losses.objectives import Objective
 from engine.meta.meta_step import MetaStep
+from engine.meta.strategies import STRATEGIES
 from engine.models import precision
 from engine.models.learner import Learner
-from engine.models.network import Encoder
 from engine.params.flat import FlatParameters
+from engine.run import evaluation
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 X86_OLD = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False, "l2_cache_size": 1048576}
 
 
 # What computes
 
 
-def test_fp32_is_fp32_everywhere():
-    for device in (CPU, CUDA):
-        assert precision.choose("fp32", device) == ("fp32", None)
-
-
-@pytest.mark.parametrize("found", [["avx512_bf16"], []])
-def test_bf16_on_a_processor(found, monkeypatch):
-    monkeypatch.setattr(precision, "bf16_instructions", lambda: found)
-    chosen, said = precision.choose("bf16", CPU)
-    assert chosen == ("bf16" if found else "fp32")
-    assert (
-        said is None if found else said.startswith("Precision: fp32 instead of bf16, since this processor has no bf16")
-    )
+def found(monkeypatch, processor=(), bf16=False, tf32=False):
+    """Devices that can do this much; emulation is not it."""
+    monkeypatch.setattr(precision, "bf16_instructions", lambda: list(processor))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: tf32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("given", "device", "able", "expected"),
     [
-        (X86_OLD, []),
-        (X86_OLD | {"avx512_bf16": True}, ["avx512_bf16"]),
-        (X86_OLD | {"amx_bf16": True, "amx_tile": True}, ["amx_bf16"]),
-        ({"architecture": "aarch64", "neon": True}, []),
-        ({"architecture": "aarch64", "neon": True, "bf16": True, "sve_bf16": True}, ["bf16", "sve_bf16"]),
+        ("fp32", CPU, {}, "fp32"),
+        ("fp32", CUDA, {}, "fp32"),
+        ("bf16", CPU, {"processor": ["avx512_bf16"]}, "bf16"),
+        ("bf16", CPU, {"bf16": True}, "fp32"),
+        ("bf16", CUDA, {"bf16": True}, "bf16"),
+        ("tf32", CUDA, {"tf32": True}, "tf32"),
     ],
 )
-def test_what_torch_says_of_the_processor(capabilities, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(precision, "_cpuinfo", lambda: {"avx512_bf16"})  # not asked
-    assert precision.bf16_instructions() == expected
+def test_what_computes(given, device, able, expected, monkeypatch):
+    found(monkeypatch, **able)
+    chosen, said = precision.choose(given, device)
+    assert chosen == expected
+    instead = "Precision: fp32 instead of bf16, since this processor has no bf16"
+    assert said is None if chosen == given else said.startswith(instead)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("given", "device", "able", "said"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\nbugs : none\n", ["amx_bf16", "avx512_bf16"]),
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\n", []),
-        ("processor\t: 0\nFeatures\t: fp asimd svebf16 bf16\n", ["bf16", "sve_bf16"]),
-        ("", []),
-        (None, []),
+        ("bf16", CUDA, {"processor": ["avx512_bf16"]}, "bf16, which this CUDA device cannot do"),
+        ("tf32", CPU, {"tf32": True}, "tf32, which needs a CUDA device, and this run is on cpu"),
+        ("tf32", CUDA, {}, "tf32, .* compute capability 8.0 or newer, and this one has 7.5"),
     ],
 )
-@pytest.mark.parametrize("torch_says", ["nothing", "has no such function"])
-def test_where_torch_says_nothing_linux_is_asked(text, expected, torch_says, monkeypatch, tmp_path):
-    if torch_says == "nothing":
-        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    else:
+def test_what_a_device_cannot_do(given, device, able, said, monkeypatch):
+    found(monkeypatch, **able)
+    with pytest.raises(UserError, match=f"^--precision is {said}; use --precision fp32.$"):
+        precision.choose(given, device)
+
+
+LINUX = {
+    "processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\nbugs : none\n": ["amx_bf16", "avx512_bf16"],
+    "processor\t: 0\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\n": [],
+    "processor\t: 0\nFeatures\t: fp asimd svebf16 bf16\n": ["bf16", "sve_bf16"],
+    "": [],
+}
+ARM_OLD = {"architecture": "aarch64", "neon": True}
+INSTRUCTIONS = [
+    (X86_OLD, next(iter(LINUX)), []),  # Linux is not asked where torch says something
+    (X86_OLD | {"avx512_bf16": True}, "", ["avx512_bf16"]),
+    (X86_OLD | {"amx_bf16": True, "amx_tile": True}, "", ["amx_bf16"]),
+    (ARM_OLD, "", []),
+    (ARM_OLD | {"bf16": True, "sve_bf16": True}, "", ["bf16", "sve_bf16"]),
+    *(({}, text, expected) for text, expected in LINUX.items()),
+    *((None, text, expected) for text, expected in LINUX.items()),  # torch before 2.11
+    ({}, None, []),  # not on Linux
+]
+
+
+@pytest.mark.parametrize(("capabilities", "text", "expected"), INSTRUCTIONS)
+def test_instructions_of_a_processor(capabilities, text, expected, monkeypatch, tmp_path):
+    if capabilities is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     file, read = tmp_path / "cpuinfo", precision._cpuinfo
     if text is not None:
         file.write_text(text)
@@ -85,29 +102,6 @@ def test_this_processor_is_one_kind():
     if not precision._cpuinfo():
         pytest.skip("no /proc/cpuinfo here")
     assert set(precision.bf16_instructions()) == listed
-
-
-def test_tf32_is_for_gpus_that_have_it(monkeypatch):
-    with pytest.raises(UserError, match="--precision is tf32, which needs a CUDA device.*on cpu; use --precision fp32"):
-        precision.choose("tf32", CPU)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: False)
-    with pytest.raises(UserError, match="tf32.*capability 8.0 or newer, and this one has 7.5; use --precision fp32"):
-        precision.choose("tf32", CUDA)
-    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
-    assert precision.choose("tf32", CUDA) == ("tf32", None)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_bf16_on_a_gpu_is_not_emulated(native, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    if native:
-        assert precision.choose("bf16", CUDA) == ("bf16", None)
-    else:
-        with pytest.raises(
-            UserError, match="--precision is bf16, which this CUDA device cannot do; use --precision fp32"
-        ):
-            precision.choose("bf16", CUDA)
 
 
 # torch's switches
@@ -189,64 +183,28 @@ def test_products_on_a_gpu(switches):
 
 def test_an_evaluation_is_ieee(switches, monkeypatch):
     """What is reported is what a user's own float32 evaluation finds."""
-    from engine.run import evaluation
 
-    seen = []
-
-    class Spy:
-        encoding = "own"
-
-        def in_mode(self, train):
-            return torch.no_grad()
-
-        def giving(self, inner):
-            return torch.no_grad()
-
-        def __call__(self, batch, precision):
-            seen.append((precision, torch.backends.cuda.matmul.fp32_precision))
-            return type("Outputs", (), {"logits": torch.zeros(2, 3)})
-
-    class Split:
+    class Split(list):
         def only(self, keys):
             return self
 
-        def __len__(self):
-            return 2
-
-    batches = [([0, 1], Batch(torch.zeros(2), {}))]
-    monkeypatch.setattr(evaluation, "evaluation_batches", lambda split, size: batches)
+    network, now, seen = encoder(), lambda: torch.backends.cuda.matmul.fp32_precision, []
+    network.module.register_forward_pre_hook(lambda *_: seen.append(now()))
+    monkeypatch.setattr(evaluation, "evaluation_batches", lambda split, size: [([0, 1, 2, 3], batch())])
     precision.apply("tf32")
-    evaluation.predict(Spy(), Split(), CPU)
-    assert seen == [("fp32", "ieee")] and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    evaluation.predict(network, Split(range(4)), CPU)
+    assert seen == ["ieee"] and now() == "tf32"
 
 
 # What stays float32
 
 
-def batch(seed):
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 30, (4, 6), generator=random)
-    return Batch(
-        torch.randint(3, (4,), generator=random), {"own": {"input_ids": ids, "attention_mask": ids.clamp(max=1)}}
-    )
-
-
-@pytest.mark.parametrize(
-    ("strategy", "soft_loss"),
-    [
-        ("exact", "kl"),
-        ("exact", "mse_prob"),
-        ("double_backward", "kl"),
-        ("finite_difference", "kl"),
-        ("first_order", "kl"),
-    ],
-)
+@pytest.mark.parametrize(("strategy", "soft_loss"), [*((name, "kl") for name in STRATEGIES), ("exact", "mse_prob")])
 @pytest.mark.parametrize("given", ["bf16", "tf32"])
 def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypatch):
     """Only between a model's inputs and its logits is anything bf16: every cotangent, gradient and loss is float32. tf32
     is all float32."""
-    student = Encoder("student", transformer("bert", 0, layers=1, width=16), "own", given)
-    teacher = Encoder("teacher", transformer("bert", 1, width=16), "own", given)
+    student, teacher = (encoder("bert", given, layers=layers) for layers in (1, 2))
     common = {"steps": 5, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "lr": 1e-3}
     learners = [Learner.adamw(network, **common) for network in (student, teacher)]
     seen, shadows, inner = [], [], FlatParameters._gradients_of
@@ -258,41 +216,27 @@ def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypat
 
     monkeypatch.setattr(FlatParameters, "_gradients_of", spied)
     step = MetaStep(learners[0], learners[1:], Objective(soft_loss, 3.0, 0.5), pilot_lr=0.1, strategy=strategy)
-    values = step([batch(0)], [batch(1)])
+    values = step([batch()], [batch(seed=1)])
     assert {v.dtype for v in values.values()} == {torch.float32} and all(v.isfinite() for v in values.values())
     assert len(seen) >= 2 and set(seen) == {torch.float32}
     assert (torch.bfloat16 in shadows) == (given == "bf16")
-    assert {t.dtype for network in (student, teacher) for t in (network.flat.weights, network.flat.gradients)} == {
-        torch.float32
-    }
+    flats = [network.flat for network in (student, teacher)]
+    assert {t.dtype for flat in flats for t in (flat.weights, flat.gradients)} == {torch.float32}
 
 
 # Whole runs
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def test_bf16_on_a_processor_without_it_is_a_run_in_fp32(place, monkeypatch, capsys):
-    """Said once, and written down as what it was: the teacher is that of the run in fp32, and so is every weight."""
-    monkeypatch.setattr(precision, "bf16_instructions", list)
-    data = table(place / "d.tsv", sentences())
-    plain = succeed(data, place / "plain")
-    capsys.readouterr()
-    run = succeed(data, place / "run", precision="bf16")
-    said = capsys.readouterr().out
+def test_bf16_without_and_with_instructions_for_it(data, tmp_path, monkeypatch):
+    """A run in fp32 where there are none, said once and written down as what it was: the teacher is that of the run in fp32,
+    and so is every weight."""
+    found(monkeypatch)
+    plain = succeed(data, tmp_path / "plain", method="kd")
+    run, said = succeed_saying(data, tmp_path / "run", method="kd", precision="bf16")
     assert said.count("fp32 instead of bf16") == 1 and "reused, prepared before" in said
     assert yaml.safe_load((run / "config.yaml").read_text())["precision"] == "fp32"
     assert summary(run)["settings"]["precision"] == "fp32"
     assert_same_models(run, plain)
-
-
-def test_bf16_on_a_processor_with_it_is_a_run_in_bf16(place, monkeypatch, capsys):
-    monkeypatch.setattr(precision, "bf16_instructions", lambda: ["avx512_bf16"])
-    data = table(place / "d.tsv", sentences())
-    run = succeed(data, place / "run", precision="bf16", method="finetune")
-    assert "instead of" not in capsys.readouterr().out
-    assert json.loads((run / "summary.json").read_text())["settings"]["precision"] == "bf16"
+    found(monkeypatch, ["avx512_bf16"])
+    run, said = succeed_saying(data, tmp_path / "low", method="finetune", precision="bf16")
+    assert "instead of" not in said and summary(run)["settings"]["precision"] == "bf16"
