@@ -16,7 +16,7 @@ from engine.models.cuda_graph import StepGraphs
 from engine.models.learner import Learner
 from engine.models.network import Encoder, Network
 
-STEPS, WORDS, CLASSES = 12, 50, 3
+STEPS, WORDS, CLASSES = 10, 50, 3
 small = partial(transformer, width=16, classes=CLASSES, words=WORDS, spread=0.02)
 
 
@@ -120,3 +120,30 @@ DRAWN_AGAIN = {
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def as_eager(method, settings, capture=None, steps=STEPS, **more):
+    """A training whose steps may be captured, after it has given bit for bit what eager steps give."""
+    graphed, eager = Training(method, capture, **settings, **more), Training(method, mode="off", **settings, **more)
+    for ours, theirs in zip(graphed.run(steps), eager.run(steps), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n].to(ours[n].dtype)) for n in ours), (ours, theirs)
+    assert same(graphed, eager)
+    return graphed
+
+
+def skip_what_is_not_finite(training):
+    """One step of which every loss is NaN, by a logit of the teacher's, and one more after it."""
+    training.run(8)
+    student, teacher = training.state.student, training.state.meta_step.problem.teachers[0].module
+    weights, moments = student.network.flat.weights, student.optimizer._moments[0]
+    before, bias = [weights.clone(), moments.clone()], teacher.classifier.bias.data
+    kept, inputs = bias[0].item(), [[b.to(training.device) for b in each] for each in draws()[1]]
+    bias[0] = float("nan")
+    values = training.graphs(*inputs)
+    assert values["loss"].isnan() and not values["quiz_loss"].isfinite()
+    assert torch.equal(weights, before[0]) and torch.equal(moments, before[1])
+    bias[0] = kept
+    training.graphs(*inputs)
+    assert not torch.equal(weights, before[0]) and weights.isfinite().all()
+    assert [learner.skipped.item() for learner in training.state.learners()] == [1, 1, 1]
