@@ -26,7 +26,7 @@ from engine.telemetry.meter import meter_of
 from engine.telemetry.telemetry import Costs, Telemetry
 
 STEPS = 20  # --log-steps
-TURN = BUDGET = 0.5  # seconds of a turn, at least: ten samples
+BUDGET = 0.5  # seconds of a turn, at least: ten samples
 CASES = [
     (Case("metadistil", 8, 16, 2), "miniature", 40),  # the smallest steps there are
     (Case("finetune", 8, 16, 0), "miniature", 40),
@@ -36,7 +36,7 @@ MOST = 0.01  # of a step's time
 
 
 def turn(call: Callable[[], object], telemetry: Telemetry, case: Case, device, records: int) -> tuple[float, float]:
-    """Seconds of so many times STEPS steps and a record, by the clock and of the processor (all threads)."""
+    """Seconds by the clock, and of the processor (all threads), that STEPS steps and a record take, `records` times over."""
     shapes = [(case.batch, case.length)]
     with telemetry.phase(Costs()):
         _wait(device)

@@ -4,8 +4,8 @@
     python -m bench.table merge bench/results/gpu-check                # its results into bench/results/
     python -m bench.gpu_check --out /tmp/check --device cpu            # every part in small, to see that they work
 
-The parts run one after the other, whatever becomes of the one before; each has its share of the time, and what one
-leaves of it is the next one's. The folder holds summary.txt, log.txt, junit.xml, tables.md and a .json a benchmark. Needs
+The parts run one after the other, also after one that failed; each has its share of the time, and what one leaves
+of it goes to the next. The folder holds summary.txt, log.txt, junit.xml, tables.md and a .json a benchmark. Needs
 torch, triton, transformers, pytest, pytest-benchmark and numpy, and no network: what the parts import keeps to that.
 """
 

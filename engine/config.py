@@ -36,7 +36,7 @@ class _Section:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError for a value that is out of range, or a name that there is not; makes paths absolute."""
+        """Raises UserError for a value that is out of range, or an unknown name; makes paths absolute."""
         for f in fields(self):
             names = f.metadata.get("names")
             if names is not None and getattr(self, f.name) is not None:

@@ -60,7 +60,7 @@ class Plugins(Mapping[str, Any]):
     def settle(self, given: str, flag: str | None = None) -> str:
         """The name as settings keep it: a path is made absolute, so that a run can be resumed from anywhere.
 
-        Raises UserError for a name that there is not, and for a file that does not say what it has to.
+        Raises UserError for an unknown name, and for a file that lacks what `facts` needs.
         """
         if given not in self:
             raise UserError(

@@ -170,7 +170,7 @@ def _chosen(grid: Grid, rows: str | None, values: str | None) -> list[Row]:
 
 
 def _without_references(grid: Grid, asked: str | None) -> Grid:
-    """A file's `against` that names a row which is left out is none; one of the command line is refused."""
+    """The grid without those `against` of its file whose row is left out; on the command line such a row is refused."""
     if asked is not None:
         find_row(grid.rows, asked, "--against")
     known = {name for row in grid.rows for name in (row.name, row.title)}

@@ -37,7 +37,7 @@ class Tokens:
 
 
 def load(folder: Path, examples: int) -> Tokens | None:
-    """What `save` left in `folder`, or None where that is not there, damaged, or not of so many examples."""
+    """What `save` left in `folder`, or None where that is missing, damaged, or of another number of `examples`."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         if any(_checksum(folder / f"{name}.npy") != value for name, value in checksums.items()):

@@ -13,10 +13,10 @@ from engine.data.token_files import Chunk, load, save
 
 
 def words_of(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> np.ndarray:
-    """[tokens] int32, memory-mapped: the number of each token's word in its example, -1 where it is none.
+    """[tokens] int32, memory-mapped: the number of each token's word in its example, -1 for a token that is no word.
 
     The tokens are those of `engine.data.encoding.encode` with the same arguments; words are what the tokenizer splits a text
-    into before it looks for pieces. Special tokens are none, and a word is none that the vocabulary knows only in part.
+    into before it looks for pieces. Special tokens do not count as words, nor does a word that the vocabulary knows only in part.
     Raises UserError where they cannot be written to `cache`.
     """
     folder = cache / f"{content[:16]}-{encoding.key}-words"  # of its own: what lies in the tokens' folder stays valid

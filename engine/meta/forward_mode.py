@@ -41,7 +41,7 @@ def forward_mode(
                 try:
                     with masks.again() if tape is None else tape.replaying():
                         outputs = student(batch, duals, higher=True)
-                except UnrecordedRandomness:  # the tape knows not every random operation of this model: all of it again
+                except UnrecordedRandomness:  # the model draws what a tape does not record: a pass without one
                     problem.taped = False
                     before.restore()
                     lookups.ids.clear(), lookups.leaves.clear()

@@ -131,12 +131,12 @@ class MetaStep:
             raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
         batches, quizzes = _batches(batches), _batches(quizzes) if self.strategy.quizzed else []
         learners = [self.learner, *self.learners]
-        for learner in learners:  # whatever a training before it left there is none of this step's
+        for learner in learners:  # an earlier training may have left some there
             learner.network.flat.clear_gradients()
         try:
             meta = self._meta(batches, quizzes)
         except BaseException:
-            for learner in learners:  # half a meta-gradient is none
+            for learner in learners:  # half a meta-gradient is of no use
                 learner.network.flat.clear_gradients()
             raise
         for learner in self.learners:
@@ -191,7 +191,7 @@ def _losses(meta: Meta) -> dict[str, Tensor]:
 def _check_settings(
     strategy: str | Strategy | Reptile, pilot_optimizer: str, teacher_alpha: float | None, checkpointing: str, micro_batch: int | None
 ) -> None:  # fmt: skip
-    """Raises ValueError for the first setting that is none of the allowed ones."""
+    """Raises ValueError for the first setting that is not allowed."""
     if isinstance(strategy, str):
         _choice("strategy", strategy, STRATEGIES)
     elif not strategy.quizzed and teacher_alpha is not None:

@@ -38,7 +38,7 @@ class Problem:
         return parts(batch, self.objective, self.micro_batch)
 
     def own_loss(self, part: Part, pilots: int) -> Objective:
-        """A teacher's own loss on a part of one of so many pilot batches."""
+        """A teacher's own loss on a part of a pilot batch; a round has so many `pilots`, and their mean counts."""
         return replace(self.own, share=part.objective.share / pilots)
 
 

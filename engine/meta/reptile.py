@@ -3,8 +3,8 @@
     phi_fast  = phi - eta (g / (|g| + eps) + w phi),  g the clipped gradient of the distillation loss    (engine.meta.first_adamw)
     theta_k.grad += theta_k - phi_fast    weight by weight of the layer map (engine.losses.layer_map), the mean where two are mapped
 
-The step is the first one of a new AdamW at a constant rate; the teachers are frozen while it is made. The rate is none of a
-schedule, whose warm-up would make it zero. Source: Ma et al., "Reptile for knowledge distillation", COLING 2022.
+The step is the first one of a new AdamW at a constant rate; the teachers are frozen while it is made. The rate follows no
+schedule: a warm-up would begin at zero. Source: Ma et al., "Reptile for knowledge distillation", COLING 2022.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def _unpack(t: Tensor | float | None) -> tuple:
-    """Primal and tangent, None for what there is not."""
+    """Primal and tangent; None for one that does not exist."""
     return tuple(forward_ad.unpack_dual(t)) if isinstance(t, Tensor) else (t, None)
 
 

@@ -113,15 +113,15 @@ class TimeMachine:
 
     @contextmanager
     def perturbed(self, direction: Vector, scale: Tensor):
-        """weights + scale * direction for the body, bit for bit what they were behind it."""
+        """In the body weights + scale * direction; after it the weights are what they were, bit for bit."""
         with self._coming_back():
             self.advance(direction, scale, "perturbed")
             yield
 
     @contextmanager
     def excursion(self):
-        """Whatever the body does to weights (through this object), buffers and optimizer is undone behind it, also when
-        it raises. Names taken in the body are gone behind it, and those from before mean what they meant."""
+        """Whatever the body does to weights (through this object), buffers and optimizer is undone after it, also when
+        it raises. Names taken in the body are gone then, and those from before mean what they meant."""
         self.flat.check()
         buffers = list(self.flat.module.buffers())
         kept = [b.clone() for b in buffers]
@@ -138,7 +138,7 @@ class TimeMachine:
 
     @contextmanager
     def _coming_back(self):
-        """Weights and names are behind the body what they were before it."""
+        """After the body, weights and names are what they were before it."""
         before = dict(self._stack)
         self._floors.append(len(before))
         try:

@@ -168,7 +168,7 @@ def projection(width: int, to: int, seed: int) -> nn.Linear:
 
 
 def layers_to_match(student: int, teacher: int, how: str) -> tuple[list[int], list[int]]:
-    """Hidden-state numbers (0 is the embedding's output) of a student and a teacher of so many layers, pair by pair.
+    """Hidden-state numbers (0 is the embedding's output) of a student of `student` layers and its teacher of `teacher`, pair by pair.
 
     The embedding's output and the last layer are left out. `skip`: student layer i and teacher layer i * teacher / student,
     rounded down; `last`: i and teacher - student + i. Raises UserError where the student has no inner layer, or more
@@ -183,9 +183,9 @@ def layers_to_match(student: int, teacher: int, how: str) -> tuple[list[int], li
 
 
 def all_layers(student: int, teacher: int, how: str) -> tuple[InnerStates, InnerStates]:
-    """What TinyBERT compares of a student and a teacher of so many layers: the embeddings' output, and every layer of the
-    student with the teacher's of `layers_to_match`, its last with the last. Raises UserError for too few layers of the
-    teacher."""
+    """What TinyBERT compares in a student of `student` layers and its teacher of `teacher`: the embeddings' output, and every
+    layer of the student with the one that `layers_to_match` finds for it, the last with the last. Raises UserError for a
+    teacher with fewer layers."""
     if teacher < student:
         raise UserError(
             f"--feature-loss tinybert matches every layer of the student, which has {student}, but a teacher has {teacher}; "

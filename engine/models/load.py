@@ -128,7 +128,7 @@ def configuration_of(given: str, hub: Hub) -> tuple[str | None, int, PretrainedC
     if alias is None:
         why = "--source embedded was given" if hub.source == "embedded" else f"the hub cannot be reached ({hub.why})"
         raise UserError(
-            f"Model {given!r} is not to be had: {why}; give a local directory or one of {', '.join(ALIASES)}."
+            f"Model {given!r} cannot be loaded: {why}; give a local directory or one of {', '.join(ALIASES)}."
         )
     return alias, sample, None
 
@@ -183,7 +183,7 @@ def _locate(item: str, alias: str | None, hub: Hub) -> tuple[str, str]:
                             "local directory or --source embedded.")  # fmt: skip
     if alias is None:
         why = "--source embedded was given" if hub.source == "embedded" else f"the hub cannot be reached ({hub.why})"
-        raise UserError(f"Model {item!r} is not to be had: {why}, and only {', '.join(ALIASES)} have an embedded "
+        raise UserError(f"Model {item!r} cannot be loaded: {why}, and only {', '.join(ALIASES)} have an embedded "
                         "stand-in; give a local directory or one of those.")  # fmt: skip
     return "embedded", alias
 

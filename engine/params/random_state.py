@@ -23,7 +23,7 @@ class RandomState:
 
     @contextmanager
     def again(self):
-        """The body draws what was drawn after this state was taken; behind it the generators are where they were before."""
+        """The body draws what was drawn after this state was taken; after it the generators are where they were before."""
         if self._captured or capturing(self._devices):
             raise RuntimeError("a CUDA graph cannot draw the same dropout masks twice (--pilot-steps above 1, --meta-grad "
                                "double_backward and finite_difference need it, and --checkpointing of the student)")  # fmt: skip

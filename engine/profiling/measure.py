@@ -80,7 +80,7 @@ class Profiling(Rehearsal):
 
     def fit(self, phase: Phase) -> Progress:
         if phase.name != self.config.method.name:
-            return Progress()  # a step of another phase is none of this method's
+            return Progress()  # only the steps of the method itself are measured
         state = phase.state
         for network in state.networks():
             network.module.to(self.device)

@@ -135,7 +135,7 @@ def thinned(length: int) -> int:
 
 
 def _draw(axes, line: Line, index: int, scale: float) -> tuple[Key, int]:
-    """Its row of the legend, and the values that its moving mean is over, 0 where it is none."""
+    """Its row of the legend, and how many values its moving mean is over, 0 without one."""
     color, dashes = series(index)
     values = [value / scale for value in line.values]
     window = len(values) // 20 * 2 + 1 if line.smooth and len(values) >= SMOOTHED else 0

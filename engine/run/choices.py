@@ -131,7 +131,7 @@ def _device(given: str) -> torch.device:
 def resolve_defaults(config: Config, student: ModelSource, teachers: Sequence[ModelSource]) -> None:
     """Replace None by the method's own default, or by what suits the models: the papers' settings, or the embedded miniatures'.
 
-    Raises UserError for a default of the method's file that is none of these settings, or out of its range.
+    Raises UserError for a default in the method's file that names no such setting, or is out of its range.
     """
     by_student, by_teachers = _defaults_for([student]), _defaults_for(teachers)
     chosen: dict[str, Any] = {"lr": by_student["lr"], "epochs": by_student["epochs"]}

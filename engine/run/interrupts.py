@@ -10,7 +10,7 @@ from contextlib import suppress
 class Interrupted(BaseException):
     """The run was asked to stop. `status` is the exit status a shell expects: 128 + the signal's number.
 
-    Not an Exception, for the reason that KeyboardInterrupt is none: nobody's `except Exception` may swallow it.
+    Like KeyboardInterrupt it is no Exception, so that no `except Exception` swallows it.
     """
 
     def __init__(self, number: int, saved: bool = False):

@@ -16,7 +16,7 @@ from engine.run.phase import Phase, Progress
 
 @dataclass
 class Standing:
-    """A phase while it is trained: what of it a checkpoint holds beside its models and optimizers."""
+    """A phase while it is trained: what a checkpoint holds of it beside models and optimizers."""
 
     phase: Phase
     progress: Progress = field(default_factory=Progress)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 REDRAWN = 4  # times a second
 NARROWEST_BAR, WIDEST_BAR, MEMORY_BAR = 8, 40, 16  # columns
-PACE_SECONDS = 60.0  # the time that is left is reckoned from the pace of the last so many seconds
+PACE_SECONDS = 60.0  # the time that is left follows from the pace in the last minute
 NO_LOSSES = {"time", "epoch", "lr", "step_seconds", "joules_per_step", "joules_per_example"}
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

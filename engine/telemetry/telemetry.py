@@ -14,7 +14,7 @@ from engine.telemetry.flops import FlopRate, FlopRecord
 from engine.telemetry.meter import Meter, meter_of
 from engine.telemetry.sampler import Sampler
 
-APART = ("evaluation", "checkpoint")  # sections that are none of a step, and whose time is not training's
+APART = ("evaluation", "checkpoint")  # sections outside of steps, whose time does not count as training
 WATCHED, EVERY = 3, 64  # rounds of a phase whose memory is read by section: the first ones, then one in so many
 
 Shapes = Sequence[tuple[int, int]]  # examples and width of batches
@@ -73,7 +73,7 @@ class Telemetry:
             yield
             return
         self.sampler.start()
-        self.sampler.window()  # what was before is none of this phase's
+        self.sampler.window()  # what was sampled before does not belong to this phase
         self.meter.take()
         with listening(self.meter):
             try:

@@ -1,4 +1,4 @@
-"""What the ops share, and none of them alone: which implementation serves a device, checks, plumbing of autograd, Triton.
+"""What several ops share: which implementation serves a device, checks of inputs, the plumbing of autograd and of Triton.
 
 Imports nothing but torch, triton and this folder. The ops are the folders beside it.
 """

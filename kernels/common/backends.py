@@ -23,7 +23,7 @@ def _no_library() -> tuple[frozenset[str], str]:
     return frozenset(), "nobody said where the native library is"
 
 
-# Loads the library of the C++ kernels and returns the device types that it serves, and why where these are none. The
+# Loads the library of the C++ kernels. Returns the device types that it serves, and the reason where these are none. The
 # package engine.kernels sets it.
 native: Callable[[], tuple[frozenset[str], str]] = _no_library
 
@@ -31,7 +31,7 @@ native: Callable[[], tuple[frozenset[str], str]] = _no_library
 def backend(device: str) -> Backend:
     """For tensors on a device of this type ("cpu", "cuda"), decided at the first call and logged once.
 
-    $ENGINE_KERNELS forces one. Raises ValueError where that one cannot serve the device, or is none of the choices.
+    $ENGINE_KERNELS forces one. Raises ValueError where that one cannot serve the device, or is not one of the choices.
     """
     return _decide(device, os.environ.get(VARIABLE) or "auto")
 

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 
 def plans(classes: int, on_chip: int, most_tiles: int) -> list[Plan]:
-    """For rows of so many classes; the first is the one that is taken untried. One alone up to 1024 classes."""
+    """The plans for rows of `classes` classes; untried, the first is taken. Up to 1024 classes there is only one."""
     width = triton.next_power_of_2(classes)
     if width <= 1024:
         return [Plan(False, max(1, 1024 // width), width, 4)]

@@ -1,1 +1,1 @@
-"""What methods share and what is none: the state that a step works on, training by own outputs, the meta-teacher's steps."""
+"""What methods share: their description, the state that a step works on, a step by a model's own loss, the meta-teacher's step."""

@@ -38,7 +38,7 @@ class State:
         return [] if self.quiz is None else self.quiz(self.round)
 
     def advance(self, batches: int) -> None:
-        """What the host does between two rounds, behind one of so many batches: schedules, the number of the round."""
+        """What the host does after a round of so many `batches`: schedules, and the number of the round."""
         self.student.advance(batches)
         for learner in self.learners()[1:]:
             learner.advance()
