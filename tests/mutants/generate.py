@@ -3,7 +3,8 @@
     python tests/mutants/generate.py --count 50 --seed 15 > tests/mutants/random.json
 
 One of each function at the most, in turn from each room: a comparison, a constant or a sign is another one, or a statement
-is left out. What nobody could notice is not drawn: messages, annotations, defaults, what only a GPU runs.
+is left out. What nobody could notice is not drawn: messages, annotations, defaults, what only a GPU runs. One that changes
+nothing after all gets `"equivalent": "why"` in the file by hand, and the next one of a greater count stands in for it.
 """
 
 from __future__ import annotations

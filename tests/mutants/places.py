@@ -17,6 +17,9 @@ class Source:
     lines: list[str]
     tree: ast.Module | None  # of Python
 
+    def __post_init__(self):
+        self.codes = [code(line) for line in self.lines]
+
     def function(self, number: int) -> str:
         """Qualified name of the innermost function or class around a line, counted from 0; "" outside of all and in C++."""
         names, body = [], [] if self.tree is None else self.tree.body
@@ -59,15 +62,14 @@ def find(mutant: dict, among: list[Source]) -> tuple[Source, int]:
     found = [
         (source, i)
         for source in among
-        for lines in [[code(line) for line in source.lines]]
-        for i in range(len(source.lines) - len(old) + 1)
-        if lines[i : i + len(old)] == old
+        for i, line in enumerate(source.codes)
+        if line == old[0] and source.codes[i : i + len(old)] == old
     ]
     named = [(source, i) for source, i in found if source.function(i) == mutant["function"]]
     found = named or found
     if len(found) != 1:
         places = ", ".join(f"{source.path}:{i + 1}" for source, i in found)
-        raise LookupError(f"found {len(found)} times: {places}" if found else "not found")
+        raise LookupError(f"{mutant['name']}: " + (f"found {len(found)} times: {places}" if found else "not found"))
     return found[0]
 
 

@@ -3,7 +3,7 @@
     python tests/mutants/run.py --map DIR [--room meta] [--name NAME] [--save FILE] [--before FILE] [--all] [--tree CHECKOUT]
 
 hand.yaml holds faults written by hand, random.json those that generate.py drew. Each is tried in a copy of the tree, by the
-quick tests that enter its function, those of its room first, short ones before long ones. Which these are is measured once,
+quick tests that enter its function, those of its room first, quick files before long ones. Which these are is measured once,
 by the quick suite (with --room by that room's tests alone), into the folder --map; measure again, into a new one, when tests
 or code have changed. Where no test enters the function, as with C++ and Triton's kernels, all of its room run. A
 survivor could still die by a test that starts the program in a process of its own, for these are not measured: --all gives
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,16 @@ class Map:
         return chosen or self.in_order({test for test in self.seconds if test.startswith(rooms)}, room)
 
     def in_order(self, tests: set[str], room: str = "") -> list[str]:
-        return sorted(tests, key=lambda test: (not test.startswith(room), self.seconds[test]))
+        """Those of the room first, quick files before long ones; a file's together, for they share what they set up."""
+        total: Counter[str] = Counter()
+        for test in tests:
+            total[test.partition("::")[0]] += self.seconds[test]
+
+        def place(test: str) -> tuple:
+            file = test.partition("::")[0]
+            return not test.startswith(room), total[file], file, self.seconds[test]
+
+        return sorted(tests, key=place)
 
 
 def attempt(mutant: dict, tree: Path, known: Map, everything: bool) -> dict:

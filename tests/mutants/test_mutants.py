@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from generate import draw
 from places import find, sources
-from run import Map, attempt, copy
+from run import HERE, Map, attempt, copy, mutants
 
 CODE = "class Sum:\n    def add(self, a, b):\n        return a + b  # the sum\n\n    def sub(self, a, b):\n        return a - b\n"
 TEST = "from kernels.sums import Sum\n\ndef test_sum():\n    assert Sum().add(1, 2) == 3\n\ndef test_none():\n    Sum().sub(1, 2)\n"
@@ -31,7 +31,7 @@ def test_dead_alive_stale(tree, tmp_path):
     gone = SIGN | {"old": "return a * b"}
     found = [attempt(mutant, there, known, everything=False) for mutant in (SIGN, UNSEEN, gone)]
     assert [(r["status"], r["killer"]) for r in found] == [
-        ("dead", "tests/kernels/test_sums.py::test_sum"), ("alive", ""), ("stale", "not found")]  # fmt: skip
+        ("dead", "tests/kernels/test_sums.py::test_sum"), ("alive", ""), ("stale", "sign: not found")]  # fmt: skip
     assert found[0]["place"] == "kernels/sums.py:3" and found[0]["tests"] == 1
     assert (there / "kernels/sums.py").read_text() == CODE
 
@@ -42,6 +42,13 @@ def test_a_line_that_moved_is_found_and_one_that_stands_twice_is_stale(tree):
     (tree / "kernels/sums.py").write_text(CODE)
     with pytest.raises(LookupError, match="found 2 times"):
         find(SIGN, sources(tree))
+
+
+def test_every_mutant_is_found():
+    """Where this fails, a line has changed: give the mutant its new text in hand.yaml or random.json."""
+    code = sources(HERE.parents[1])
+    for mutant in mutants():
+        find(mutant, code)
 
 
 def test_the_same_seed_draws_the_same_mutants(tree):
