@@ -1,51 +1,21 @@
 """A stand-in for the module `pynvml`: GPUs and MIG instances of one's own making, at a time of one's own making.
 
-It has the functions that the engine calls, under their names and with what they return; test_nvml.py compares names,
-parameters and constants with the installed module.
+It has the functions that the engine calls, under their names and with what they return; constants and errors are the real
+module's. test_nvml.py compares names and parameters.
 """
 
+import functools
 import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-CODES = {
-    "Uninitialized": 1,
-    "InvalidArgument": 2,
-    "NotSupported": 3,
-    "NoPermission": 4,
-    "NotFound": 6,
-    "DriverNotLoaded": 9,
-    "Timeout": 10,
-    "LibraryNotFound": 12,
-    "FunctionNotFound": 13,
-    "GpuIsLost": 15,
-    "ResetRequired": 16,
-    "LibRmVersionMismatch": 18,
-    "ArgumentVersionMismatch": 25,
-    "Deprecated": 26,
-    "GpuNotFound": 28,
-    "Unknown": 999,
-}
-TEXTS = {9: "Driver Not Loaded", 12: "NVML Shared Library Not Found", 15: "GPU is lost", 999: "Unknown Error"}
+import pynvml
 
 
-class NVMLError(Exception):
-    value = 0
-
-    def __str__(self):
-        return TEXTS.get(self.value, f"NVML Error with code {self.value}")
-
-    def __eq__(self, other):  # without a hash, as the real ones are
-        return self.value == other.value
-
-
-ERRORS = {name: type(f"NVMLError_{name}", (NVMLError,), {"value": code}) for name, code in CODES.items()}
-
-
-class NVMLLibraryMismatchError(Exception):
-    """As in the real module no NVMLError."""
+def error(name: str) -> pynvml.NVMLError:
+    return getattr(pynvml, f"NVMLError_{name}")()
 
 
 class Clock:
@@ -80,23 +50,44 @@ class FakeGpu:
     temperature: int = 50
     utilization: tuple = (90, 40)
     watts: object = 300.0  # or a function of the time
-    joules: object = None  # a function of the time; None: the watts since time 0
     period: float = 0.1  # of the energy counter
+
+
+def of_processes(handle):
+    return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in handle.processes]
+
+
+# What the simple ones of the library's functions answer.
+ANSWERS = {
+    "nvmlSystemGetDriverVersion": lambda: "580.10",
+    "nvmlDeviceGetUUID": lambda handle: handle.uuid,
+    "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(domain=0, bus=handle.bus, device=0),
+    "nvmlDeviceGetMigMode": lambda device: [int(bool(device.instances))] * 2,
+    "nvmlDeviceGetMaxMigDeviceCount": lambda device: 7,
+    "nvmlDeviceGetGpuInstanceId": lambda device: device.gpu_instance,
+    "nvmlDeviceGetComputeInstanceId": lambda device: device.compute_instance,
+    "nvmlDeviceGetComputeRunningProcesses_v3": of_processes,
+    "nvmlDeviceGetComputeRunningProcesses_v2": of_processes,
+    "nvmlDeviceGetClockInfo": lambda handle, type: {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}[type],
+    "nvmlDeviceGetTemperatureV": lambda handle, sensor, version=0x100000C: handle.temperature,
+    "nvmlDeviceGetTemperature": lambda handle, sensor: handle.temperature,
+    "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+    "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: handle.reasons,
+    "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: handle.reasons,
+    "nvmlDeviceGetPcieThroughput": lambda device, counter: {pynvml.NVML_PCIE_UTIL_TX_BYTES: 12,
+                                                            pynvml.NVML_PCIE_UTIL_RX_BYTES: 34}[counter],
+    "nvmlDeviceGetCurrPcieLinkGeneration": lambda handle: 5,
+    "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 16,
+}  # fmt: skip
+# What no MIG instance has by itself.
+ONLY_WHOLE = {f"nvmlDeviceGet{name}" for name in (
+    "TotalEnergyConsumption", "PowerUsage", "EnforcedPowerLimit", "TemperatureV", "Temperature", "ClockInfo",
+    "CurrentClocksEventReasons", "CurrentClocksThrottleReasons",
+)}  # fmt: skip
 
 
 class FakeNvml:
     """Give GPUs; `errors[function]` is raised instead of an answer, by that function or for (function, device)."""
-
-    nvmlMemory_v2 = 0x02000028
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-    NVML_PCIE_UTIL_TX_BYTES, NVML_PCIE_UTIL_RX_BYTES = 0, 1
-    NVMLError, NVMLLibraryMismatchError = NVMLError, NVMLLibraryMismatchError
-    # What no MIG instance has by itself.
-    ONLY_WHOLE = (
-        "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetEnforcedPowerLimit",
-        "nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", "nvmlDeviceGetClockInfo",
-        "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons",
-    )  # fmt: skip
 
     def __init__(self, *gpus: FakeGpu, clock=None):
         self.gpus = list(gpus or [FakeGpu()])
@@ -104,16 +95,29 @@ class FakeNvml:
         self.errors: dict = {}
         self.absent: set[str] = set()
         self.calls, self.opened = Counter(), 0
-        for name, kind in ERRORS.items():
-            setattr(self, f"NVMLError_{name}", kind)
+        for name, answer in ANSWERS.items():
+            setattr(self, name, self._asked(name, answer))
 
     def __getattribute__(self, name):
         if name.startswith(("nvml", "NVML")) and name in object.__getattribute__(self, "absent"):
-            raise AttributeError(f"module 'pynvml' has no attribute {name!r}")
+            raise AttributeError
         return object.__getattribute__(self, name)
 
-    def fail(self, function: str, error: str, device=None) -> None:
-        self.errors[function if device is None else (function, id(device))] = ERRORS[error]()
+    def __getattr__(self, name):
+        if name in self.absent or not name.startswith(("NVML", "nvmlMemory")):
+            raise AttributeError(f"module 'pynvml' has no attribute {name!r}")
+        return getattr(pynvml, name)
+
+    def fail(self, function: str, kind: str, device=None) -> None:
+        self.errors[function if device is None else (function, id(device))] = error(kind)
+
+    def _asked(self, name, answer):
+        @functools.wraps(answer)
+        def call(*given):
+            self._call(name, *given[:1])
+            return answer(*given)
+
+        return call
 
     def _call(self, function: str, device=None) -> None:
         self.calls[function] += 1
@@ -121,9 +125,9 @@ class FakeNvml:
             if key in self.errors:
                 raise self.errors[key]
         if not self.opened and function not in ("nvmlInit", "nvmlShutdown"):
-            raise ERRORS["Uninitialized"]()
-        if isinstance(device, FakeInstance) and function in self.ONLY_WHOLE:
-            raise ERRORS["NotSupported"]()
+            raise error("Uninitialized")
+        if isinstance(device, FakeInstance) and function in ONLY_WHOLE:
+            raise error("NotSupported")
 
     def _parent(self, device) -> FakeGpu:
         return next(gpu for gpu in self.gpus if gpu is device or device in gpu.instances)
@@ -135,10 +139,6 @@ class FakeNvml:
     def nvmlShutdown(self):
         self._call("nvmlShutdown")
         self.opened -= 1
-
-    def nvmlSystemGetDriverVersion(self):
-        self._call("nvmlSystemGetDriverVersion")
-        return "580.10"
 
     def nvmlDeviceGetCount(self):
         self._call("nvmlDeviceGetCount")
@@ -154,45 +154,21 @@ class FakeNvml:
         for device in devices:
             if device.uuid == uuid:
                 return device
-        raise ERRORS["NotFound"]()
-
-    def nvmlDeviceGetUUID(self, handle):
-        self._call("nvmlDeviceGetUUID", handle)
-        return handle.uuid
+        raise error("NotFound")
 
     def nvmlDeviceGetName(self, handle):
         self._call("nvmlDeviceGetName", handle)
         return handle.name if isinstance(handle, FakeGpu) else f"{self._parent(handle).name} MIG 1g.5gb"
 
-    def nvmlDeviceGetPciInfo(self, handle):
-        self._call("nvmlDeviceGetPciInfo", handle)
-        return SimpleNamespace(domain=0, bus=handle.bus, device=0)
-
-    def nvmlDeviceGetMigMode(self, device):
-        self._call("nvmlDeviceGetMigMode", device)
-        return [int(bool(device.instances))] * 2
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, device):
-        self._call("nvmlDeviceGetMaxMigDeviceCount", device)
-        return 7
-
     def nvmlDeviceGetMigDeviceHandleByIndex(self, device, index):
         self._call("nvmlDeviceGetMigDeviceHandleByIndex", device)
         if index >= len(device.instances) or device.instances[index] is None:
-            raise ERRORS["NotFound"]()
+            raise error("NotFound")
         return device.instances[index]
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, migDevice):
         self._call("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", migDevice)
         return self._parent(migDevice)
-
-    def nvmlDeviceGetGpuInstanceId(self, device):
-        self._call("nvmlDeviceGetGpuInstanceId", device)
-        return device.gpu_instance
-
-    def nvmlDeviceGetComputeInstanceId(self, device):
-        self._call("nvmlDeviceGetComputeInstanceId", device)
-        return device.compute_instance
 
     def nvmlDeviceGetMemoryInfo(self, handle, version=None):
         self._call("nvmlDeviceGetMemoryInfo_v2" if version else "nvmlDeviceGetMemoryInfo", handle)
@@ -201,72 +177,27 @@ class FakeNvml:
             return SimpleNamespace(version=version, total=handle.total, reserved=reserved, free=0, used=handle.used)
         return SimpleNamespace(total=handle.total, free=0, used=handle.used + reserved)
 
-    def _processes(self, function, handle):
-        self._call(function, handle)
-        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in handle.processes]
-
-    def nvmlDeviceGetComputeRunningProcesses_v3(self, handle):
-        return self._processes("nvmlDeviceGetComputeRunningProcesses_v3", handle)
-
-    def nvmlDeviceGetComputeRunningProcesses_v2(self, handle):
-        return self._processes("nvmlDeviceGetComputeRunningProcesses_v2", handle)
-
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
         try:
-            return self._processes("nvmlDeviceGetComputeRunningProcesses_v3", handle)
-        except ERRORS["FunctionNotFound"] as error:
-            raise NVMLLibraryMismatchError from error
+            self._call("nvmlDeviceGetComputeRunningProcesses_v3", handle)
+        except pynvml.NVMLError_FunctionNotFound as e:
+            raise pynvml.NVMLLibraryMismatchError from e
+        return of_processes(handle)
 
     def nvmlDeviceGetUtilizationRates(self, handle):
         self._call("nvmlDeviceGetUtilizationRates", handle)
         gpu, memory = self._parent(handle).utilization
         return SimpleNamespace(gpu=gpu, memory=memory)
 
-    def nvmlDeviceGetClockInfo(self, handle, type):
-        self._call("nvmlDeviceGetClockInfo", handle)
-        return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[type]
-
-    def nvmlDeviceGetTemperatureV(self, handle, sensor, version=0x100000C):
-        self._call("nvmlDeviceGetTemperatureV", handle)
-        return handle.temperature
-
-    def nvmlDeviceGetTemperature(self, handle, sensor):
-        self._call("nvmlDeviceGetTemperature", handle)
-        return handle.temperature
-
     def nvmlDeviceGetPowerUsage(self, handle):
         self._call("nvmlDeviceGetPowerUsage", handle)
         watts = handle.watts(self.clock()) if callable(handle.watts) else handle.watts
         return round(watts * 1000)
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
-        self._call("nvmlDeviceGetEnforcedPowerLimit", handle)
-        return 700_000
-
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         self._call("nvmlDeviceGetTotalEnergyConsumption", handle)
         moved = math.floor(self.clock() / handle.period + 1e-9) * handle.period
-        return round(1000 * (handle.joules(moved) if handle.joules else handle.watts * moved))
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
-        self._call("nvmlDeviceGetCurrentClocksEventReasons", handle)
-        return handle.reasons
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
-        self._call("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        return handle.reasons
-
-    def nvmlDeviceGetPcieThroughput(self, device, counter):
-        self._call("nvmlDeviceGetPcieThroughput", device)
-        return {self.NVML_PCIE_UTIL_TX_BYTES: 12, self.NVML_PCIE_UTIL_RX_BYTES: 34}[counter]
-
-    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle):
-        self._call("nvmlDeviceGetCurrPcieLinkGeneration", handle)
-        return 5
-
-    def nvmlDeviceGetCurrPcieLinkWidth(self, handle):
-        self._call("nvmlDeviceGetCurrPcieLinkWidth", handle)
-        return 16
+        return round(1000 * handle.watts * moved)
 
 
 def sliced(count=2, **settings) -> FakeGpu:

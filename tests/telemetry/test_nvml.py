@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pynvml
 import pytest
-from fake_nvml import CODES, FIGURES, Clock, FakeGpu, FakeNvml, sliced
+from fake_nvml import FIGURES, Clock, FakeGpu, FakeNvml, sliced
 
 from engine.telemetry import nvml
 from engine.telemetry.nvml import Nvml, Unavailable, throttle_names
@@ -100,15 +100,12 @@ def test_older_functions_stand_in(function):
     assert opened(library).read().keys() == FIGURES.keys() - keys
 
 
-def test_old_library_without_newer_constants_and_functions():
+def test_a_library_and_a_module_of_different_ages():
     library = FakeNvml()
     library.absent |= {"nvmlMemory_v2", "nvmlDeviceGetTemperatureV", "NVMLError_Deprecated", "NVMLError_GpuNotFound"}
     library.absent |= {"NVMLLibraryMismatchError", "nvmlDeviceGetCurrentClocksEventReasons"}
     library.absent |= {f"nvmlDeviceGetComputeRunningProcesses_v{n}" for n in (2, 3)}
     assert opened(library).read().keys() == FIGURES.keys() - {"memory_reserved"}
-
-
-def test_running_processes_of_a_newer_module_than_the_library():
     library = FakeNvml()
     for version in (2, 3):
         library.fail(f"nvmlDeviceGetComputeRunningProcesses_v{version}", "FunctionNotFound")
@@ -228,18 +225,10 @@ def used_names() -> set[str]:
 
 
 def test_fake_agrees_with_the_real_module():
-    assert issubclass(pynvml.NVMLError_GpuIsLost, pynvml.NVMLError)
-    assert not issubclass(pynvml.NVMLLibraryMismatchError, pynvml.NVMLError)
-    for name, code in CODES.items():
-        assert getattr(pynvml, f"NVMLError_{name}")(code).value == code
-    for name, text in ((12, "NVML Shared Library Not Found"), (9, "Driver Not Loaded"), (15, "GPU is lost")):
-        assert str(pynvml.NVMLError(name)) == text
     fake, names = FakeNvml(), used_names()
     assert {"nvmlDeviceGetPcieThroughput", "NVML_CLOCK_SM", "nvmlMemory_v2", "nvmlDeviceGetMigMode"} <= names
     for name in names:
-        ours, theirs = getattr(fake, name, None), getattr(pynvml, name)  # which has all of them
+        ours, theirs = getattr(fake, name), getattr(pynvml, name)  # both have all of them
         if inspect.isfunction(theirs):
             theirs = inspect.signature(theirs).parameters
             assert list(inspect.signature(ours).parameters) == list(theirs), name
-        elif isinstance(theirs, int):
-            assert ours == theirs, name

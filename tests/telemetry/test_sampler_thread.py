@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_nvml import FakeGpu, FakeNvml
+from fake_nvml import FakeNvml
 
 from engine.telemetry import host, sampler
 from engine.telemetry.sampler import Sampler
@@ -74,6 +74,7 @@ def test_start_and_close_are_idempotent(said):
     watched.close()
     watched.close()
     assert not thread.is_alive() and library.opened == 0 and not said
+    assert watched.cpu_seconds > 0
     assert watched.window().values["device/power"] == 300  # what came before the end is not lost
     watched.start()
     assert watched._thread is thread and watched.cause is None
@@ -119,23 +120,6 @@ def test_windows_from_another_thread_lose_and_double_nothing(monkeypatch):
     assert seen == set(range(next(samples)))
 
 
-def test_the_thread_takes_less_than_a_hundredth_of_a_core():
-    """Its processor time at the default cadence, calls of NVML aside: 0.4 % of a core of a virtual machine, nearly all of it
-    for waking up on cold caches (a sample of the host in a loop takes 10 us, awaken for it 200)."""
-    watched = Sampler(CUDA, lambda: "pilot", library=FakeNvml(FakeGpu(period=0.01), clock=time.monotonic))
-    assert watched.cause is None
-    watched.start()
-    while not watched._sample or watched._energy.watching:  # once, at the beginning
-        time.sleep(0.01)
-    shares = []
-    while len(shares) < 5 and min(shares, default=1) >= 0.01:  # others may be busy on this machine
-        start, spent = time.monotonic(), watched.cpu_seconds
-        time.sleep(0.6)
-        shares.append((watched.cpu_seconds - spent) / (time.monotonic() - start))
-    watched.close()
-    assert 0 < min(shares) < 0.01, shares
-
-
 # The ends of processes
 
 
@@ -149,23 +133,24 @@ from engine.telemetry import sampler
 sampler._cuda_device = lambda device: (0, None)
 library = FakeNvml(clock=time.monotonic)
 sampler = sampler.Sampler(SimpleNamespace(type="cuda"), lambda: "pilot", library=library, host_interval=0.001, device_interval=0.002)
+"""
+START = """
 sampler.start()
 while sampler._sample < 3:
     time.sleep(0.01)
 """
 
 
-def finished(script):
-    command = [sys.executable, "-c", SCRIPT + script]
+def finished(after, before=""):
+    command = [sys.executable, "-c", SCRIPT + before + START + after]
     done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_interpreter_that_ends_without_close():
     """NVML has been handed back by then."""
-    assert finished("sys.exit(3)") == (3, "", "")
-    check = "import atexit; atexit._run_exitfuncs(); print(sampler.cause, library.opened, sampler._thread.is_alive())\n"
-    assert finished(check) == (0, "None 0 False\n", "")
+    last = "import atexit\natexit.register(lambda: print(sampler.cause, library.opened, sampler._thread.is_alive()))"
+    assert finished("sys.exit(3)", before=last) == (3, "None 0 False\n", "")
 
 
 def test_after_a_fork_the_childs_copy_does_nothing():
