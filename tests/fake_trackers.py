@@ -1,5 +1,5 @@
-"""The clients of wandb 0.31, mlflow 3.17 and trackio 0.43, as far as the engine calls them: the same signatures, and
-what they are given stays in `calls`. `install` puts them where `import` finds them."""
+"""The clients of wandb 0.31, mlflow 3.17 and trackio 0.43, as far as the engine calls them: what they are given stays in
+`calls`. The parameters are some of the clients' own, under their names. `install` puts them where `import` finds them."""
 
 import sys
 from types import SimpleNamespace
@@ -38,20 +38,17 @@ class Wandb:
             self.console = console
 
     @staticmethod
-    def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None,
-             config_exclude_keys=None, config_include_keys=None, allow_val_change=None, group=None, job_type=None, mode=None,
-             force=None, reinit=None, resume=None, resume_from=None, fork_from=None, save_code=None, tensorboard=None,
-             sync_tensorboard=None, monitor_gym=None, settings=None, anonymous=None):  # fmt: skip
+    def init(*, project, dir, id, name, config, resume, allow_val_change, settings):
         note("init", project, dir, id, name, config, resume, allow_val_change, settings.console)
         return Wandb()
 
-    def define_metric(self, name, step_metric=None, step_sync=None, hidden=None, summary=None, overwrite=None):
+    def define_metric(self, name, step_metric=None):
         note("define_metric", name, step_metric)
 
-    def log(self, data, step=None, commit=None):
+    def log(self, data):
         note("log", data)
 
-    def finish(self, exit_code=None):
+    def finish(self, exit_code):
         note("finish", exit_code)
 
 
@@ -60,13 +57,11 @@ class Trackio:
         self.name = name
 
     @staticmethod
-    def init(project, name=None, group=None, space_id=None, server_url=None, dataset_id=None, bucket_id=None, config=None,
-             resume="never", settings=None, private=None, embed=True, auto_log_gpu=None, gpu_log_interval=10.0,
-             auto_log_cpu=None, cpu_log_interval=10.0, webhook_url=None, webhook_min_level=None):  # fmt: skip
+    def init(*, project, name, config, resume, auto_log_gpu, auto_log_cpu, embed):
         note("init", project, name, config, resume, auto_log_gpu, auto_log_cpu)
         return Trackio(name)
 
-    def log(self, metrics, step=None):
+    def log(self, metrics, step):
         note("log", metrics, step)
 
     def finish(self):
@@ -77,9 +72,7 @@ class Mlflow:
     """mlflow.entities."""
 
     class Metric(SimpleNamespace):
-        def __init__(
-            self, key, value, timestamp, step, model_id=None, dataset_name=None, dataset_digest=None, run_id=None
-        ):
+        def __init__(self, key, value, timestamp, step):
             super().__init__(key=key, value=value, timestamp=timestamp, step=step)
 
     class Param(SimpleNamespace):
@@ -88,26 +81,23 @@ class Mlflow:
 
 
 class MlflowClient:
-    def __init__(self, tracking_uri=None, registry_uri=None, workspace_store_uri=None):
-        pass
-
     def get_experiment_by_name(self, name):
         note("get_experiment_by_name", name)
 
-    def create_experiment(self, name, artifact_location=None, tags=None):
+    def create_experiment(self, name):
         note("create_experiment", name)
         return "7"
 
-    def create_run(self, experiment_id, start_time=None, tags=None, run_name=None):
+    def create_run(self, experiment_id, run_name):
         note("create_run", experiment_id, run_name)
         return SimpleNamespace(info=SimpleNamespace(run_id="made-id"))
 
-    def log_batch(self, run_id, metrics=(), params=(), tags=(), synchronous=None):
+    def log_batch(self, run_id, metrics=(), params=()):
         assert len(params) <= 100 and len(metrics) <= 1000
         note("log_batch", run_id, list(metrics), list(params))
 
-    def update_run(self, run_id, status=None, name=None):
+    def update_run(self, run_id, status):
         note("update_run", run_id, status)
 
-    def set_terminated(self, run_id, status=None, end_time=None):
+    def set_terminated(self, run_id, status):
         note("set_terminated", run_id, status)

@@ -17,7 +17,6 @@ from engine.telemetry import trackers
 from engine.telemetry.monitor import Monitor
 from engine.telemetry.sinks import Run
 
-NAMES = ["wandb", "mlflow", "trackio"]
 VALUES = {"loss": 0.5, "seconds/data wait": 0.25, "note": "text", "flag": True}
 DRAWN = {"warm up/loss": 0.5, "warm up/seconds/data wait": 0.25}
 
@@ -65,8 +64,7 @@ def test_mlflow(clients, tmp_path):
     assert called("create_experiment") == [("metadistil",)]
     assert called("create_run") == [("7", tmp_path.name)]
     *_, (_, metrics, _) = called("log_batch")
-    assert {m.key: m.value for m in metrics} == DRAWN
-    assert {m.step for m in metrics} == {20}
+    assert {m.key: m.value for m in metrics} == DRAWN and {m.step for m in metrics} == {20}
     assert all(before * 1000 - 1 <= m.timestamp <= time.time() * 1000 for m in metrics)
     parameters = {p.key: p.value for _, _, params in called("log_batch") for p in params}
     assert parameters == {k: str(v) for k, v in Config().to_flat().items()} | {"text": "x" * 6000}
@@ -100,32 +98,30 @@ def test_project_is_the_clients_own_setting(clients, tmp_path, monkeypatch):
     assert trackers.chosen(TelemetryConfig()) == []
 
 
-# What cannot be had
-
-
-@pytest.mark.parametrize("given", ["", "wandb,", "comet", "wandb,tensorboard"])
-def test_unknown_tracker(clients, given):
-    with pytest.raises(UserError, match="^--report-to has '.*'; it must be one or more of wandb, mlflow, trackio"):
-        trackers.chosen(TelemetryConfig(report_to=given))
+# What cannot be had, or fails
 
 
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "just a folder"])
-@pytest.mark.parametrize(("config", "flag", "package", "install"), [
-    *((TelemetryConfig(report_to=name), f"--report-to {name}", name, name) for name in NAMES),
-    (TelemetryConfig(metrics_port=0), "--metrics-port", "prometheus_client", "'metadistil-engine[prometheus]'"),
-])  # fmt: skip
-def test_package_that_is_not_installed(monkeypatch, found, config, flag, package, install):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
-    said = f"{flag} needs the package {package}; install it (pip install {install}), or leave {flag} out."
-    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        trackers.chosen(config)
-
-
-def test_tracker_that_cannot_be_imported(clients, tmp_path, monkeypatch):
+def test_what_cannot_be_had(clients, tmp_path, monkeypatch, found):
+    """Trackers that there are not, packages that are not installed, and one that is broken."""
+    for given in ("", "wandb,", "comet", "wandb,tensorboard"):
+        with pytest.raises(UserError, match="^--report-to has '.*'; it must be one or more of wandb, mlflow, trackio"):
+            trackers.chosen(TelemetryConfig(report_to=given))
     (tmp_path / "wandb.py").write_text("raise RuntimeError('protobuf\\nis too old')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"wandb cannot be imported \(RuntimeError: protobuf\); repair it"):
         trackers.chosen(TelemetryConfig(report_to="wandb"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
+    for config, flag, package, install in (
+        *(
+            (TelemetryConfig(report_to=name), f"--report-to {name}", name, name)
+            for name in ("wandb", "mlflow", "trackio")
+        ),
+        (TelemetryConfig(metrics_port=0), "--metrics-port", "prometheus_client", "'metadistil-engine[prometheus]'"),
+    ):
+        said = f"{flag} needs the package {package}; install it (pip install {install}), or leave {flag} out."
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            trackers.chosen(config)
 
 
 @pytest.mark.parametrize(("name", "start", "log"), [
