@@ -63,16 +63,6 @@ def test_period_is_found(period, every, found):
     assert time <= WATCH_SECONDS + every
 
 
-@pytest.mark.parametrize("value", [7.0, None])
-def test_watch_ends_where_nothing_moves_or_answers(value):
-    watch, looks = Watch(), 0
-    while not watch.over:
-        watch.add(0.005 * looks, value)
-        looks += 1
-        assert looks < 1000
-    assert watch.period is None and looks == pytest.approx(WATCH_SECONDS / 0.005, abs=2)
-
-
 # Windows
 
 
@@ -88,12 +78,17 @@ def test_power_where_there_is_no_counter():
     assert energy.take() == (50, 0.25) and energy.total == 87.5
 
 
-def test_power_where_the_counter_stands_still():
+@pytest.mark.parametrize(("value", "power"), [(5.0, 100), (None, 100), (None, None)])
+def test_where_the_counter_stands_still_or_is_silent(value, power):
+    """It is watched for as long as a counter may need, then there is power, or nothing."""
     energy = Energy(has_counter=True)
-    watched(energy, lambda time: 5.0, power=100)
-    assert energy.source == "power"
-    joules, seconds = energy.take()
-    assert joules == pytest.approx(100 * seconds) and seconds == pytest.approx(WATCH_SECONDS, abs=0.01)
+    assert watched(energy, lambda time: value, power) == pytest.approx(WATCH_SECONDS, abs=0.01)
+    assert energy.watch.period is None and energy.source == ("power" if power else None)
+    if power:
+        joules, seconds = energy.take()
+        assert joules == pytest.approx(100 * seconds) and seconds == pytest.approx(WATCH_SECONDS, abs=0.01)
+    else:
+        assert energy.take() is None and energy.total is None
 
 
 def test_slow_counter_is_better_than_nothing_and_stays():
@@ -104,12 +99,6 @@ def test_slow_counter_is_better_than_nothing_and_stays():
     energy.add(now + 19, counter=100 * 19.5, power=1)
     assert energy.source == "counter"  # for good, or sums would be mixed
     assert energy.take() == (pytest.approx(1950), pytest.approx(now + 19))
-
-
-def test_nothing_known():
-    energy = Energy(has_counter=True)
-    watched(energy, lambda time: None)
-    assert energy.source is None and energy.take() is None and energy.total is None
 
 
 # Seconds between samples (some far too short), watts, and after which of them a window is asked for.
