@@ -85,17 +85,6 @@ def test_device_time_by_events(cuda, found):
     assert cuda.Event.made == made  # events are used again
 
 
-def test_many_marks_are_read_on_the_way(cuda, found, monkeypatch):
-    monkeypatch.setattr(meter, "MOST_MARKS", 10)
-    most = 0
-    for _ in range(100):
-        with section("pilot"):
-            cuda.work(1.0)
-        most = max(most, len(found._marks))
-    assert most <= 12
-    assert found.take() == pytest.approx({"other": 0.0, "pilot": 100.0})
-
-
 def test_replays_are_divided_by_the_events_in_their_graph(cuda, found):
     graph, capture = graph_of(cuda)
     other, _ = graph_of(cuda, pilot=1.0, quiz=7.0)
@@ -106,19 +95,12 @@ def test_replays_are_divided_by_the_events_in_their_graph(cuda, found):
         graph()
     wait(cuda)
     other()
-    taken = found.take()
-    assert taken == pytest.approx({
-        "data wait": 4 * 0.5, "pilot": 2 * 2.0 + 3.0 + 1.0, "quiz": 2 * 1.0 + 1.5 + 7.0, "other": 0.0})  # fmt: skip
-
-
-def test_a_faster_replay_leaves_the_rest_to_other(cuda, found):
-    graph, capture = graph_of(cuda)
-    found.take()
-    graph()
-    wait(cuda, 0.0)
-    capture.factor = 0.5
-    graph()
-    # 1.5 s of the first replay, whose own events are gone
+    expected = {"data wait": 4 * 0.5, "pilot": 2 * 2.0 + 3.0 + 1.0, "quiz": 2 * 1.0 + 1.5 + 7.0, "other": 0.0}
+    assert found.take() == pytest.approx(expected)
+    for capture.factor in (1.0, 0.5):
+        graph()
+        wait(cuda, 0.0)
+    # the last one was faster: 1.5 s of the first replay, whose own events are gone, are of no section
     assert found.take() == pytest.approx({"pilot": 2.0, "quiz": 1.0, "other": 1.5, "data wait": 0.0})
 
 
@@ -152,13 +134,21 @@ def test_a_capture_that_breaks_off_leaves_no_trace(cuda, found):
     assert found.take() == pytest.approx({"pilot": 2.0, "quiz": 1.0, "other": 0.0})
 
 
-def test_replays_without_a_mark_between_them(cuda, found, monkeypatch):
+@pytest.mark.parametrize("replayed", [False, True])
+def test_many_marks_are_read_on_the_way(cuda, found, monkeypatch, replayed):
     monkeypatch.setattr(meter, "MOST_MARKS", 10)
     graph, _ = graph_of(cuda)
     found.take()
-    for _ in range(30):
-        graph()
-    assert found.take() == pytest.approx({"pilot": 60.0, "quiz": 30.0, "other": 0.0})
+    most = 0
+    for _ in range(100):
+        if replayed:  # without a mark between two of them
+            graph()
+        else:
+            with section("pilot"):
+                cuda.work(2.0)
+            most = max(most, len(found._marks))
+    assert most <= 12
+    assert found.take() == pytest.approx({"pilot": 200.0, "other": 0.0} | ({"quiz": 100.0} if replayed else {}))
 
 
 def test_memory_by_section_while_watching_and_the_peak_of_all(cuda, found):

@@ -78,24 +78,17 @@ def test_start_and_close_are_idempotent(said):
     assert watched.window().values["device/power"] == 300  # what came before the end is not lost
     watched.start()
     assert watched._thread is thread and watched.cause is None
-    never = Sampler(CUDA, str, library=library)
-    never.close()
+    Sampler(CUDA, str, library=library).close()  # never started
     assert library.opened == 0
 
 
 def test_close_does_not_wait_for_a_call_that_hangs(monkeypatch):
     monkeypatch.setattr(sampler, "JOIN_SECONDS", 0.05)
-    library, held, inside = FakeNvml(clock=time.monotonic), threading.Event(), threading.Event()
-
-    def hang(handle):
-        inside.set()
-        held.wait(10)
-        return 1
-
-    library.nvmlDeviceGetPowerUsage = hang
+    library, held = FakeNvml(clock=time.monotonic), threading.Event()
+    library.nvmlDeviceGetPowerUsage = lambda handle: library._call("hang") or held.wait(10)
     watched = Sampler(CUDA, str, library=library)
     watched.start()
-    assert inside.wait(10)
+    wait(lambda: library.calls["hang"])
     began = time.monotonic()
     watched.close()
     assert time.monotonic() - began < 5

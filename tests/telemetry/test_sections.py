@@ -27,8 +27,7 @@ def test_nesting_is_heard_in_order():
 
 
 def test_an_error_leaves_the_section_and_ends_the_listening():
-    heard = Heard()
-    with pytest.raises(ValueError, match="no"), listening(heard), section("JVP"):
+    with pytest.raises(ValueError, match="no"), listening(Heard()) as heard, section("JVP"):
         raise ValueError("no")
     with section("pilot"):
         captured()()
