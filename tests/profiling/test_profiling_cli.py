@@ -17,18 +17,13 @@ from engine.profiling.options import command, parse, size
 SMALL = ["--teachers", "tinybert", "--student", "tinybert", "--source", "embedded", "--device", "cpu"]
 
 
-@pytest.mark.parametrize(("given", "bytes"), [
-    ("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("80G", 80 * 10**9), ("80Gi", 80 * 2**30), ("0.5 TiB", 2**39),
-    ("12345", 12345), ("700mb", 700 * 10**6), ("3KiB", 3072),
-])  # fmt: skip
-def test_sizes(given, bytes):
-    assert size(given, "--gpu-memory") == bytes
-
-
-@pytest.mark.parametrize("given", ["", "24XB", "GB", "-3GB", "0", "0GB", "1e9", "24GB8", "nan"])
-def test_wrong_sizes(given):
-    with pytest.raises(UserError, match=r"^--gpu-memory is .*such as 24GB, 24GiB, 80G or bytes\.$"):
-        size(given, "--gpu-memory")
+def test_sizes():
+    right = {"24GB": 24 * 10**9, "24GiB": 24 * 2**30, "80G": 80 * 10**9, "80Gi": 80 * 2**30, "0.5 TiB": 2**39, "12345": 12345,
+             "700mb": 700 * 10**6, "3KiB": 3072}  # fmt: skip
+    assert {given: size(given, "--gpu-memory") for given in right} == right
+    for given in ("", "24XB", "GB", "-3GB", "0", "0GB", "1e9", "24GB8", "nan"):
+        with pytest.raises(UserError, match=r"^--gpu-memory is .*such as 24GB, 24GiB, 80G or bytes\.$"):
+            size(given, "--gpu-memory")
 
 
 def test_flags_of_both_kinds():
@@ -45,18 +40,13 @@ def test_flags_of_both_kinds():
 
 
 REFUSED = [
-    (["--gpu-memory", "much"], "--gpu-memory"),
     (["--strategies", "exact,magic"], "--strategies has 'magic'"),
     (["--checkpointing-choices", "selective"], "--checkpointing-choices"),
     (["--batch-sizes", "8,x"], "--batch-sizes"),
-    (["--batch-sizes", "0"], "--batch-sizes"),
     (["--lengths", "3"], "--lengths"),
-    (["--lengths", ""], "--lengths"),
     (["--micro-batch-sizes", "0"], "--micro-batch-sizes"),
     (["--classes", "0"], "--classes"),
-    (["--classes", "two"], "--classes"),
     (["--steps", "0"], "--steps is 0"),
-    (["--alpha", "7"], "--alpha"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--resume"], "--resume"),
     (["--device", "tpu"], "--device"),
@@ -68,19 +58,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), REFUSED, ids=lambda words: " ".join(words) if isinstance(words, list) else words
-)
+def sentence(capsys, said: str) -> bool:
+    printed = capsys.readouterr().err
+    return printed.startswith("error: ") and said in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=str)
 def test_refusals_are_one_sentence_that_names_the_flag(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     assert program.main(["--estimate", *words]) == 2
     assert sentence(capsys, said)
-
-
-def sentence(capsys, said: str) -> bool:
-    printed = capsys.readouterr().err
-    return printed.startswith("error: ") and said in printed and printed.count("\n") == 1
 
 
 def test_what_only_a_measurement_refuses(capsys, tmp_path, monkeypatch):
@@ -100,44 +88,49 @@ def test_the_command_takes_the_place_of_what_changes():
     assert cli.parse(shlex.split(found)[3:]).optim.batch_size == 16
 
 
-def test_a_table_a_sentence_and_a_file(tmp_path, capsys):
+@pytest.fixture
+def estimated(monkeypatch):
+    """Estimates are made up: 8 GiB of an example, and half as many operations by the exact strategy."""
+
+    def estimate(config, task, student, teachers, device) -> Estimate:
+        sizes = dict.fromkeys(CATEGORIES, 0) | {"weights": 2**33 // config.optim.batch_size}
+        operations = 1e9 if config.method.meta_grad == "exact" else 2e9
+        return Estimate(
+            str(device),
+            "metadistil",
+            sum(sizes.values()),
+            {"context": 5},
+            sizes,
+            "quiz",
+            {},
+            {},
+            operations,
+            ["nothing"],
+        )
+
+    monkeypatch.setattr(forecast, "estimate", estimate)
+
+
+def test_a_table_a_sentence_and_a_file(estimated, tmp_path, capsys):
     output = tmp_path / "out"
     words = ["--estimate", *SMALL, "--gpu-memory", "10GB", "--lengths", "32", "--batch-size", "4", "--strategies",
              "exact,double_backward", "--output", str(output)]  # fmt: skip
     assert program.main(words) == 0
     printed = capsys.readouterr().out
-    assert "EMBEDDED DEMONSTRATION" in printed
-    assert "Assumed:" in printed
+    assert "EMBEDDED DEMONSTRATION" in printed and "Assumed: nothing." in printed
     found = json.loads((output / "estimate.json").read_text())
-    assert found["gpu_memory"] == 10 * 10**9
-    exact, double = found["estimates"]
-    assert exact["fits"] is double["fits"] is True
-    assert (exact["setting"]["meta_grad"], double["setting"]["meta_grad"]) == ("exact", "double_backward")
-    assert (exact["device"], exact["phase"]) == ("cpu", "metadistil")
-    assert exact["total"] == exact["tensors"] + sum(exact["reserve"].values())
-    assert exact["tensors"] == sum(exact["categories"].values())
-    chosen = found["estimates"][found["cheapest"]]
-    assert chosen["flops"] == min(exact["flops"], double["flops"]) > 0
+    assert (found["gpu_memory"], found["cheapest"]) == (10 * 10**9, 0)
+    rows = [(row["setting"]["meta_grad"], row["fits"], row["total"], row["device"]) for row in found["estimates"]]
+    assert rows == [(strategy, True, 2**31 + 5, "cpu") for strategy in ("exact", "double_backward")]
     run = found["sentence"].split(": ")[-1]
-    assert run in printed.replace("\n", " ") or run.split()[-1] in printed
+    assert run.split()[-1] in printed
     config = cli.parse(shlex.split(run)[3:])
-    assert config.data.max_length == 32
-    assert config.method.meta_grad == chosen["setting"]["meta_grad"]
+    assert (config.data.max_length, config.method.meta_grad, config.optim.batch_size) == (32, "exact", 4)
+    assert program.main(words) == 2  # the output is in use
+    assert "--output" in capsys.readouterr().err
 
 
-def test_what_fits_nothing_says_what_is_least(capsys, monkeypatch):
-    def estimate(config, *_) -> Estimate:
-        return Estimate(
-            "cpu", "kd", 2**30 // config.optim.batch_size, {}, dict.fromkeys(CATEGORIES, 0), "quiz", {}, {}, 1.0, []
-        )
-
-    monkeypatch.setattr(forecast, "estimate", estimate)
+def test_what_fits_nothing_says_what_is_least(estimated, capsys):
     assert program.main(["--estimate", *SMALL, "--gpu-memory", "1MB", "--batch-sizes", "4,8"]) == 0
     printed = capsys.readouterr().out
-    assert "Nothing fits into 0.00 GiB; the smallest is 8 x 128" in printed and "with 0.12 GiB" in printed
-
-
-def test_a_used_output_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    assert program.main(["--estimate", *SMALL, "--output", str(tmp_path)]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert "Nothing fits into 0.00 GiB; the smallest is 8 x 128" in printed and "with 1.00 GiB" in printed
