@@ -46,41 +46,44 @@ def split(texts, tmp_path_factory):
     return EncodedSplit(dataset, encodings, content_hash(dataset), tmp_path_factory.mktemp("tokens"))
 
 
-def teacher_of(split, texts, precision="fp32", features=()) -> Encoder:
+@pytest.fixture(scope="module")
+def built(texts):
     """Logits of about 1, and dropout, which must not show."""
     module, _ = build("bert", texts, 2, 0)
     torch.nn.init.normal_(module.classifier.weight, std=0.3, generator=torch.Generator().manual_seed(0))
     module.dropout.p = 0.5
-    module.train()
-    network = Encoder("bert", module, split.tables[0].encoding.key, precision)
-    network.inner = InnerStates(first=features)
-    return network
-
-
-@pytest.fixture
-def teacher(split, texts):
-    return teacher_of(split, texts)
-
-
-@pytest.fixture
-def keep(split, tmp_path):
-    """`keep(teacher)`: its answers, from `tmp_path` where they are there."""
-    console = Console(width=200)
-    return lambda teacher, content="these examples": answers_of(teacher, split, content, CPU, tmp_path, console)
+    return module.train()
 
 
 class Refused(Exception):
     pass
 
 
-def forbid(teacher: Encoder) -> Encoder:
-    """`teacher`, unable to compute anything."""
+def refuse(*_):
+    raise Refused
 
-    def refuse(*_):
-        raise Refused
 
-    teacher.module.register_forward_pre_hook(refuse)
-    return teacher
+@pytest.fixture
+def make(split, built):
+    """A teacher; with `deaf`, one that is unable to compute anything."""
+
+    def make(precision="fp32", features=(), deaf=False) -> Encoder:
+        network = Encoder("bert", copy.deepcopy(built), split.tables[0].encoding.key, precision)
+        network.inner = InnerStates(first=features)
+        if deaf:
+            network.module.register_forward_pre_hook(refuse)
+        return network
+
+    return make
+
+
+@pytest.fixture
+def keep(split, tmp_path):
+    """A teacher's answers, from `tmp_path` where they are there."""
+    console = Console(width=200)
+    return lambda teacher, content="these examples", split=split: answers_of(
+        teacher, split, content, CPU, tmp_path, console
+    )
 
 
 def live(teacher: Encoder, batch: Batch) -> list[torch.Tensor]:
@@ -96,9 +99,8 @@ def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize(("precision", "features"), [("fp32", ()), ("bf16", (1, 3))])
-def test_answers_are_the_teachers_own(precision, features, split, texts, keep):
-    teacher = teacher_of(split, texts, precision, features)
-    random = torch.get_rng_state()
+def test_answers_are_the_teachers_own(precision, features, split, make, keep):
+    teacher, random = make(precision, features), torch.get_rng_state()
     kept = keep(teacher)
     assert torch.equal(torch.get_rng_state(), random) and teacher.module.training
     assert len(kept) == ROWS and kept.seconds > 0
@@ -115,83 +117,79 @@ def test_answers_are_the_teachers_own(precision, features, split, texts, keep):
     assert 0 < largest < TOLERANCE[precision]
 
 
-def test_answers_are_computed_once(split, texts, keep, capsys, tmp_path):
-    first = keep(teacher_of(split, texts))
+def test_answers_are_computed_once(make, keep, capsys, monkeypatch, tmp_path):
+    """Progress is shown where it takes a while."""
+    first = keep(make())
     said = capsys.readouterr().out
     assert f"Teacher bert: logits of {ROWS} examples computed in" in said and str(tmp_path) in said
+    assert "answers of bert: step" not in said
     (about,) = tmp_path.rglob("about.json")
     about = json.loads(about.read_text())
     assert about["teacher"] == "bert" and about["examples"] == ROWS and about["seconds"] == first.seconds
     files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()}
     assert {f.name for f in files} == {"logits.npy", "about.json"}
-    again = keep(forbid(teacher_of(split, texts)))
+    again = keep(make(deaf=True))
     assert f"Teacher bert: logits of {ROWS} examples reused" in capsys.readouterr().out
     assert same(first.arrays, again.arrays) and again.seconds == first.seconds
     assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()} == files
+    monkeypatch.setattr("engine.run.answers.SHOWN", 2)
+    keep(make(), "many")
+    assert "answers of bert: step 3/3" in capsys.readouterr().out
+
+
+def other_tokens(teacher, table):
+    table.encoding, teacher.encoding = replace(table.encoding, key="other"), "other"
 
 
 CHANGES = {
-    "weights": lambda teacher: teacher.module.classifier.bias.data.add_(1e-3),
-    "precision": lambda teacher: setattr(teacher, "precision", "bf16"),
-    "features": lambda teacher: setattr(teacher, "inner", InnerStates(first=(2,))),
-    "layers": lambda teacher: setattr(teacher, "compiled", CompiledLayers("eager")),
-    "examples": lambda teacher: None,
+    "weights": lambda teacher, table: teacher.module.classifier.bias.data.add_(1e-3),
+    "precision": lambda teacher, table: setattr(teacher, "precision", "bf16"),
+    "features": lambda teacher, table: setattr(teacher, "inner", InnerStates(first=(2,))),
+    "layers": lambda teacher, table: setattr(teacher, "compiled", CompiledLayers("eager")),
+    "widths": lambda teacher, table: setattr(table, "buckets", Buckets(np.array([32, 64]), 64)),
+    "tokens": other_tokens,
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_other_answers_have_another_name(name, split, texts, keep):
-    keep(teacher_of(split, texts, features=(1,)))
-    teacher = teacher_of(split, texts, features=(1,))
-    CHANGES[name](teacher)
+def test_other_answers_have_another_name(split, make, keep, monkeypatch):
+    keep(make(features=(1,)))
+    for change in CHANGES.values():
+        changed, teacher = copy.copy(split), make(features=(1,), deaf=True)
+        changed.tables = [copy.copy(split.tables[0])]
+        change(teacher, changed.tables[0])
+        with pytest.raises(Refused):
+            keep(teacher, split=changed)
     with pytest.raises(Refused):
-        keep(forbid(teacher), "other examples" if name == "examples" else "these examples")
-
-
-def test_other_tokens_widths_and_threads_have_another_name(split, texts, keep, monkeypatch, tmp_path):
-    keep(teacher_of(split, texts))
-    changed, table = copy.copy(split), copy.copy(split.tables[0])
-    changed.tables = [table]
-    teacher = forbid(teacher_of(split, texts))
-    table.buckets = Buckets(np.array([32, 64]), 64)
-    with pytest.raises(Refused):
-        answers_of(teacher, changed, "these examples", CPU, tmp_path, Console())
-    table.buckets, table.encoding = split.tables[0].buckets, replace(table.encoding, key="other")
-    teacher.encoding = "other"
-    with pytest.raises(Refused):
-        answers_of(teacher, changed, "these examples", CPU, tmp_path, Console())
+        keep(make(features=(1,), deaf=True), "other examples")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     with pytest.raises(Refused):
-        keep(forbid(teacher_of(split, texts)))
+        keep(make(features=(1,), deaf=True))
 
 
-DAMAGES = {
-    "cut": lambda content: content[:-4],
-    "a bit": lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
-    "empty": lambda content: b"",
-    "nonsense": lambda content: b"[1, 2]",
-    "lost": lambda content: None,
-}
+DAMAGES = [
+    ("logits.npy", lambda content: content[:-4]), ("logits.npy", lambda content: b""), ("logits.npy", None),
+    ("logits.npy", lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]),
+    ("about.json", lambda content: content[:-4]), ("about.json", lambda content: b"[1, 2]"), ("about.json", None),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["logits.npy", "about.json"])
-def test_damaged_files_are_computed_again(name, damage, split, texts, keep, tmp_path, capsys):
-    first = [a.copy() for a in keep(teacher_of(split, texts, features=(1,))).arrays]
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_damaged_files_are_computed_again(name, damage, make, keep, tmp_path, capsys):
+    first = [a.copy() for a in keep(make(features=(1,))).arrays]
     (file,) = tmp_path.rglob(name)
-    content = DAMAGES[damage](file.read_bytes())
+    content = file.read_bytes()
     file.unlink()
-    if content is not None:
-        file.write_bytes(content)
+    if damage is not None:
+        file.write_bytes(damage(content))
     capsys.readouterr()
-    assert same(first, keep(teacher_of(split, texts, features=(1,))).arrays)
+    assert same(first, keep(make(features=(1,))).arrays)
     assert "computed" in (said := capsys.readouterr().out)
-    assert ("kept there were damaged" in said) == ((name, damage) != ("about.json", "lost"))
-    assert same(first, keep(forbid(teacher_of(split, texts, features=(1,)))).arrays)
+    assert ("kept there were damaged" in said) == ((name, damage) != ("about.json", None))
+    assert same(first, keep(make(features=(1,), deaf=True)).arrays)
 
 
-def test_an_interruption_leaves_nothing_half_made(split, texts, keep, tmp_path):
-    stopped, calls = teacher_of(split, texts), []
+def test_an_interruption_leaves_nothing_half_made(make, keep, tmp_path):
+    stopped, calls = make(), []
 
     def stop(*_):
         calls.append(1)
@@ -203,10 +201,9 @@ def test_an_interruption_leaves_nothing_half_made(split, texts, keep, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         keep(stopped)
     assert not [f for f in tmp_path.rglob("*") if f.is_file()] and stopped.module.training
-    assert len(keep(teacher_of(split, texts))) == ROWS
 
 
-def test_what_a_kill_leaves_is_not_taken(split, texts, keep, tmp_path, monkeypatch):
+def test_what_a_kill_leaves_is_not_taken(make, keep, tmp_path, monkeypatch):
     """Killed when only some files have their names: nothing tidies up, and nothing is believed without the last of them."""
     rename = os.replace
 
@@ -217,45 +214,31 @@ def test_what_a_kill_leaves_is_not_taken(split, texts, keep, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("engine.run.answers.os.replace", rename_then_die)
         with pytest.raises(SystemExit):
-            keep(teacher_of(split, texts, features=(1,)))
+            keep(make(features=(1,)))
     assert [f.suffix for f in tmp_path.rglob("*") if f.is_file()] == [".npy"]
     with pytest.raises(Refused):
-        keep(forbid(teacher_of(split, texts, features=(1,))))
-    keep(teacher_of(split, texts, features=(1,)))
+        keep(make(features=(1,), deaf=True))
+    keep(make(features=(1,)))
 
 
-def test_a_full_disk_is_said_in_a_sentence(teacher, keep, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_in_a_sentence(make, keep, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)  # not every system has it
-    with pytest.raises(
-        UserError, match=r"teacher bert cannot .* \(No space left on device\); give another --cache-dir"
-    ):
-        keep(teacher)
+    says = r"teacher bert cannot .* \(No space left on device\); give another --cache-dir"
+    with pytest.raises(UserError, match=says):
+        keep(make())
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
-
-
-def test_progress_is_shown_where_it_takes_a_while(teacher, keep, capsys, monkeypatch):
-    keep(teacher, "few")
-    assert "answers of bert: step" not in capsys.readouterr().out
-    monkeypatch.setattr("engine.run.answers.SHOWN", 2)
-    keep(teacher, "many")
-    assert "answers of bert: step 3/3" in capsys.readouterr().out
 
 
 # Batches; whole runs with answers are in tests/run/test_answers_run.py
 
 
-@pytest.fixture
-def arrays():
-    """Of two teachers; the second one gives features. Each value names its row."""
-    logits = np.arange(ROWS, dtype=np.float32)[:, None] + np.array([0, 0.5], np.float32)
-    return [[logits], [logits * 2, np.repeat(logits[:, None], 3, 1)]]
-
-
-def test_a_batch_moves_and_is_pinned_with_its_answers(split, arrays, monkeypatch):
-    batch, pinned = split.with_answers(arrays).batch([3, 1]), []
+def test_a_batch_moves_and_is_pinned_with_its_answers(split, monkeypatch):
+    """Of two teachers, the second one with features."""
+    logits, features = np.zeros((ROWS, 2), np.float32), np.ones((ROWS, 3, 2), np.float32)
+    batch, pinned = split.with_answers([[logits], [logits, features]]).batch([3, 1]), []
     moved = batch.to(torch.device("meta"))
     assert [[tuple(t.shape) for t in given] for given in moved.answers] == [[(2, 2)], [(2, 2), (2, 3, 2)]]
     tensors = [moved.labels, *(t for v in moved.inputs.values() for t in v.values()), *sum(moved.answers, [])]
@@ -268,8 +251,8 @@ def test_a_batch_moves_and_is_pinned_with_its_answers(split, arrays, monkeypatch
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_answers_on_a_gpu(split, texts, tmp_path):
-    teacher, cuda = teacher_of(split, texts, "bf16", (1,)), torch.device("cuda")
+def test_answers_on_a_gpu(split, make, tmp_path):
+    teacher, cuda = make("bf16", (1,)), torch.device("cuda")
     teacher.module.to(cuda)
     kept = answers_of(teacher, split, "these examples", cuda, tmp_path, Console())
     pinned = split.with_answers([kept.arrays]).batch([3, 1]).pin()
@@ -281,8 +264,8 @@ def test_answers_on_a_gpu(split, texts, tmp_path):
     assert teacher.flat.weights.device == CPU
 
 
-def test_a_moved_network_is_flattened_again(split, texts):
-    teacher = teacher_of(split, texts, "bf16")
+def test_a_moved_network_is_flattened_again(split, make):
+    teacher = make("bf16")
     teacher.module.classifier.bias = torch.nn.Parameter(torch.zeros(2), requires_grad=False)  # never written to
     before = teacher.flat
     live(teacher, split.batch([0]))  # makes bf16 copies of what is trained and what is not

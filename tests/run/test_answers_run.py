@@ -49,7 +49,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_kept_answers_change_rounding_alone(name, data, tmp_path, monkeypatch):
     """Also with two tokenizers, where the student alone would be read from other batches. No teacher is asked or moved to the
-    device in the distillation; answers are said and counted, found again, and by other weights not found."""
+    device in the distillation; answers are said and counted, and found again."""
     live = succeed(data, tmp_path / "live", **KD | SETTINGS[name])
     fit, move, phases, moved = Trainer.fit, Encoder.move, {}, []
 
@@ -85,10 +85,6 @@ def test_kept_answers_change_rounding_alone(name, data, tmp_path, monkeypatch):
     for teacher in teachers:  # what they took when they were computed
         phase = f"answers of {teacher}"
         assert summary(again)["phases"][phase]["seconds"] == found["phases"][phase]["seconds"]
-    _, said = succeed_saying(
-        data, tmp_path / "other", **KEPT | {"teachers": "bert", "prepare_lr": 2e-3, "max_steps": 1}
-    )
-    assert "Teacher bert: logits of 64 examples computed in" in said  # of other weights
 
 
 LONG = KEPT | {"max_steps": 120, "checkpoint_steps": 2, "eval_steps": 7}

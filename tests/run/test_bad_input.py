@@ -49,12 +49,9 @@ def refused(place, capsys):
 # Settings
 
 ALLOWED = [
-    (["--batch-size", "0"], "--batch-size is 0", "at least 1"),
     (["--batch-size", "2.5"], "--batch-size is '2.5'", "whole number"),
-    (["--batch-size", ""], "--batch-size is ''", "whole number"),
-    (["--temperature", ".nan"], "--temperature is nan", "at least"),
+    (["--lr", ".inf"], "--lr is"),
     (["--lr", "abc"], "--lr is 'abc'", "number"),
-    (["--lr=-1e-5"], "--lr is -1e-05", "at least 0.0"),
     (["--method", "foo"], "--method is 'foo'", "one of finetune, kd, lgtm, metadistil, metakd, reptile"),
     (["--precision", "tf32", "--device", "cpu"], "--precision is tf32", "CUDA device", "use --precision fp32"),
     (["--optimizer", "apex", "--device", "cpu"], "--optimizer apex needs a CUDA device", "flat or torch"),
@@ -68,13 +65,10 @@ ALLOWED = [
     (["--method", "finetune", "--teacher-weights", "1"], "finetune has no teachers", "leave --teacher-weights out"),
     (["--cache-teacher-logits"], "--cache-teacher-logits", "--method metadistil", "change in every round", "--method kd"),
     (["--method", "finetune", "--cache-teacher-logits"], "--cache-teacher-logits", "has no teachers", "leave it out"),
-    (["--method", "lgtm", "--cache-teacher-logits"], "--cache-teacher-logits", "--method lgtm", "change in every round"),
     (["--method", "reptile", "--student", "tinybert"], "has 20", "64", "models of equal width", "--method metadistil"),
     (["--method", "reptile", "--teachers", "distilbert", "--student", "bert"], "--layer-map skip", "the student has 4 layers"),
     (["--method", "reptile", "--meta-grad", "first_order"], "--meta-grad first_order does not fit --method reptile"),
-    (["--method", "reptile", "--pilot-optimizer", "adamw"], "--pilot-optimizer adamw does not fit --method reptile"),
     (["--method", "reptile", "--pilot-steps", "2"], "--pilot-steps 2 does not fit --method reptile", "leave it out"),
-    (["--method", "reptile", "--quiz-batches", "2"], "--quiz-batches 2 does not fit --method reptile", "leave it out"),
     (["--method", "reptile", "--checkpointing", "both"], "--checkpointing both does not fit --method reptile"),
     (["--method", "reptile", "--teacher-params", "lora:2"], "--teacher-params lora:2 does not fit --method reptile"),
     (["--teachers", "roberta", "--feature-loss", "patient"], "--feature-loss patient", "--feature-loss none"),
@@ -85,13 +79,13 @@ ALLOWED = [
     (["--lr"], "--lr needs a value", "--help"),
     (["--resume=yes"], "--resume takes no value", "'yes'"),
     (["--teachers", ""], "--teachers", "at least one"),
-    (["--teachers", " , "], "--teachers", "at least one"),
     (["--teachers", "brt"], "'brt'", "bert, roberta, distilbert, tinybert", "local directory"),
     (["--student", ""], "''", "existing local directory"),
+    (["--student", "bert2"], "--student is 'bert2'"),
     (["--student", "nobody/nothing"], "'nobody/nothing'", "--source embedded", "local directory"),
     (["--student-layers", "5"], "--student-layers is [5]", "0 to 1"),
-    (["--student-layers", "0,0"], "--student-layers is [0, 0]", "once"),
     (["--student-layers", "one"], "--student-layers is 'one'", "as in 1,3,5"),
+    (["--student-layers", "0,0"], "--student-layers is [0, 0]", "once"),
     (["--device", "foo"], "--device is 'foo'", "auto, cpu, cuda"),
     (["--compile", "--checkpointing", "both"], "--compile does not go with --checkpointing both", "leave one of the two out"),
     (["--cuda-graphs", "on", "--device", "cpu"], "--cuda-graphs on needs a CUDA device", "use --cuda-graphs auto"),
@@ -118,16 +112,13 @@ ALLOWED = [
     (["--method", "kd", "--feature-loss", "tinybert", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep",
      "--feature-epochs"),
     (["--config", "none.yaml"], "--config", "none.yaml", "existing YAML file"),
-    (["--config", "."], "--config", "existing YAML file"),
     (["--output", ""], "--output is empty", "name a directory"),
     (["--output", "d.tsv"], "--output d.tsv is a file", "directory"),
     (["--output", "d.tsv/deeper"], "--output d.tsv/deeper", "d.tsv is a file", "another directory"),
     (["--output", "/proc/none/run"], "--output /proc/none/run", "another directory"),
     (["--resume", "--output", "none"], "--resume finds no run in none", "leave --resume out"),
     (["--cache-dir", "d.tsv"], "--cache-dir", "d.tsv", "file"),
-    (["--lr", ".inf"], "--lr is"),
     (["--seed", str(2**64)], "--seed is"),
-    (["--student", "bert2"], "--student is 'bert2'"),
     (["--report-to", "comet"], "--report-to has 'comet'", "one or more of wandb, mlflow, trackio"),
     (["--metrics-port", "0", "--metrics-host", "192.0.2.1"], "--metrics-host '192.0.2.1'", "another --metrics-host"),
     (["--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 needs --metrics-port"),
@@ -146,11 +137,8 @@ CHOICES = {name: get_args(kind) for section in fields(Config)
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_words_that_are_no_choice(refused, name):
-    refused(
-        [f"--{name.replace('_', '-')}=middle"],
-        f"--{name.replace('_', '-')} is 'middle'",
-        f"one of {', '.join(CHOICES[name])}",
-    )
+    flag = f"--{name.replace('_', '-')}"
+    refused([f"{flag}=middle"], f"{flag} is 'middle'", f"one of {', '.join(CHOICES[name])}")
 
 
 DOMAINS = [
@@ -160,26 +148,19 @@ DOMAINS = [
     (["--feature-epochs", "0", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep", "--feature-epochs"),
     (["--method", "kd", "--prepare-method", "multitask", "--teacher-domains", "others", "--target-domain", "dvd"],
      "--prepare-method multitask", "only one"),
+    *((["--method", "kd", "--teachers", "TRAINED", "--prepare-method", how], f"--prepare-method {how}",
+       "has a trained one already", "--retrain-teachers") for how in ("meta", "multitask")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DOMAINS, ids=lambda case: " ".join(case[0]))
-def test_settings_of_domains(refused, place, case):
+def test_settings_of_domains(refused, place, finished, case):
     """With a column of two domains, and one of numbers; the others are in tests/run/test_domain_plan.py."""
     rows = [(("books", "dvd")[i % 2], text, i // 2 % 2, i / 8) for i, (text, _) in enumerate(sentences())]
     table(place / "domains.tsv", rows, "kind\tsentence\tlabel\tstars")
     words, *parts = case
+    words = [finished / "student" if word == "TRAINED" else word for word in words]
     refused([*flags("domains.tsv", "out", method="metakd", domain_column="kind", label_column="label"), *words], *parts)
-
-
-def test_a_trained_teacher_is_not_prepared_again_unasked(refused, place, finished):
-    rows = [(("books", "dvd")[i % 2], text, i // 2 % 2) for i, (text, _) in enumerate(sentences())]
-    table(place / "domains.tsv", rows, "kind\tsentence\tlabel")
-    for how in ("meta", "multitask"):
-        words = flags(
-            "domains.tsv", "out", method="kd", domain_column="kind", teachers=finished / "student", prepare_method=how
-        )
-        refused(words, f"--prepare-method {how}", "has a trained one already", "--retrain-teachers")
 
 
 def test_tracker_that_is_not_installed(refused, monkeypatch):
@@ -194,17 +175,16 @@ def test_metrics_port_in_use(refused):
         refused(flags("d.tsv", "run", metrics_port=port), f"--metrics-port {port}", "Address already in use")
 
 
-def test_offline_hub_id(refused, monkeypatch):
+def test_what_the_machine_cannot(refused, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = flags("d.tsv", "out", source="auto", teachers="nobody/nothing")
     refused(words, "'nobody/nothing'", "HF_HUB_OFFLINE", "local directory")
     words = flags("d.tsv", "out", source="hub", teachers="bert")
     refused(words, "'bert'", "HF_HUB_OFFLINE", "local directory or --source embedded")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_absent_cuda(refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(flags("d.tsv", "out", device="cuda"), "--device is cuda", "no CUDA device", "cpu or auto")
+    monkeypatch.setenv("ENGINE_KERNELS", "cuda")
+    refused(flags("d.tsv", "out"), "ENGINE_KERNELS is 'cuda'", "auto, triton, cpp, reference")
 
 
 YAML = {
@@ -297,24 +277,15 @@ def test_model_directories(refused, place, finished, name):
     assert not (place / "executed").exists()
 
 
-def test_unknown_kernels(refused, monkeypatch):
-    monkeypatch.setenv("ENGINE_KERNELS", "cuda")
-    refused(flags("d.tsv", "out"), "ENGINE_KERNELS is 'cuda'", "auto, triton, cpp, reference")
-
-
 # Output directories
 
 
 def test_output_in_use(refused, place):
     (place / "out").mkdir()
+    refused(flags("none.tsv", "out"), "none.tsv")  # and the folder stays empty
+    refused(flags("d.tsv", "out", student="./none"), "./none")
     (place / "out" / "thesis.txt").write_text("do not touch")
     refused(flags("d.tsv", "out"), "--output out holds files already", "another directory", "--resume")
-
-
-def test_empty_output_stays_empty(refused, place):
-    (place / "out").mkdir()
-    refused(flags("none.tsv", "out"), "none.tsv")
-    refused(flags("d.tsv", "out", student="./none"), "./none")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
-from run_helpers import ROOT, sentences, succeed, table, weights
+from run_helpers import ROOT
 
 from engine import cli
 from engine.config import Config
@@ -132,18 +132,6 @@ def test_parsing_imports_no_torch():
     script = "import sys; from engine import cli; cli.parse(['--lr', '1']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     assert not {"torch", "transformers", "datasets", "numpy"} & set(done.stdout.split())
-
-
-def test_config_of_a_run_repeats_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    data = table(tmp_path / "d.tsv", sentences())
-    first = succeed(data, tmp_path / "first", seed=3, method="finetune", max_steps=2)
-    assert cli.parse(["--config", str(first / "config.yaml")]).optim.lr is not None  # what was chosen is recorded
-    from engine.train import main
-
-    assert main(["--config", str(first / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
-    one, two = weights(first / "student"), weights(tmp_path / "again" / "student")
-    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
 
 
 def test_the_module_answers_as_a_command():

@@ -1,12 +1,24 @@
 """Whole jobs on tiny data: what they leave behind, and that they repeat themselves."""
 
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from run_helpers import assert_same_models, flags, metrics, sentences, succeed, succeed_saying, summary, table, weights
+from run_helpers import (
+    assert_same_models,
+    flags,
+    job,
+    metrics,
+    sentences,
+    succeed,
+    succeed_saying,
+    summary,
+    table,
+    weights,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.losses.objectives import Objective
@@ -15,30 +27,35 @@ from engine.run.tally import Tally
 from engine.train import main
 
 JOBS = {
-    "layers of a student": {"method": "finetune", "student": "bert", "student_layers": "0,2"},
     "two samples": {"method": "kd", "teachers": "bert,bert2", "max_steps": 7},  # more steps than an epoch
     "warm-up, a pilot of two batches": {"student_warmup_epochs": 1, "pilot_steps": 2, "quiz_batches": 2},
     "its own tokenizer": {"teachers": "roberta", "student": "tinybert", "soft_loss": "mse_prob"},
     "reptile": {"method": "reptile", "teachers": "bert,roberta"},
-    "lgtm": {"method": "lgtm", "teachers": "bert,roberta", "pilot_steps": 2},
 }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_jobs(name, data, tmp_path):
-    changes = JOBS[name]
+    changes = {"method": "metadistil", "teachers": "bert", "max_steps": 3} | JOBS[name]
     run = succeed(data, tmp_path / "run", train_size=48, **changes)
     found = summary(run)
-    teachers = [] if changes.get("method") == "finetune" else changes.get("teachers", "bert").split(",")
-    assert found["method"] == changes.get("method", "metadistil")
-    assert [t["name"] for t in found["teachers"]] == teachers
-    steps = changes.get("max_steps", 3)
-    assert found["phases"][found["method"]]["steps"] == metrics(run)[-1]["step"] == steps
+    assert found["method"] == changes["method"]
+    assert [t["name"] for t in found["teachers"]] == changes["teachers"].split(",")
+    assert found["phases"][found["method"]]["steps"] == metrics(run)[-1]["step"] == changes["max_steps"]
     assert ("warm up" in found["phases"]) == ("student_warmup_epochs" in changes)
     assert all(0 <= found["metrics"][split]["accuracy"] <= 1 for split in ("validation", "test"))
-    if "student_layers" in changes:
-        assert AutoModelForSequenceClassification.from_pretrained(run / "student").config.num_hidden_layers == 2
-        assert found["student"]["name"] == "bert[0,2]"
+
+
+def test_finetuning_some_layers_of_what_stood_in(data, tmp_path, monkeypatch):
+    """It is recorded: defaults for miniatures must not meet the real models when the hub is back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changes = {"source": "auto", "method": "finetune", "student": "bert", "student_layers": "0,2", "max_steps": 1}
+    run, said = succeed_saying(data, tmp_path / "run", **changes)
+    assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in " ".join(said.split())
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["source"] == "embedded" and saved["lr"] == 1e-3
+    assert summary(run)["student"]["name"] == "bert[0,2]" and summary(run)["teachers"] == []
+    assert AutoModelForSequenceClassification.from_pretrained(run / "student").config.num_hidden_layers == 2
 
 
 def test_pairs_of_three_classes(finished, tmp_path):
@@ -57,13 +74,13 @@ def test_pairs_of_three_classes(finished, tmp_path):
     assert config.label2id == {"bad": 0, "fair": 1, "good": 2}
 
 
-@pytest.mark.parametrize("method", ["kd", "lgtm"])
-def test_regression(method, tmp_path):
+def test_regression_by_lgtm(tmp_path):
     rows = [(text, round(len(text) / 7, 2)) for text, _ in sentences(120)]
-    data = table(tmp_path / "r.tsv", rows)
-    run, out = succeed_saying(data, tmp_path / "run", method=method, cache_dir=tmp_path / "cache")
+    changes = {"method": "lgtm", "teachers": "bert,roberta", "pilot_steps": 2, "cache_dir": tmp_path / "cache"}
+    run, out = succeed_saying(table(tmp_path / "r.tsv", rows), tmp_path / "run", **changes)
     assert "--soft-loss kl does not compare the one output of a regression; mse_logits is used instead" in out
     assert summary(run)["metric"] == "pearson" and summary(run)["task"]["kind"] == "regression"
+    assert summary(run)["phases"]["lgtm"]["steps"] == 4
     config = AutoModelForSequenceClassification.from_pretrained(run / "student").config
     assert (config.num_labels, config.problem_type) == (1, "regression")
     assert yaml.safe_load((run / "config.yaml").read_text())["soft_loss"] == "mse_logits"
@@ -125,9 +142,7 @@ def test_metrics_and_tensorboard(finished):
 
     training = [line for line in metrics(finished) if "loss" in line]
     phases = ("prepare bert", "prepare roberta", "metadistil")
-    assert [(line["phase"], line["step"]) for line in training] == [
-        (phase, step) for phase in phases for step in (2, 4)
-    ]
+    assert [(line["phase"], line["step"]) for line in training] == list(product(phases, (2, 4)))
     assert {"pilot_loss", "quiz_loss", "examples_per_second", "epoch", "lr", "lr/bert"} <= training[-1].keys()
     (file,) = (finished / "tensorboard").glob("events.*")
     events = EventAccumulator(str(file)).Reload()
@@ -139,22 +154,20 @@ def test_metrics_and_tensorboard(finished):
 
 
 def test_prepared_teachers_are_the_same_in_any_company_and_reused(data, finished, tmp_path):
-    cache, job = tmp_path / "cache", {"method": "kd", "seed": 1, "max_steps": 1, "cache_dir": tmp_path / "cache"}
-    first, said = succeed_saying(data, tmp_path / "first", **job)
+    cache = tmp_path / "cache"
+    changes = {"method": "kd", "seed": 1, "max_steps": 1, "cache_dir": cache}
+    first, said = succeed_saying(data, tmp_path / "first", **changes)
     assert "reused" not in said
     (file,) = (cache / "teachers").iterdir()
     beside_roberta, _ = checkpoint.load(finished.parent / "cache" / "teachers" / file.name)
     alone, _ = checkpoint.load(file)
     assert all(torch.equal(alone[name], beside_roberta[name]) for name in alone)
-    second, said = succeed_saying(data, tmp_path / "second", **job)
+    second, said = succeed_saying(data, tmp_path / "second", **changes)
     assert said.count("Teacher bert: reused, prepared before with the same data and settings") == 1
     file.write_bytes(b"damaged")
-    again = succeed(data, tmp_path / "again", **job)
-    assert [summary(r)["teachers"][0]["origin"] for r in (first, second, again)] == [
-        "fine-tuned",
-        "reused",
-        "fine-tuned",
-    ]
+    again = succeed(data, tmp_path / "again", **changes)
+    origins = [summary(run)["teachers"][0]["origin"] for run in (first, second, again)]
+    assert origins == ["fine-tuned", "reused", "fine-tuned"]
     assert_same_models(first, second)
     assert_same_models(first, again)
 
@@ -162,8 +175,8 @@ def test_prepared_teachers_are_the_same_in_any_company_and_reused(data, finished
 @pytest.mark.parametrize("retrain", [None, True])
 def test_a_trained_head_is_used_unless_it_is_to_be_trained_anew(retrain, data, finished, tmp_path):
     teacher = finished / "teachers" / "bert"
-    job = {"method": "kd", "max_steps": 1, "retrain_teachers": retrain}
-    run, said = succeed_saying(data, tmp_path / "run", teachers=teacher, **job)
+    changes = {"method": "kd", "max_steps": 1, "retrain_teachers": retrain}
+    run, said = succeed_saying(data, tmp_path / "run", teachers=teacher, **changes)
     (entry,) = summary(run)["teachers"]
     assert (entry["origin"], entry["source"]) == ("fine-tuned" if retrain else "as given", str(teacher))
     assert ("its trained head is used as it is (--retrain-teachers changes that)" in said) == (not retrain)
@@ -175,17 +188,24 @@ def test_a_trained_head_is_used_unless_it_is_to_be_trained_anew(retrain, data, f
 # The same again, and not the same
 
 
-def test_seeds(data, finished, tmp_path):
-    """Nothing is shared with the first run, not even its cache."""
-    job = {"teachers": "bert,roberta", "log_steps": 2, "cache_dir": tmp_path / "cache"}
-    assert_same_models(finished, succeed(data, tmp_path / "same", seed=1, **job))
-    other = succeed(data, tmp_path / "other", seed=6, **job)
-    first, second = weights(finished / "student"), weights(other / "student")
+def test_its_config_repeats_a_run(finished, tmp_path):
+    """Nothing is shared with the first, not even its cache."""
+    words = ["--config", finished / "config.yaml", "--cache-dir", tmp_path / "cache", "--output", tmp_path / "same"]
+    assert job([str(word) for word in words]) == 0
+    assert_same_models(finished, tmp_path / "same")
+
+
+def test_another_seed(data, finished, tmp_path):
+    """Makes another student, measured on the same examples."""
+    changes = {"method": "kd", "teachers": finished / "teachers" / "bert", "max_steps": 1}
+    runs = [succeed(data, tmp_path / str(seed), seed=seed, **changes) for seed in (1, 6)]
+    first, second = (weights(run / "student") for run in runs)
     assert not all(torch.equal(first[name], second[name]) for name in first)
-    files = [(run / "predictions" / "test.jsonl").read_text().splitlines() for run in (finished, other)]
+    files = [(run / "predictions" / "test.jsonl").read_text().splitlines() for run in runs]
     assert [json.loads(line)["text"] for line in files[0]] == [json.loads(line)["text"] for line in files[1]]
 
 
+@pytest.mark.slow
 def test_exact_meta_gradient_agrees_with_the_oracle(data, tmp_path):
     runs = [succeed(data, tmp_path / kind, meta_grad=kind, max_steps=4, teachers="bert,roberta", pilot_steps=2)
             for kind in ("exact", "double_backward")]  # fmt: skip
@@ -231,19 +251,6 @@ def test_rounds_that_are_not_finite_count_until_one_is():
         for value in values:
             tally.add({"loss": torch.tensor(value), "lr": torch.tensor(0.5)})
         found.append(tally.read([learner, SimpleNamespace(skipped=None)]))
-    assert found == [
-        ({"loss": 2, "lr": 0.5}, 0, 2),
-        ({"lr": 0.5}, 1, 0),
-        ({"lr": 0.5}, 3, 0),
-        ({"loss": 5, "lr": 0.5}, 0, 0),
-    ]
+    nothing = {"lr": 0.5}
+    assert found == [(nothing | {"loss": 2}, 0, 2), (nothing, 1, 0), (nothing, 3, 0), (nothing | {"loss": 5}, 0, 0)]
     assert tally.rounds == 7
-
-
-def test_what_stood_in_is_recorded_and_repeated(data, tmp_path, monkeypatch):
-    """Defaults for miniatures must not meet the real models when the hub is back."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run, said = succeed_saying(data, tmp_path / "run", source="auto", method="finetune", max_steps=1)
-    assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in " ".join(said.split())
-    saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["source"] == "embedded" and saved["lr"] == 1e-3
