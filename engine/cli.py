@@ -25,7 +25,6 @@ NAMES = {f.name: f.metadata["names"] for section in fields(Config) for f in fiel
          if f.metadata["names"] is not None}  # fmt: skip
 KINDS = {int: "a whole number", float: "a number", bool: "true or false",
          str: "text (in a YAML file, put it in quotes)"}  # fmt: skip
-SEE_HELP = "see python -m engine.train --help"
 
 # Settings that may differ between an interrupted run and its continuation: they do not change the result.
 FREE_ON_RESUME = {"output", "resume", "cache_dir", "log_steps", "checkpoint_steps"}
@@ -75,13 +74,16 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line; raises UserError with one sentence for anything that does not fit."""
+def parse(argv: list[str] | None = None, command: str = "engine.train") -> Config:
+    """The configuration of a command line; raises UserError with one sentence for anything that does not fit.
+
+    The sentence sends to the help of `command`, which may have flags of its own besides these.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    values = _values(argv)
+    values = _values(argv, command)
     if values["resume"]:
         saved = _saved_config(values["output"])
-        values = _values(["--config", str(saved), *argv])
+        values = _values(["--config", str(saved), *argv], command)
         _refuse_changes(values, yaml.safe_load(saved.read_text()))
     return Config.from_flat(values)
 
@@ -91,12 +93,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.to_flat() | {"output": None, "resume": False}, sort_keys=False)
 
 
-def _values(argv: list[str]) -> dict[str, Any]:
+def _values(argv: list[str], command: str) -> dict[str, Any]:
     try:
         parsed = parser().parse_args(_files_first(argv)).as_dict()
     except ArgumentError as e:
         parser.cache_clear()  # it would still have to answer a --print_config that stands before the mistake
-        raise UserError(_sentence(" ".join(e.message.split()).rstrip("."), argv)) from e
+        raise UserError(_sentence(" ".join(e.message.split()).rstrip("."), argv, command)) from e
     parsed.pop("config", None)
     for name, value in parsed.items():  # a YAML file can hold what jsonargparse lets through
         kind, optional = _kind(name)
@@ -106,9 +108,9 @@ def _values(argv: list[str]) -> dict[str, Any]:
     return parsed | {name: names.settle(parsed[name], _where(name, argv)) for name, names in given.items()}
 
 
-def _sentence(message: str, argv: list[str]) -> str:
+def _sentence(message: str, argv: list[str], command: str) -> str:
     """jsonargparse's message, which is written for programmers, as one sentence that names the flag or the file."""
-    file = _config_file(argv)
+    file, see_help = _config_file(argv), f"see python -m {command} --help"
     if match := re.match(r'Parser key "(\w+)":(.*)', message):
         key, rest = match.groups()
         if key not in TYPES:
@@ -120,17 +122,17 @@ def _sentence(message: str, argv: list[str]) -> str:
     if message.startswith("Unexpected config"):
         return f"--config {file!r} holds no settings; each line must be like 'epochs: 3'."
     if match := re.match(r"Option '(.+)' is not accepted", message):
-        return f"--config {file} has {match[1]!r}, which is not a setting; {_alike(match[1], '')}{SEE_HELP}."
+        return f"--config {file} has {match[1]!r}, which is not a setting; {_alike(match[1], '')}{see_help}."
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         given = match[1].split("=")[0]
         if given.startswith("-"):
-            return f"{given} is not a flag; {_alike(given.lstrip('-'), '--')}{SEE_HELP}."
-        return f"{given!r} belongs to no flag; put a value that has spaces in quotes, or {SEE_HELP}."
+            return f"{given} is not a flag; {_alike(given.lstrip('-'), '--')}{see_help}."
+        return f"{given!r} belongs to no flag; put a value that has spaces in quotes, or {see_help}."
     if match := re.match(r"argument (--[\w-]+): expected one argument", message):
-        return f"{match[1]} needs a value; {SEE_HELP}."
+        return f"{match[1]} needs a value; {see_help}."
     if match := re.match(r"argument (--[\w-]+): ignored explicit argument (.*)", message):
         return f"{match[1]} takes no value; leave {match[2]} out."
-    return f"{message}; {SEE_HELP}."
+    return f"{message}; {see_help}."
 
 
 def _wrong_type(name: str, given: str, argv: list[str]) -> str:

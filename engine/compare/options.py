@@ -104,7 +104,7 @@ def _flags(words: list[str]) -> dict[str, Any]:
     for name in names:
         if name in TAKEN:
             raise UserError(f"--{name} is not for a comparison; use {TAKEN[name]}.")
-    values = cli.parse(words).to_flat()
+    values = cli.parse(words, "engine.compare").to_flat()
     return {name: values[name] for name in names if name not in OURS and values[name] is not None}
 
 

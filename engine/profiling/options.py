@@ -18,7 +18,6 @@ UNITS = {"": 1, "B": 1} | {
     f"{prefix}{i}{b}": (1024 if i else 1000) ** power
     for power, prefix in enumerate("KMGT", 1) for i in ("", "i") for b in ("", "B")
 }  # fmt: skip
-SEE_HELP = "see python -m engine.profiling --help"
 CHECKPOINTING = ["none", "student", "teachers", "both"]
 
 
@@ -36,7 +35,7 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {SEE_HELP}.")
+        raise UserError(f"{message}; see python -m engine.profiling --help.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +75,7 @@ def parse(words: Sequence[str]) -> Options:
     given, rest = parser().parse_known_args(list(words))
     if "--resume" in rest:
         raise UserError("--resume is not for profiling, which trains nothing; leave it out.")
-    config = cli.parse(rest)
+    config = cli.parse(rest, "engine.profiling")
     budget = None if given.gpu_memory is None else size(given.gpu_memory, "--gpu-memory")
     if budget is not None and config.run.device == "auto":
         config.run.device = "cuda"

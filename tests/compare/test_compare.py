@@ -177,7 +177,7 @@ def test_a_second_signal_is_handed_on_as_well(place, capsys):
 # What is refused
 
 REFUSED = [
-    ("--methods foo", "--method is 'foo'", "one of"),
+    ("--methods foo", "--methods is 'foo'", "one of"),
     ("--methods ,", "--methods is empty", "finetune,kd"),
     ("--methods kd,kd", "two rows are 'kd, bert -> distilbert'", "another name"),
     ("--methods kd --teachers ,", "needs teachers"),
@@ -189,7 +189,7 @@ REFUSED = [
     ("--resume", "--resume is not for a comparison", "same command"),
     ("--scale tiny", "--scale", "tiny", "small"),
     ("--alpha 7", "--alpha is 7.0", "from 0.0 to 1.0"),
-    ("--learning-rate 7", "--learning-rate is not a flag"),
+    ("--learning-rate 7", "--learning-rate is not a flag", "engine.compare --help"),
     ("stray", "'stray' belongs to no flag"),
     ("--against nothing", "against is 'nothing'", "no row is called"),
     ("--model bert", "--model is 'bert'", "NAME=PLACE"),

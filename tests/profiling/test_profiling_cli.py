@@ -47,7 +47,7 @@ REFUSED = [
     (["--micro-batch-sizes", "0"], "--micro-batch-sizes"),
     (["--classes", "0"], "--classes"),
     (["--steps", "0"], "--steps is 0"),
-    (["--no-such-flag"], "--no-such-flag"),
+    (["--no-such-flag"], "--no-such-flag is not a flag; see python -m engine.profiling --help."),
     (["--resume"], "--resume"),
     (["--device", "tpu"], "--device"),
     (["--student", "no-such-model"], "no-such-model"),
