@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from engine.errors import UserError
-from engine.models.checkpointing import encoder_layers
+from engine.models.encoder_layers import encoder_layers
 
 How = Literal["first", "skip", "last", "both"]
 

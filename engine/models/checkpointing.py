@@ -26,6 +26,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from engine.models.encoder_layers import encoder_layers
 from engine.params.random_state import RandomState
 
 CHOICES = ("none", "student", "teachers", "both")
@@ -45,23 +46,6 @@ KERNELS = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
 }
-
-
-def encoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder, in their order, each object once.
-
-    With a configuration that counts them (transformers): the nn.ModuleList of that length. Else the longest nn.ModuleList,
-    or where there is none the children of the longest nn.Sequential. Raises ValueError where that is nothing.
-    """
-    depth = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == (depth or len(m))]
-    if depth is None:
-        lists = lists or [m for m in module.modules() if isinstance(m, nn.Sequential)]
-    layers = max(lists, key=len, default=())  # the first of equally long ones
-    if not len(layers):
-        wanted = "nn.ModuleList or nn.Sequential" if depth is None else f"nn.ModuleList of {depth} layers"
-        raise ValueError(f"The layers of a {type(module).__name__} are not known: it has no {wanted}.")
-    return list(dict.fromkeys(layers))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Encoder layers of known families with less work and less memory than transformers gives them, and the same values.
+"""The layers of an encoder, and those of known families with less work and memory than transformers takes for the same.
 
 **The last layer on the first token**, which is all that these classifiers read of it. Queries, the output projection and
 the feed-forward network are needed of one token. Keys and values of every token are not needed either: with one query a
@@ -40,6 +40,23 @@ def family(module: nn.Module) -> str | None:
     if not type(module).__name__.endswith("ForSequenceClassification") or getattr(config, "is_decoder", False):
         return None
     return "bert" if kind in BERT_LIKE else "distilbert" if kind in DISTILBERT_LIKE else None
+
+
+def encoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder, in their order, each object once.
+
+    With a configuration that counts them (transformers): the nn.ModuleList of that length. Else the longest nn.ModuleList,
+    or where there is none the children of the longest nn.Sequential. Raises ValueError where that is nothing.
+    """
+    depth = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == (depth or len(m))]
+    if depth is None:
+        lists = lists or [m for m in module.modules() if isinstance(m, nn.Sequential)]
+    layers = max(lists, key=len, default=())  # the first of equally long ones
+    if not len(layers):
+        wanted = "nn.ModuleList or nn.Sequential" if depth is None else f"nn.ModuleList of {depth} layers"
+        raise ValueError(f"The layers of a {type(module).__name__} are not known: it has no {wanted}.")
+    return list(dict.fromkeys(layers))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.models.checkpointing import encoder_layers
+from engine.models.encoder_layers import encoder_layers
 
 ALLOWED = "all, last-N (N layers, 1 or more), head, or lora:R (rank 1 or more)"
 QUERY_AND_VALUE = {"query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj", "value_proj"}

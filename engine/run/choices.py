@@ -17,7 +17,8 @@ from engine.losses.layer_map import LayerMap, layer_map
 from engine.losses.objectives import Objective
 from engine.methods import METHODS
 from engine.models import cuda_graph, precision
-from engine.models.checkpointing import REFUSED, encoder_layers
+from engine.models.checkpointing import REFUSED
+from engine.models.encoder_layers import encoder_layers
 from engine.models.load import ModelSource
 from engine.models.network import Network
 from engine.params import optim

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from engine.models.checkpointing import CHOICES, REFUSED, _Body, checkpointed, encoder_layers
+from engine.models.checkpointing import CHOICES, REFUSED, _Body, checkpointed
+from engine.models.encoder_layers import encoder_layers
 
 TOLERANCE = 1e-12  # float64, the same operations, sums perhaps in another order
 FAMILIES = ("bert", "distilbert", "roberta")
