@@ -26,15 +26,11 @@ def votes(classes, num_labels):
 SCORES = {
     # class 1: 3 hits, 1 false alarm, 2 misses; class 0: 4 right. MCC (12 - 2) / sqrt(4 * 5 * 5 * 6)
     "two classes": ([1, 1, 1, 0, 0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 0, 0], BINARY, (7 / 10, 6 / 9, 10 / 600**0.5)),
-    # F1 of class 0 is 4/5; MCC 2 / sqrt(12)
-    "F1 is of class 1": ([0, 0, 0, 1], [0, 0, 1, 1], BINARY, (3 / 4, 2 / 3, 2 / 12**0.5)),
     # confusion (rows are labels) [[2, 1, 0], [0, 1, 1], [1, 0, 3]]: per class F1 4/6, 2/4, 6/8. MCC for several classes
     # (Gorodkin 2004): (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)) with c = 6 right of s = 9, predicted
     # p = 3, 2, 4 and true t = 3, 2, 4 times: (54 - 29) / (81 - 29)
     "three classes": ([0, 0, 1, 1, 2, 0, 2, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2, 2], THREE,
                       (6 / 9, (4 / 6 + 2 / 4 + 6 / 8) / 3, 25 / 52)),
-    "perfect": ([0, 1, 1, 0], [0, 1, 1, 0], BINARY, (1, 1, 1)),
-    "one-sided": ([0, 0, 0, 0], [0, 1, 1, 0], BINARY, (0.5, 0, 0)),
     # CoLA's development set, and a model that accepts everything
     "lopsided": ([1] * 1043, [1] * 721 + [0] * 322, BINARY, (721 / 1043, 1442 / 1764, 0)),
 }  # fmt: skip
