@@ -59,16 +59,13 @@ def test_small_wins_over_rows_a_rows_own_small_over_that_and_flags_over_all():
     assert default.seeds == [0, 1] and default.cells()[0].settings["train_size"] == 2000
 
 
-def test_a_teachers_own_figure_comes_from_one_step_of_kd():
-    rows = [{"name": "T", "show": "bert2", "teachers": "bert,bert2"}]
-    found = settings(rows=rows, settings={"max_steps": 50, "method": "metadistil", "student_warmup_epochs": 3})
-    assert (found["method"], found["max_steps"], found["student_warmup_epochs"]) == ("kd", 1, 0)
-
-
-def test_finetuning_does_not_depend_on_teachers():
+def test_finetuning_needs_no_teachers_and_a_teachers_own_figure_one_step_of_kd():
     rows = [{"name": "F", "method": "finetune"}]
     one, two = (grid(rows=rows, settings={"teachers": t}).cells()[0] for t in ("bert", "roberta"))
     assert one == two and "teachers" not in one.settings
+    rows = [{"name": "T", "show": "bert2", "teachers": "bert,bert2"}]
+    found = settings(rows=rows, settings={"max_steps": 50, "method": "metadistil", "student_warmup_epochs": 3})
+    assert (found["method"], found["max_steps"], found["student_warmup_epochs"]) == ("kd", 1, 0)
 
 
 def test_the_directory_of_a_cell_follows_its_settings():
@@ -142,18 +139,10 @@ def test_a_row_that_is_left_out_is_nobodys_reference(file):
 
 
 def test_the_command_names_no_place_of_one_machine():
-    words = [
-        "--methods",
-        "kd",
-        "--data",
-        "/some/where/sst2",
-        "--cache-dir",
-        "/c",
-        "--output=/o",
-        "--model",
-        "bert=~/m/enc:1",
-    ]
-    assert options.parse(words).command == "python -m engine.compare --methods kd --data sst2 --model bert=enc:1"
+    words = "--methods kd --data /some/where/sst2 --cache-dir /c --output=/o --model bert=~/m/enc:1"
+    assert (
+        options.parse(words.split()).command == "python -m engine.compare --methods kd --data sst2 --model bert=enc:1"
+    )
 
 
 # Which row is compared with which
@@ -161,10 +150,7 @@ def test_the_command_names_no_place_of_one_machine():
 
 def test_reference():
     kd = [("KD", "kd", "bert", "distilbert"), ("KD", "kd", "roberta", "distilbert")]
-    md = [
-        ("MD", "metadistil", *models)
-        for models in (("roberta", "distilbert"), ("bert,roberta", "distilbert"), ("bert", "tinybert"))
-    ]
+    md = [("MD", "metadistil", *models) for models in (("roberta", "distilbert"), ("bert,roberta", "distilbert"), ("bert", "tinybert"))]  # fmt: skip
     rows = [dict(zip(("name", "method", "teachers", "student"), row, strict=True)) for row in [*kd, *md]]
     rows.insert(0, {"name": "T", "show": "bert", "teachers": "bert"})
 
@@ -184,27 +170,22 @@ def test_reference():
 WRONG = [
     ({"rows": []}, "rows is no list"),
     ({"rows": ["KD"]}, "has no name", "{name: KD, method: kd}"),
-    ({"rows": [{"method": "kd"}]}, "has no name"),
     ({"row": 1}, "'row' is not known here", "did you mean 'rows'"),
     ({"rows": [{"name": "a", "epoch": 1}]}, "row 'a'", "'epoch'", "did you mean 'epochs'"),
-    ({"rows": [{"name": "a", "publish": 1}]}, "did you mean 'published'"),
     ({"settings": {"epoch": 1}}, "'epoch' is not a setting of engine.train", "did you mean 'epochs'"),
     ({"settings": [1]}, "settings is [1]", "mapping"),
     ({"settings": {"seed": 1}}, "seed is not a grid's to set"),
     ({"settings": {"lr": "fast"}}, "row 'KD'", "--lr is 'fast'", "number"),
     ({"settings": {"lr": None}}, "lr is None", "one value"),
-    ({"settings": {"teachers": ["a", "b"]}, "rows": [{"name": "a"}]}, "teachers is ['a', 'b']", "one value"),
     ({"rows": [{"name": "a", "published": "93"}]}, "published is '93'", "number"),
     ({"rows": [{"name": "a", "show": "roberta"}]}, "show is 'roberta'", "one of its teachers, bert"),
     ({"rows": [{"name": "a", "each": ["x"]}]}, "each is ['x']", "{target_domain: [a, b]}"),
     ({"rows": [{"name": "a", "each": {"domain": ["x"]}}]}, "'domain'", "not a setting"),
     ({"rows": [{"name": "a", "against": "b"}, {"name": "bb"}]}, "against is 'b'", "did you mean 'bb'"),
     ({"seeds": 0}, "seeds is 0", "at least 1"),
-    ({"seeds": "x"}, "seeds is 'x'"),
     ({"seeds": True}, "seeds is True"),
     ({"split": "train"}, "split is 'train'", "test or validation"),
-    ({"models": {"bert": 3}}, "models has bert: 3", "{place: DIR"),
-    ({"models": {"bert": {"place": "x", "layer": "1"}}}, "models has bert"),
+    ({"models": {"bert": {"place": "x", "layer": "1"}}}, "models has bert", "{place: DIR"),
 ]  # fmt: skip
 
 
@@ -228,41 +209,34 @@ def test_a_file_that_is_no_grid(tmp_path, text, part):
 
 # Recipes
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = {file.stem: file for file in (ROOT / "recipes").glob("*.yaml")}
 PUBLISHED = {"table1": (16, "MetaDistil, bert+bert2 -> distilbert", 93.55), "metakd-amazon": (7, "Meta-KD, bert -> tinybert", 89.4),
              "metakd-mnli": (7, "Meta-KD, bert -> tinybert", 80.4)}  # fmt: skip
 
 
-def test_recipes_are_there():
-    assert [file.stem for file in RECIPES] == ["metakd-amazon", "metakd-mnli", "reptile-glue", "table1"]
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_recipe(file):
-    found = options.parse(["--config", str(file)]).grid
+@pytest.mark.parametrize("name", ["metakd-amazon", "metakd-mnli", "reptile-glue", "table1"])
+def test_recipe_in_full_and_small_on_local_models_and_data(name):
+    """Every model and every data set has a name that a flag can replace."""
+    assert len(RECIPES) == 4
+    words, raw = ["--config", str(RECIPES[name])], yaml.safe_load(RECIPES[name].read_text())
+    found = options.parse(words).grid
     assert all(found.cells())
     published = {row.title: row.published for row in found.rows if row.published is not None}
-    if file.stem in PUBLISHED:
-        rows, title, figure = PUBLISHED[file.stem]
+    if name in PUBLISHED:
+        rows, title, figure = PUBLISHED[name]
         assert len(published) == rows and published[title] == figure
-    if file.stem.startswith("metakd"):
-        assert {len(row.values) for row in found.rows} == {4 if "amazon" in file.stem else 5}
+    if name.startswith("metakd"):
+        assert {len(row.values) for row in found.rows} == {4 if "amazon" in name else 5}
         reference = {row.title: found.reference(row) for row in found.rows}
         assert reference["Meta-KD, bert -> tinybert"].name == "single-domain teacher"
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_recipes_run_small_on_local_models_and_data(file):
-    """Every model and every data set has a name that a flag can replace."""
-    raw = yaml.safe_load(file.read_text())
     rows = [raw["settings"] | row for row in raw["rows"]]
     models = {
-        name.strip() for row in rows for key in ("teachers", "student") for name in row.get(key, "bert").split(",")
+        each.strip() for row in rows for key in ("teachers", "student") for each in row.get(key, "bert").split(",")
     }
     data = {raw["settings"].get("data"), *(v for row in rows for v in row.get("each", {}).get("data", []))} - {None}
-    words = [w for m in models - {"bert2"} for w in ("--model", f"{m}=./enc:1,2")]
-    words += [w for name in data for w in ("--data", f"{name}=./data")]
-    found = options.parse(["--config", str(file), "--scale", "small", *words]).grid
+    words += [w for m in models - {"bert2"} for w in ("--model", f"{m}=./enc:1,2")]
+    words += [w for each in data for w in ("--data", f"{each}=./data")]
+    found = options.parse([*words, "--scale", "small"]).grid
     for cell in found.cells():
         assert cell.settings["data"] == "./data"
         assert set(cell.settings.get("teachers", "./enc").split(",")) == {"./enc"}
