@@ -33,6 +33,10 @@ def metrics_of(accuracy: float) -> dict[str, float]:
     return {"accuracy": round(accuracy, 6), "f1": round(accuracy - 0.004, 6), "matthews": round(2 * accuracy - 1.01, 6)}
 
 
+def memory_of(section: str, cuda: bool) -> float:
+    return (4.2 + 2.6 * (section in ("quiz", "JVP", "teacher update")) if cuda else 3.1) * GIB
+
+
 def telemetry_values(step: int, start: float, cuda: bool = True) -> dict[str, float]:
     """What a logging record of the GPU run holds beside the losses."""
     wave = math.sin(step / 60)
@@ -43,9 +47,9 @@ def telemetry_values(step: int, start: float, cuda: bool = True) -> dict[str, fl
              "flops_per_second": 4.1e13}  # fmt: skip
     found |= {f"seconds/{name}": s for name, s in seconds.items()}
     found |= {"host/resident": 3.1 * GIB, "host/cpu": 104 + 3 * wave}
+    found |= {f"memory/{name}": memory_of(name, cuda) for name in seconds}
     if not cuda:
-        return found | {f"memory/{name}": 3.1 * GIB for name in seconds}
-    found |= {f"memory/{name}": (4.2 + 2.6 * (name in ("quiz", "JVP", "teacher update"))) * GIB for name in seconds}
+        return found
     found |= {f"joules/{name}": 312.0 * s for name, s in seconds.items()}
     return found | {
         "memory/allocated": 4.1 * GIB, "memory/reserved": 7.5 * GIB, "joules_per_step": 312.0 * total, "joules_per_example": 312.0 * total / 32,
@@ -59,10 +63,7 @@ def telemetry_values(step: int, start: float, cuda: bool = True) -> dict[str, fl
 
 def records(steps: int, seed: int, telemetry: bool, cuda: bool, every: int = 5) -> list[dict]:
     dice, found, start = random.Random(seed), [], 1_795_224_000.0
-    plan = [
-        *((f"prepare {name}", steps, 0.93 + 0.01 * i) for i, name in enumerate(TEACHERS)),
-        ("metadistil", steps, 0.915),
-    ]
+    plan = [("prepare bert", steps, 0.93), ("prepare roberta", steps, 0.94), ("metadistil", steps, 0.915)]
     for phase, length, best in plan:
         for step in range(every, length + 1, every):
             near = math.exp(-4 * step / length)
@@ -78,15 +79,13 @@ def records(steps: int, seed: int, telemetry: bool, cuda: bool, every: int = 5) 
             found.append(record)
             if step % (length // 6) == 0:
                 figures = metrics_of(best - 0.12 * near + dice.gauss(0, 0.003))
-                validation = {"phase": phase, "step": step} | {
-                    f"validation/{name}": value for name, value in figures.items()
-                }
+                validation = {f"validation/{name}": value for name, value in figures.items()}
                 if phase == "metadistil":
                     validation |= {
                         f"drift/{name}": 0.004 * math.sqrt(step / length) * (1 + 0.5 * k)
                         for k, name in enumerate(TEACHERS)
                     }
-                found.append(validation)
+                found.append({"phase": phase, "step": step} | validation)
         start += 0.2 * length
     return found
 
@@ -103,11 +102,7 @@ def summary(steps: int, telemetry: bool, cuda: bool, **changes) -> dict:
     ]  # fmt: skip
     student = {"name": "distilbert", "source": "distilbert/distilbert-base-uncased", "parameters": 66_955_010, "best_step": 500,
                "metrics": {"validation": metrics_of(0.915), "test": metrics_of(0.9095)}}  # fmt: skip
-    memory = (
-        {name: (4.2 + 2.6 * (name in ("quiz", "JVP", "teacher update"))) * GIB for name in SECTIONS}
-        if cuda
-        else dict.fromkeys(SECTIONS, 3.1 * GIB)
-    )
+    memory = {name: memory_of(name, cuda) for name in SECTIONS}
     found = {
         "method": "metadistil", "source": "hub", "sources": {"data": "hub", "student": "hub", "teachers": ["hub", "hub"]},
         "teachers": teachers, "student": student, "times_smaller": 1.7482, "metric": "accuracy", "metrics": student["metrics"],

@@ -30,11 +30,11 @@ def refused(capsys, *words) -> str:
 
 
 def test_what_is_not_there(run, tmp_path, capsys, monkeypatch):
+    for words in ([], ["--verbose", "x"], ["x", "--output"]):
+        assert refused(capsys, *words).endswith("; see python -m engine.report --help.")
     assert refused(capsys, tmp_path / "none") == f"{tmp_path / 'none'} does not exist; {GIVE}."
-    assert (
-        refused(capsys, tmp_path)
-        == f"{tmp_path} is no run, because it has neither summary.json nor config.yaml; {GIVE}."
-    )
+    said = f"{tmp_path} is no run, because it has neither summary.json nor config.yaml; {GIVE}."
+    assert refused(capsys, tmp_path) == said
     file = run / "summary.json"
     assert refused(capsys, file) == f"{file} is a file; {GIVE}, such as {run}."
 
@@ -44,11 +44,6 @@ def test_what_is_not_there(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", iterdir)
     said = f"{run} cannot be read (Permission denied); make {run} readable, or give another directory."
     assert refused(capsys, run) == said
-
-
-@pytest.mark.parametrize("words", [[], ["--verbose", "x"], ["x", "--output"]])
-def test_a_wrong_command_line(words, capsys):
-    assert refused(capsys, *words).endswith("; see python -m engine.report --help.")
 
 
 @pytest.mark.parametrize(("content", "says"), [
@@ -63,11 +58,11 @@ def test_a_damaged_summary(run, capsys, content, says):
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["a: [", "- 1", "!!python/object:os.system {}", "\x00"])
-def test_damaged_settings_of_a_run_that_is_not_finished(run, capsys, content):
+def test_damaged_settings_of_a_run_that_is_not_finished(run, capsys):
     (run / "summary.json").unlink()
-    (run / "config.yaml").write_text(content)
-    assert str(run / "config.yaml") in refused(capsys, run)
+    for content in ("a: [", "- 1", "!!python/object:os.system {}", "\x00"):
+        (run / "config.yaml").write_text(content)
+        assert str(run / "config.yaml") in refused(capsys, run)
 
 
 # metrics.jsonl
@@ -102,18 +97,15 @@ def test_damage_in_the_middle_is_said_on_the_page_and_the_console(run, capsys):
     assert read(run).problems == [said]
 
 
-def test_a_run_without_metrics_has_a_page_that_says_so(run, capsys):
-    (run / "metrics.jsonl").unlink()
-    assert main([str(run)]) == 0
-    assert "metrics.jsonl is missing, so there are no curves." in capsys.readouterr().err
-
-
-def test_values_that_are_no_finite_numbers_are_left_out(run):
+def test_values_that_are_no_finite_numbers_are_left_out_and_a_run_without_any_has_a_page(run, capsys):
     odd = ["NaN", "Infinity", '"text"', "null", "true", "[]", "1e999", "1" + "0" * 400, "0.5"]
     with open(run / "metrics.jsonl", "a") as f:
         f.writelines(f'{{"phase": "metadistil", "step": {n}, "odd": {value}}}\n' for n, value in enumerate(odd, 100))
     assert read(run).series("metadistil", "odd") == ([108], [0.5])
     assert pages.write([run], None)[1] == []
+    (run / "metrics.jsonl").unlink()
+    assert main([str(run)]) == 0
+    assert "metrics.jsonl is missing, so there are no curves." in capsys.readouterr().err
 
 
 # Nothing that a summary can hold ends in a traceback
