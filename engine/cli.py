@@ -59,7 +59,7 @@ def parser() -> ArgumentParser:
 
 
 def help_text(field: Field) -> str:
-    """The field's text, with what the files of methods and divergences add to it."""
+    """The field's text, with what the files of methods and the like add to it."""
     text, names, usual = field.metadata["help"], field.metadata["names"], field.metadata["otherwise"]
     if names is not None:
         text += ": " + "; ".join(f"{name}, {facts['help']}" for name, facts in names.every().items())

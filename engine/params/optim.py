@@ -1,4 +1,4 @@
-"""AdamW over flat parameters, by whose kernels one likes, and one step of any optimizer that never waits for the device.
+"""AdamW over flat parameters, in three implementations, and one step of any optimizer that never waits for the device.
 
     optimizer = adamw("torch", flat, lr=6e-5, weight_decay=0.01)
     step(optimizer, flat, clip, found_inf)
