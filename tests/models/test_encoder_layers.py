@@ -2,35 +2,24 @@
 
 import pytest
 import torch
-from small_models import transformer
+import torch.nn.functional as F
+from small_models import encoder
 
 from engine.batch import Batch
-from engine.losses.objectives import Objective
 from engine.models import encoder_layers
-from engine.models.learner import Learner
-from engine.models.network import Encoder
 
-WIDTH, WORDS = 64, 300
 SUMS = ("LayerNorm", "layer_norm", "position", "token_type")  # gradients that are sums over all tokens, and no products
 
 
 def gradients(family, precision):
     """By name, at 2,048 tokens."""
-    network = Encoder(
-        "model",
-        transformer(family, layers=3, width=WIDTH, heads=4, classes=2, words=WORDS, dropout=0.0),
-        "words",
-        precision,
-    )
-    learner = Learner.adamw(network, lr=1e-3, steps=1, warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0)
+    network = encoder(family, precision, layers=3, width=64, heads=4, classes=2, words=300, dropout=0.0)
     random = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, WORDS, (32, 64), generator=random)
-    batch = Batch(
-        torch.randint(2, (32,), generator=random), {"words": {"input_ids": ids, "attention_mask": ids * 0 + 1}}
-    )
-    outputs, lookups = learner.forward(batch)
-    loss = Objective().hard(outputs.logits, batch.labels)
-    learner.backward([loss], None, lookups)
+    ids = torch.randint(1, 300, (32, 64), generator=random)
+    labels = torch.randint(2, (32,), generator=random)
+    with network.flat.lookups() as lookups:
+        logits = network(Batch(labels, {"own": {"input_ids": ids, "attention_mask": ids * 0 + 1}})).logits
+    network.flat.backward([F.cross_entropy(logits, labels)], None, network.leaves(), lookups)
     return {name: p.grad.clone() for name, p in network.flat.parameters.items()}
 
 
