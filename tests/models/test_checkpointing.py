@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from engine.models.checkpointing import CHOICES, REFUSED, _Body, checkpointed
 from engine.models.encoder_layers import encoder_layers
@@ -261,23 +261,22 @@ def test_the_forwards_state_counts_and_not_the_backwards(train):
     assert worst(results[1], results[0]) < TOLERANCE
 
 
-def test_an_overwritten_weight_is_noticed():
-    module = cnn(0)
-    with checkpointed(module):
-        loss = module(torch.randn(5, 1, 6, 6, dtype=torch.float64)).sum()
-    with torch.no_grad():
-        module[0].weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_a_kept_graph_is_differentiated_twice():
-    module = text("bert", 0)
+def test_how_often_a_graph_is_differentiated():
+    """Again and again, but twice at the most in a row, and not with weights that were overwritten."""
+    module, gradients = text("bert", 0), partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
     with checkpointed(module):
         loss = module(**words("bert", 5)).logits.square().sum()
     parameters = list(module.parameters())
-    first, second = (torch.autograd.grad(loss, parameters, retain_graph=keep) for keep in (True, False))
+    first, second = (gradients(loss, parameters) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    norm = sum(g.square().sum() for g in gradients(loss, parameters, create_graph=True))
+    assert any(g is not None and g.any() for g in gradients(norm, parameters))
+    with pytest.raises(RuntimeError, match="two derivatives"):
+        gradients(norm, parameters, create_graph=True)
+    with torch.no_grad():
+        next(encoder_layers(module)[0].parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_layer_with_an_embedding_runs_as_it_is():
@@ -296,48 +295,30 @@ def test_a_layer_with_an_embedding_runs_as_it_is():
     assert torch.autograd.grad(out.sum(), leaves)[0].any()
 
 
-def test_a_third_derivative_raises():
-    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    x = torch.randn(3, 2, requires_grad=True)
-    with checkpointed(module):
-        (first,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    torch.autograd.grad(first.square().sum(), x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="two derivatives"):
-        torch.autograd.grad(first.square().sum(), x, create_graph=True)
-
-
-def selective(layer, *args):
-    def policy(ctx, op, *args, **kwargs):
-        saved = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts)
-
-
-def reentrant(layer, *args):
-    return checkpoint(layer, *args, use_reentrant=True)
-
-
-REASONS = {"selective": (selective, "backward an extra time"), "reentrant": (reentrant, "incompatible with .grad")}
+aten = torch.ops.aten
+SELECTIVE = partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default])
+REASONS = {
+    "selective": ({"use_reentrant": False, "context_fn": SELECTIVE}, "backward an extra time"),
+    "reentrant": ({"use_reentrant": True}, "incompatible with .grad"),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_reasons_of_a_refusal_are_true(kind):
     assert kind not in CHOICES
-    run, message = REASONS[kind]
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
     x = torch.randn(3, 4, requires_grad=True)
 
-    def second_derivative(forward):
-        (first,) = torch.autograd.grad(forward(layer, x).square().sum(), x, create_graph=True)
+    def second_derivative(**how):
+        (first,) = torch.autograd.grad(checkpoint(layer, x, **how).square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)
 
-    second_derivative(lambda layer, x: checkpoint(layer, x, use_reentrant=False))
+    second_derivative(use_reentrant=False)
+    how, message = REASONS[kind]
     with pytest.raises(RuntimeError, match=message):
-        second_derivative(run)
-    run(layer, x).sum().backward()  # of first order both work
+        second_derivative(**how)
+    checkpoint(layer, x, **how).sum().backward()  # of first order both work
 
 
 # Memory

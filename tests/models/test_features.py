@@ -17,9 +17,6 @@ from engine.models.features import (
     attach,
     detach,
     layers_to_match,
-    mean_state,
-    over_real,
-    over_real_pairs,
     projection,
 )
 from engine.run.matching import Matching
@@ -84,64 +81,40 @@ def domains_of(given, count=3):
     return given
 
 
-@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize(
+    ("higher", "inner"),
+    [(False, EVERYTHING), (True, EVERYTHING), (False, InnerStates(hidden=(2,), attention=(1,), domain="feature"))],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @families
-def test_states_are_those_of_plain_transformers(family, dtype, higher):
+def test_states_are_those_of_plain_transformers(family, dtype, higher, inner):
     """Example by example, at its real tokens: projected hidden states over sqrt(n H), scores before the softmax over
-    n sqrt(heads). Published code has padding in its means, as it is here in none, also where a projection adds to it."""
+    n sqrt(heads), so that sums of squares are means. Published code has padding in its means, as it is here in none, also
+    where a projection adds to it."""
     network, given = encoder(family), domains_of(batch(family))
     attach(network.module, "hidden", projection(H, H, 0))
     with torch.no_grad():
         network.module.extras["hidden"].bias.fill_(0.5)
     network.module.to(dtype)
-    with network.giving(EVERYTHING):
+    with network.giving(inner):
         got = network(given, higher=higher)
     module = tiny(family, "eager").to(dtype)
     expected = plain(module, given, family, output_hidden_states=True, output_attentions=True)
     close = {"rtol": 0, "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(got.logits, expected.logits, **close)
-    assert got.features.shape == (4, 3, 9, H) and got.attention.shape == (4, 2, HEADS, 9, 9)
+    assert got.features.shape == (4, len(inner.hidden), 9, H)
+    assert got.attention.shape == (4, len(inner.attention), HEADS, 9, 9)
     for b, n in enumerate(given.inputs["own"]["attention_mask"].sum(1).tolist()):
-        for i, state in enumerate(expected.hidden_states):
-            torch.testing.assert_close(got.features[b, i, :n] * (n * H) ** 0.5, state[b, :n] + 0.5, **close)
-        for i, weights in enumerate(expected.attentions):
+        for i, layer in enumerate(inner.hidden):
+            state = expected.hidden_states[layer][b, :n] + 0.5
+            torch.testing.assert_close(got.features[b, i, :n] * (n * H) ** 0.5, state, **close)
+        for i, layer in enumerate(inner.attention):
             scores = got.attention[b, i, :, :n, :n] * n * HEADS**0.5
-            torch.testing.assert_close(scores.softmax(-1), weights[b, :, :n, :n], **close)
+            torch.testing.assert_close(scores.softmax(-1), expected.attentions[layer][b, :, :n, :n], **close)
             assert scores.std() > 10 * TOLERANCE[dtype] or n == 1
         assert not got.features[b, :, n:].any()
         assert not got.attention[b, :, :, n:].any() and not got.attention[b, :, :, :, n:].any()
         torch.testing.assert_close(got.domain[b], expected.hidden_states[-1][b, :n].mean(0), **close)
-
-
-@families
-def test_layers_in_their_order_and_no_others(family):
-    network, given = encoder(family), batch(family)
-    with torch.no_grad():
-        with network.giving(InnerStates(hidden=(0, 1, 2), attention=(0, 1))):
-            every = network(given)
-        with network.giving(InnerStates(hidden=(2,), attention=(1,))):
-            one = network(given)
-    assert torch.equal(one.features[:, 0], every.features[:, 2])
-    assert torch.equal(one.attention[:, 0], every.attention[:, 1])
-    assert not torch.equal(every.attention[:, 0], every.attention[:, 1])
-
-
-def test_squares_sum_to_means_over_real_tokens():
-    """Whatever stands in the padding, also very large numbers."""
-    lengths, length = (6, 1, 3), 7
-    generator = torch.Generator().manual_seed(0)
-    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-    states = torch.randn(3, 2, length, 5, generator=generator, dtype=torch.float64)
-    scores = torch.randn(3, 2, HEADS, length, length, generator=generator, dtype=torch.float64)
-    hole = mask[:, None, :, None] == 0
-    states = torch.where(hole, 1e6, states)
-    scores = torch.where(hole[:, :, None] | hole.transpose(2, 3)[:, :, None], -1e6, scores)
-    found = over_real(states, mask).square().sum((2, 3)), over_real_pairs(scores, mask).square().sum((2, 3, 4))
-    for b, n in enumerate(lengths):
-        torch.testing.assert_close(found[0][b], states[b, :, :n].square().mean((1, 2)), rtol=1e-12, atol=0)
-        torch.testing.assert_close(found[1][b], scores[b, :, :, :n, :n].square().mean((1, 2, 3)), rtol=1e-12, atol=0)
-        torch.testing.assert_close(mean_state(states[:, 0], mask)[b], states[b, 0, :n].mean(0), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("part", ["hidden", "attention", "domain"])

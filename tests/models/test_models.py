@@ -30,29 +30,25 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def no_network(monkeypatch, tmp_path):
+def no_network(monkeypatch):
     """No hub, and an empty hub cache: any attempt to ask is an error."""
     monkeypatch.setattr(models, "_cached", lambda repo: None)
     monkeypatch.setattr(models, "_download", lambda repo: pytest.fail("asked the network"))
 
 
-def local(folder: Path) -> ModelSource:
-    return ModelSource(str(folder), folder.name, "local", str(folder))
+def load(folder: Path, task=TASK, seed=0):
+    return load_model(ModelSource(str(folder), folder.name, "local", str(folder)), task, lambda: TEXTS, seed)
 
 
-def test_names_and_samples(no_network, directory):
-    given = ["bert", "bert2", "roberta", "bert", str(directory), str(directory)]
+def test_names_and_samples(no_network, directory, tmp_path):
+    """Directories of one name stay apart."""
+    other = shutil.copytree(directory, tmp_path / "tiny-bert")
+    given = ["bert", "bert2", "roberta", "bert", str(directory), str(directory), str(other)]
     found = resolve_models(given, Hub("embedded"))
     assert [(s.name, s.sample) for s in found] == [
-        ("bert", 0), ("bert2", 1), ("roberta", 0), ("bert3", 2), ("tiny-bert", 0), ("tiny-bert-2", 1),
+        ("bert", 0), ("bert2", 1), ("roberta", 0), ("bert3", 2), ("tiny-bert", 0), ("tiny-bert-2", 1), ("tiny-bert.2", 0),
     ]  # fmt: skip
-    assert [s.kind for s in found] == ["embedded"] * 4 + ["local"] * 2
-
-
-def test_directories_of_one_name_stay_apart(no_network, directory, tmp_path):
-    other = shutil.copytree(directory, tmp_path / "tiny-bert")
-    found = resolve_models([str(directory), str(other)], Hub("auto"))
-    assert [(s.name, s.sample) for s in found] == [("tiny-bert", 0), ("tiny-bert.2", 0)]
+    assert [s.kind for s in found] == ["embedded"] * 4 + ["local"] * 3
 
 
 @pytest.mark.parametrize(
@@ -76,12 +72,9 @@ def test_a_model_in_the_hub_cache_needs_no_hub(monkeypatch, directory, tmp_path)
     from huggingface_hub import constants
 
     repository = tmp_path / "models--google-bert--bert-base-uncased"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot = shutil.copytree(directory, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    for file in directory.iterdir():
-        shutil.copy(file, snapshot / file.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (source,) = resolve_models(["bert"], Hub("hub"))
@@ -110,20 +103,17 @@ def test_download_takes_the_bots_conversion_where_there_is_no_safetensors(monkey
         models._download("user/name")
 
 
-def test_a_trained_head_is_recognised_by_its_size(directory):
-    assert load_model(local(directory), TASK, lambda: TEXTS, 0).trained_head
-    three = Task("classification", ("a", "b", "c"), False)
-    loaded = load_model(local(directory), three, lambda: TEXTS, 0)
-    assert not loaded.trained_head and loaded.module.config.num_labels == 3
-    assert loaded.module.config.id2label == {0: "a", 1: "b", 2: "c"}
-
-
-def test_a_new_head_depends_on_the_seed_alone_and_leaves_the_random_state(directory):
-    three = Task("classification", ("a", "b", "c"), False)
+def test_a_new_head_where_the_trained_one_has_another_size(directory):
+    """It depends on the seed alone, and leaves the random state."""
+    assert load(directory).trained_head
     before = torch.get_rng_state()
-    heads = [load_model(local(directory), three, lambda: TEXTS, seed).module.classifier.weight for seed in (0, 0, 1)]
+    found = [load(directory, Task("classification", ("a", "b", "c"), False), seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
+    heads = [each.module.classifier.weight for each in found]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert not any(each.trained_head for each in found)
+    config = found[0].module.config
+    assert config.num_labels == 3 and config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_labels_in_another_order_are_refused(directory, tmp_path):
@@ -132,15 +122,13 @@ def test_labels_in_another_order_are_refused(directory, tmp_path):
     config |= {"id2label": {"0": "Positive", "1": "Negative"}, "label2id": {"Positive": 0, "Negative": 1}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="orders the labels"):
-        load_model(local(folder), TASK, lambda: TEXTS, 0)
+        load(folder)
 
 
 def test_weights_in_half_precision_are_read_as_float32(directory, tmp_path):
-    module, tokenizer = build("bert", TEXTS, 2, 0)
-    module.half().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(local(tmp_path), TASK, lambda: TEXTS, 0)
-    assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
+    folder = shutil.copytree(directory, tmp_path / "half")
+    load(directory).module.half().save_pretrained(folder)
+    assert {p.dtype for p in load(folder).module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("alias", ["bert", "roberta", "distilbert"])
