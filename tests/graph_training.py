@@ -39,18 +39,21 @@ class Training:
     """A student, its teachers and a method, from the same start every time."""
 
     def __init__(
-        self, method, capture=None, mode="auto", precision="fp32", pilots=1, weights=None, device="cpu", **settings
-    ):
+        self, method, capture=None, mode="auto", precision="fp32", pilots=1, weights=None, device="cpu", compiled=None,
+        soft_loss="kl", **settings,
+    ):  # fmt: skip
         self.device, self.pilots, self.said = torch.device(device), pilots, []
 
         def rate(value):  # a device scalar, as on a GPU: a Python number would be captured
             return torch.tensor(value, device=device)
 
-        network = Encoder("student", small("distilbert", 0).to(device), "words", precision)
-        teachers = [Encoder(f"teacher {k}", small("bert", k + 1).to(device), "words", precision) for k in range(2)]
+        network, *teachers = (
+            Encoder(f"model {k}", small("bert" if k else "distilbert", k).to(device), "words", precision, compiled)
+            for k in range(3)
+        )
         common = {"warmup_ratio": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.05}
         student = Learner.adamw(network, lr=rate(1e-2), steps=STEPS * pilots, **common)
-        self.state = State(student, Objective("kl", 3.0, 0.6))
+        self.state = State(student, Objective(soft_loss, 3.0, 0.6))
         if method == "kd":
             self.state.teachers = teachers
         if METHODS[method].teachers == "learning":

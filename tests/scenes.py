@@ -56,6 +56,12 @@ def encoding(family):
     return "bpe" if family == "roberta" else "wordpiece"
 
 
+def words(family, seed, size=3):
+    """What a classifier of transformers is called with, of a `batch`."""
+    inputs = batch(seed, 3, size).inputs[encoding(family)]
+    return {name: t for name, t in inputs.items() if family == "bert" or name != "token_type_ids"}
+
+
 def batch(seed, classes, size=3):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (size,), generator=generator)

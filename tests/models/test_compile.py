@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import small_models
 import torch
+from graph_training import Training
 from run_helpers import ROOT, assert_same_models, flags, run_signalled, sentences, succeed_saying, table
 from small_models import batch, forward_and_backward
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -17,14 +18,10 @@ from torch._dynamo.utils import counters
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from engine.errors import UserError
-from engine.losses.objectives import Objective
-from engine.meta.meta_step import MetaStep
-from engine.methods import METHODS, State
 from engine.models import compiling
 from engine.models.checkpointing import checkpointed
 from engine.models.compiling import LARGE, LIMIT, SIZES, CompiledLayers
 from engine.models.features import InnerStates
-from engine.models.learner import Learner
 from engine.models.network import Encoder
 from engine.models.teacher_params import restrict
 from engine.params.flat import Lookups
@@ -173,26 +170,18 @@ def test_more_kinds_than_expected_are_an_error(monkeypatch):
         network(batch())
 
 
-@pytest.mark.parametrize(("method", "precision"), [("finetune", "fp32"), ("kd", "bf16"), ("metadistil", "fp32")])
-def test_steps_of_every_method(method, precision):
+@pytest.mark.parametrize(
+    ("method", "precision", "calls"), [("finetune", "fp32", 2), ("kd", "bf16", 6), ("metadistil", "fp32", 10)]
+)
+def test_steps_of_every_method(method, precision, calls):
     """With dropout, whose masks are those of eager passes; a meta-step's pilot is not compiled, its teachers and quiz are."""
-    losses, weights, compiled = [], [], Counted("eager")
-    for each in (None, compiled):
-        student, teacher = (
-            Learner.adamw(encoder("bert", precision, each, layers=n), lr=0.01, steps=9, warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0)
-            for n in (2, 3)
-        )  # fmt: skip
-        torch.manual_seed(2)
-        if method == "metadistil":
-            step = MetaStep(student, [teacher], Objective(), pilot_lr=0.1)
-            call = lambda: step([batch()], [batch(seed=1)])  # noqa: E731, B023
-        else:
-            teachers = [teacher.network] if method == "kd" else []
-            call = lambda: METHODS[method].step(State(student, Objective(), teachers), [batch()])  # noqa: E731, B023
-        losses.append(torch.stack([call()["loss"] for _ in range(2)]))
-        weights.append(torch.cat([learner.network.flat.weights for learner in (student, teacher)]))
-    # of 2 steps: a student's layer, and 2 of the teacher; the teacher's twice and the quiz
-    assert compiled.calls == {"finetune": 2, "kd": 6, "metadistil": 10}[method]
+    compiled, losses, weights = Counted("eager"), [], []
+    for each in (compiled, None):
+        training = Training(method, mode="off", precision=precision, compiled=each)
+        losses.append(torch.stack([values["loss"] for values in training.run(2)]))
+        weights.append(training.state.student.network.flat.weights)
+    # of 2 steps and the first of two layers: the student's, and those of two teachers; the teachers' twice and the quiz
+    assert compiled.calls == calls
     torch.testing.assert_close(*losses, rtol=1e-3 if precision == "bf16" else 1e-5, atol=0)
     # bf16: gradients that are nearly zero change sign, and AdamW makes whole steps of them
     assert (weights[0] - weights[1]).norm() <= (2e-2 if precision == "bf16" else 1e-4) * weights[1].norm()

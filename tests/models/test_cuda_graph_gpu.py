@@ -12,7 +12,7 @@ import torch
 from graph_training import DRAWN_AGAIN, METHODS_AND_SETTINGS, Training, as_eager, draws, same, skip_what_is_not_finite
 
 from engine.errors import UserError
-from engine.models.cuda_graph import CudaCapture, Graph, StepGraphs
+from engine.models.cuda_graph import StepGraphs
 from engine.params.optim import adamw
 
 pytestmark = [
@@ -115,16 +115,6 @@ def test_optimizers_follow_their_schedule_in_a_replay(kind):
         training.run()
     assert trainings[0].graphs.cause is None, trainings[0].graphs.cause
     assert same(*trainings)
-
-
-def test_one_graph_names_what_changed():
-    device = torch.device("cuda")
-    graph = Graph(lambda batches: {"sum": batches[0].sum()}, ([torch.ones(3, device=device)],), CudaCapture(device))
-    assert graph([torch.full((3,), 2.0, device=device)])["sum"].item() == 6
-    for other, said in ((torch.ones(4, device=device), r"\[4\] on cuda:0, .* with float32 \[3\] on cuda:0"),
-                        (torch.ones(3), r"\[3\] on cpu")):  # fmt: skip
-        with pytest.raises(ValueError, match=r"batches\[0\] is float32 " + said):
-            graph([other])
 
 
 def test_a_pool_is_shared():

@@ -5,15 +5,13 @@ import warnings
 import pytest
 import torch
 import yaml
+from graph_training import Training
 from run_helpers import assert_same_models, succeed, succeed_saying, summary
 from small_models import CPU, CUDA, batch, encoder
 
 from engine.errors import UserError
-from engine.losses.objectives import Objective
-from engine.meta.meta_step import MetaStep
 from engine.meta.strategies import STRATEGIES
 from engine.models import precision
-from engine.models.learner import Learner
 from engine.params.flat import FlatParameters
 from engine.run import evaluation
 
@@ -204,9 +202,7 @@ def test_an_evaluation_is_ieee(switches, monkeypatch):
 def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypatch):
     """Only between a model's inputs and its logits is anything bf16: every cotangent, gradient and loss is float32. tf32
     is all float32."""
-    student, teacher = (encoder("bert", given, layers=layers) for layers in (1, 2))
-    common = {"steps": 5, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "lr": 1e-3}
-    learners = [Learner.adamw(network, **common) for network in (student, teacher)]
+    training = Training("metadistil", mode="off", precision=given, strategy=strategy, soft_loss=soft_loss)
     seen, shadows, inner = [], [], FlatParameters._gradients_of
 
     def spied(flat, outputs, cotangents, leaves, *rest):
@@ -215,12 +211,11 @@ def test_losses_and_cotangents_are_float32(given, strategy, soft_loss, monkeypat
         return inner(flat, outputs, cotangents, leaves, *rest)
 
     monkeypatch.setattr(FlatParameters, "_gradients_of", spied)
-    step = MetaStep(learners[0], learners[1:], Objective(soft_loss, 3.0, 0.5), pilot_lr=0.1, strategy=strategy)
-    values = step([batch()], [batch(seed=1)])
+    (values,) = training.run(1)
     assert {v.dtype for v in values.values()} == {torch.float32} and all(v.isfinite() for v in values.values())
     assert len(seen) >= 2 and set(seen) == {torch.float32}
     assert (torch.bfloat16 in shadows) == (given == "bf16")
-    flats = [network.flat for network in (student, teacher)]
+    flats = [learner.network.flat for learner in training.state.learners()]
     assert {t.dtype for flat in flats for t in (flat.weights, flat.gradients)} == {torch.float32}
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors import safe_open
-from scenes import Scene, batch, difference, encoding, network
+from scenes import Scene, difference, network, words
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification
@@ -38,12 +38,6 @@ def math_attention():
         yield
 
 
-@pytest.fixture(autouse=True)
-def peft_where_it_is_needed(request):
-    if "lora" in str(getattr(request.node, "callspec", None) and request.node.callspec.params):
-        pytest.importorskip("peft")
-
-
 def teacher(family, layers=3):
     net = network(family, 3, 0, layers=layers)
     net.module.eval()
@@ -63,11 +57,8 @@ def train_adapters(module, seed=0):
                 p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
 
-def logits(module, family, seed=3):
-    inputs = dict(batch(seed, 3).inputs[encoding(family)])
-    if family != "bert":
-        inputs.pop("token_type_ids", None)
-    return module(**inputs).logits
+def logits(module, family):
+    return module(**words(family, 3)).logits
 
 
 # The flag
