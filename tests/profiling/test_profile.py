@@ -145,6 +145,8 @@ def test_a_stop_keeps_what_was_measured_and_another_error_is_not_hidden(profile,
     assert "Stopped" in capsys.readouterr().out and not (tmp_path / "o" / ".lock").exists()
     with pytest.raises(RuntimeError, match="a bug"):
         profile({"exact": RuntimeError("a bug")}, "--output", str(tmp_path / "p"))
+    assert profile({}, "--method", "kd", "--output", str(tmp_path / "q")) == 0
+    assert [row["strategy"] for row in rows_of(tmp_path / "q")] == [None]  # a method without strategies has one row
 
 
 @pytest.mark.parametrize(("method", "rows"), [("metadistil", 4), ("reptile", 2), ("kd", 1), ("finetune", 1)])

@@ -40,15 +40,6 @@ def test_instance_that_is_not_there(entry):
         find(initialised(sliced()), 0, None, cuda(entry))
 
 
-def test_gpus_and_drivers_before_mig():
-    library = initialised(FakeGpu())
-    library.absent.add("nvmlDeviceGetMigMode")
-    assert find(library, 0, UUID, {}).handle is library.gpus[0]
-    library = initialised(FakeGpu())
-    library.fail("nvmlDeviceGetMigMode", "NotSupported")
-    assert find(library, 0, None, {}).handle is library.gpus[0]
-
-
 # CUDA_VISIBLE_DEVICES
 
 
@@ -94,8 +85,12 @@ def test_order_of_different_gpus_is_known_by_address_only():
     assert find(library, 0, None, cuda("GPU-a")).uuid == "GPU-a1"
 
 
-def test_gpu_without_an_address_and_one_of_somebody_else(four):
-    four.fail("nvmlDeviceGetHandleByIndex", "NoPermission", four.gpus[1])
+def test_gpus_and_drivers_that_answer_less(four):
+    library = initialised(FakeGpu())
+    library.absent.add("nvmlDeviceGetMigMode")  # from before MIG
+    assert find(library, 0, UUID, {}).handle is library.gpus[0]
+    four.fail("nvmlDeviceGetMigMode", "NotSupported")
+    four.fail("nvmlDeviceGetHandleByIndex", "NoPermission", four.gpus[1])  # somebody else's
     assert find(four, 0, None, {}).handle is four.gpus[0]
     four.errors.clear()
     four.fail("nvmlDeviceGetPciInfo", "NotSupported")
