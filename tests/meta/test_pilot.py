@@ -1,9 +1,9 @@
 """The closed derivative of a pilot's steps against autograd through them, on a loss whose Hessian is written down."""
 
-import fake_apex
 import pytest
 import torch
 from device_helpers import NoReading
+from fake_apex import FusedAdam
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +19,7 @@ from engine.params.optim import FlatAdamW
 # Over the largest entry, in float64. AdamW's slopes in its second moment are differences of large terms.
 TOLERANCE = 1e-9
 LR = 0.1
-BETAS, EPS = (0.8, 0.9), 1e-4
+SETTINGS = {"betas": (0.8, 0.9), "eps": 1e-4}
 
 
 class Model(nn.Module):
@@ -30,53 +30,28 @@ class Model(nn.Module):
         self.to(dtype)
 
 
-def flat_adamw(flat):
-    return FlatAdamW(flat, lr=9.0, betas=BETAS, eps=EPS, weight_decay=0.2)
-
-
-def groups(flat):
-    matrices, vectors = ([p for p in flat.parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    return [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def torch_adamw(flat):
-    return torch.optim.AdamW(groups(flat), lr=9.0, betas=BETAS, eps=EPS)
-
-
-def torch_adam(flat):
-    return torch.optim.Adam(flat.parameters.values(), lr=9.0, betas=BETAS, eps=EPS)
-
-
-def fused_adamw(flat):
-    """Its counts are tensors where the weights are, as those of what can be captured by a CUDA graph."""
-    return torch.optim.AdamW(groups(flat), lr=9.0, betas=BETAS, eps=EPS, fused=True)
-
-
-def apex_adamw(flat):
-    """Counts in the group: a number."""
-    return fake_apex.FusedAdam(groups(flat), lr=9.0, betas=BETAS, eps=EPS)
-
-
-def capturable_apex_adamw(flat):
-    """Counts in the group: an int32 tensor [1]."""
-    optimizer = fake_apex.FusedAdam(groups(flat), betas=BETAS, eps=EPS, capturable=True)
-    set_rate(optimizer, 9.0)
-    return optimizer
-
-
 def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(rate, dtype=torch.float64) if torch.is_tensor(group["lr"]) else rate
+    return optimizer
 
 
+# At a rate that is not the pilot's. Counts of the fused one are tensors, as a CUDA graph wants them, those of FusedAdam stand
+# in the groups: a number, or where it is capturable an int32 tensor [1].
 OPTIMIZERS = {
-    "FlatAdamW": flat_adamw,
-    "AdamW": torch_adamw,
-    "Adam": torch_adam,
-    "fused AdamW": fused_adamw,
-    "FusedAdam": apex_adamw,
-    "capturable FusedAdam": capturable_apex_adamw,
+    "FlatAdamW": lambda flat, groups: FlatAdamW(flat, weight_decay=0.2, **SETTINGS),
+    "AdamW": lambda flat, groups: torch.optim.AdamW(groups, **SETTINGS),
+    "Adam": lambda flat, groups: torch.optim.Adam(flat.parameters.values(), **SETTINGS),
+    "fused AdamW": lambda flat, groups: torch.optim.AdamW(groups, fused=True, **SETTINGS),
+    "FusedAdam": lambda flat, groups: FusedAdam(groups, **SETTINGS),
+    "capturable FusedAdam": lambda flat, groups: FusedAdam(groups, capturable=True, **SETTINGS),
 }
+
+
+def optimizer_of(flat, kind):
+    matrices, vectors = ([p for p in flat.parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
+    return set_rate(OPTIMIZERS[kind](flat, groups), 9.0)
 
 
 class Problem:
@@ -100,7 +75,7 @@ class Problem:
             self.A.append(within[:, None] * (A + A.T) * within)
             self.b.append(within * self.random())
         self.w = self.random()
-        optimizer = None if kind == "sgd" else OPTIMIZERS[kind](self.flat)
+        optimizer = None if kind == "sgd" else optimizer_of(self.flat, kind)
         for _ in range(before if optimizer else 0):
             self.train(optimizer)
         self.pilots = [SGD(LR) if kind == "sgd" else AdamW(LR, self.flat, optimizer) for _ in range(2)]
@@ -295,13 +270,10 @@ def test_the_first_steps_from_no_state_are_finite(steps, dtype):
     """Also where gradients are 0, tiny (their square is 0) or huge: a root at 0 has an infinite slope."""
     flat = FlatParameters(Model(dtype), table_rows=1)
     pilot, machine = AdamW(1e-3, flat, FlatAdamW(flat)), TimeMachine(flat)
-    before = flat.weights.clone()
-    sizes = torch.tensor([0.0, 1e-30, -1e-8, 1.0, 1e15], dtype=dtype)
-    gradient = torch.zeros_like(flat.weights)
+    before, gradient = flat.weights.clone(), torch.zeros_like(flat.weights)
     for view in flat.views(gradient).values():
-        view.copy_(sizes.repeat(4)[: view.numel()].view(view.shape))
-    part = flat.views(gradient, ["words.weight"])["words.weight"]
-    vector = Vector(gradient[: flat.dense], [part])
+        view.copy_(torch.tensor([0.0, 1e-30, -1e-8, 1.0, 1e15]).repeat(4)[: view.numel()].view(view.shape))
+    vector = Vector(gradient[: flat.dense], [flat.views(gradient, ["words.weight"])["words.weight"]])
     with machine.excursion():
         pilot.begin()
         for j in range(steps):
@@ -327,28 +299,19 @@ class Lion(torch.optim.SGD):
     """Any optimizer that is not Adam."""
 
 
-def test_an_unknown_optimizer_is_refused():
-    flat = FlatParameters(Model())
-    with pytest.raises(ValueError, match="Lion.*AdamW, Adam.*--pilot-optimizer sgd"):
-        AdamW(LR, flat, Lion(flat.parameters.values(), lr=0.1))
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda ps: torch.optim.Adam(ps, weight_decay=0.1), "decay that is not decoupled"),
-        (lambda ps: torch.optim.AdamW(ps, amsgrad=True), "amsgrad or maximize"),
-        (lambda ps: torch.optim.AdamW(ps, maximize=True), "amsgrad or maximize"),
-        (lambda ps: torch.optim.AdamW([{"params": ps[:1], "betas": (0.5, 0.6)}, {"params": ps[1:]}]), "other betas"),
-        (lambda ps: torch.optim.AdamW(ps[1:]), "does not step words.weight"),
-    ],
-)
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda ps: torch.optim.Adam(ps, weight_decay=0.1), "decay that is not decoupled"),
+    (lambda ps: torch.optim.AdamW(ps, amsgrad=True), "amsgrad or maximize"),
+    (lambda ps: torch.optim.AdamW(ps, maximize=True), "amsgrad or maximize"),
+    (lambda ps: torch.optim.AdamW([{"params": ps[:1], "betas": (0.5, 0.6)}, {"params": ps[1:]}]), "other betas"),
+    (lambda ps: torch.optim.AdamW(ps[1:]), "does not step words.weight"),
+    (lambda ps: Lion(ps, lr=0.1), "Lion.*AdamW, Adam"),
+])  # fmt: skip
 def test_other_rules_are_refused(make, says):
     """They would be differentiated as if they were plain AdamW."""
     flat = FlatParameters(Model())
-    pilot = AdamW(LR, flat, make(list(flat.parameters.values())))
     with pytest.raises(ValueError, match=f"{says}.*--pilot-optimizer sgd"):
-        pilot.begin()
+        AdamW(LR, flat, make(list(flat.parameters.values()))).begin()
 
 
 def test_the_first_step_of_a_new_adamw_is_not_differentiated():

@@ -15,17 +15,15 @@ from engine.batch import Batch
 from engine.errors import UserError
 from engine.meta.problem import Problem
 from engine.meta.strategies import STRATEGIES
-from engine.meta.strategies import exact as exact_strategy
 from engine.meta.strategies.double_backward import double_backward
 from engine.meta.strategies.exact import exact
 from engine.meta.strategies.first_order import first_order, last_layer
 from engine.meta.time_machine import TimeMachine
 from engine.models.features import InnerStates
 from engine.models.network import Encoder
-from engine.params.random_state import RandomState
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     student=st.sampled_from(FAMILIES),
     teachers=st.lists(st.sampled_from(FAMILIES), min_size=1, max_size=3),
@@ -90,12 +88,11 @@ def test_exact_in_float32(student, pilots):
 
 @pytest.mark.parametrize("pilots", [1, 2])
 @pytest.mark.parametrize("student", ENCODERS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_exact_in_bf16_is_as_near_to_float32_as_double_backward(student, pilots, seed):
+def test_exact_in_bf16_is_as_near_to_float32_as_double_backward(student, pilots):
     """Eight bits a rounding: on models this small either may be 1e-2 to 0.7 off, and mostly both together."""
     found = {}
     for precision in ("fp32", "bf16"):
-        scene = Scene(student, ["bert", "roberta"], pilots=pilots, quizzes=2, pilot_lr=0.05, dtype=torch.float32, seed=seed)  # fmt: skip
+        scene = Scene(student, ["bert", "roberta"], pilots=pilots, quizzes=2, pilot_lr=0.05, dtype=torch.float32)
         for each in [scene.student, *scene.teachers]:
             each.precision = precision
         for strategy in (exact, double_backward):
@@ -190,44 +187,6 @@ def test_double_backward_equals_differences_of_the_whole(student, teachers, soft
             assert (slope - derivative).abs() < 1e-7 * size
 
 
-def test_the_walk_back_needs_the_curvature(monkeypatch):
-    """Without v <- v - eta H v the first of two batches would be credited wrongly, by far more than the tolerance."""
-    scene = Scene("bert", ["bert", "roberta"], pilots=2)
-    _, expected, _ = scene.run(double_backward)
-    _, got, _ = scene.run(exact)
-    assert difference(got, expected) < TOLERANCE[torch.float64]
-    directional = exact_strategy.forward_mode
-
-    def flat(*args, **kwargs):
-        outputs, u, hd = directional(*args, **kwargs)
-        return outputs, u, hd and hd.scaled(0.0)
-
-    monkeypatch.setattr(exact_strategy, "forward_mode", flat)
-    _, without, _ = scene.run(exact)
-    assert difference(without, expected) > 0.05
-
-
-def test_the_walk_back_needs_the_masks(monkeypatch):
-    """The same for dropout: a second forward with other masks is another student."""
-    scene = Scene("bert", ["bert"], pilots=2)
-    _, expected, _ = scene.run(double_backward)
-    monkeypatch.setattr(RandomState, "restore", lambda self: None)
-    _, without, _ = scene.run(exact)
-    assert difference(without, expected) > 0.05
-
-
-def test_every_pilot_batch_and_every_quiz_batch_counts():
-    scene = Scene("distilbert", ["bert"], pilots=3, quizzes=2)
-    _, whole_gradient, _ = scene.run(exact)
-    for name in ("pilots", "quizzes"):
-        batches = getattr(scene, name)
-        for i in range(len(batches)):
-            setattr(scene, name, [*batches[:i], batch(99, 3), *batches[i + 1 :]])
-            _, other, _ = scene.run(exact)
-            assert difference(other, whole_gradient) > 1e-3, (name, i)
-        setattr(scene, name, batches)
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_gradients_accumulate(strategy):
     scene = Scene("distilbert", ["bert", "roberta"])
@@ -257,7 +216,7 @@ def test_a_frozen_layer_takes_no_pilot_step_and_gets_no_gradient(pilots):
     assert all(p.grad is None for p in scene.teachers[0].module.bert.embeddings.parameters())
 
 
-@pytest.mark.parametrize("pilots", [1, 2, 3])
+@pytest.mark.parametrize("pilots", [1, 3])
 @pytest.mark.parametrize(
     ("student", "soft_loss", "classes"),
     [("distilbert", "kl", 3), ("bert", "mse_prob", 2), ("roberta", "mse_logits", 1), ("cnn", "kl", 3)],
@@ -295,18 +254,13 @@ def test_first_order_needs_a_last_layer():
         scene.run(first_order)
 
 
-@pytest.mark.parametrize("checkpointing", ["student", "teachers", "both"])
 @pytest.mark.parametrize("strategy", ["exact", "double_backward"])
-@pytest.mark.parametrize("student", ["bert", "distilbert", "cnn"])
-def test_checkpointing_changes_nothing(student, strategy, checkpointing):
-    plain = Scene(student, ["bert", "cnn"], pilots=2, quizzes=2)
-    recomputed = Scene(student, ["bert", "cnn"], pilots=2, quizzes=2, checkpointing=checkpointing)
-    (losses, gradients, after), (losses_2, gradients_2, after_2) = (
-        each.run(STRATEGIES[strategy]) for each in (plain, recomputed)
-    )
+@pytest.mark.parametrize("student", ["bert", "cnn"])
+def test_checkpointing_changes_nothing(student, strategy):
+    found = [Scene(student, ["bert", "cnn"], pilots=2, quizzes=2, checkpointing=choice) for choice in ("none", "both")]
+    (losses, gradients, after), (losses_2, gradients_2, after_2) = (each.run(STRATEGIES[strategy]) for each in found)
     assert torch.equal(after, after_2)
-    for a, b in zip(losses, losses_2, strict=True):
-        torch.testing.assert_close(a, b, rtol=TOLERANCE[torch.float64], atol=0)
+    torch.testing.assert_close(losses_2, losses, rtol=TOLERANCE[torch.float64], atol=0)
     assert difference(gradients_2, gradients) < TOLERANCE[torch.float64]
 
 
