@@ -25,7 +25,7 @@ PLANS = {
     "three tiles": Plan(True, 1, 4, 4),
     "a tile for each class": Plan(True, 1, 1, 4),
 }
-slow = dict.fromkeys(["one tile", "two tiles, the last one ragged", "a tile for each class"], pytest.mark.slow)
+slow = dict.fromkeys(["two tiles, the last one ragged", "a tile for each class"], pytest.mark.slow)
 every_plan = pytest.mark.parametrize(
     "plan", [pytest.param(plan, id=name, marks=slow.get(name, ())) for name, plan in PLANS.items()], indirect=True
 )
