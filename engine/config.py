@@ -15,6 +15,8 @@ from engine.errors import UserError
 from engine.plugins import DIVERGENCES, METHODS, PILOTS, STRATEGIES, Plugins, short_name
 
 LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
+# What a run calls its other stages (engine.run.stages), and what the names of its other phases begin with.
+STAGES, PHASES = ("warm up", "features"), ("prepare ", "answers of ")
 
 
 def option(
@@ -190,6 +192,13 @@ class MethodConfig(_Section):
     noise_kind: Literal["mask", "vocabulary"] = option(
         "mask", "what replaces a word: the mask token for each of its pieces, or random tokens of the vocabulary"
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.name in STAGES or self.name.startswith(PHASES):
+            raise UserError(
+                f"--method is {self.method!r}, but a run calls one of its own stages {self.name!r}; give the file another name."
+            )
 
     @property
     def name(self) -> str:

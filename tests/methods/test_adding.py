@@ -119,6 +119,7 @@ BAD = {
     "empty.py": ("", "has no line 'METHOD = Method(...)'"),
     "broken.py": ("METHOD = (\n", "is not valid Python", "never closed"),
     "silent.py": (CALL.format("help='by magic'"), "has no teachers= with a literal value"),
+    "features.py": (CALL.format("help='by magic', teachers='none'"), "one of its own stages 'features'"),
     "reckoned.py": (CALL.format("help='by ' + magic, teachers='none'"), "has no help= with a literal value"),
 }
 
