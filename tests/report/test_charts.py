@@ -34,6 +34,10 @@ def test_a_column_has_one_unit_and_as_many_decimals_everywhere():
     assert units.column([-0.001, 4.0], units.PLAIN) == ("", ["> -0.01", "4.00"])
 
 
+def test_text_without_what_a_page_cannot_hold():
+    assert units.printable("a\x00\x1b\ud800\n\tb\x85") == "a\ufffd\ufffd?\n\tb\ufffd"
+
+
 def test_moving_mean_is_centred_and_short_at_the_ends():
     assert moving_mean([3.0, 0.0, 6.0, 3.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0, 1.5]
     assert moving_mean([1.0, 2.0], 1) == [1.0, 2.0]
