@@ -168,6 +168,8 @@ def verdict(status: int | None, output: str) -> tuple[str, str]:
         return "dead", f"signal {-status}"
     if status in (1, 2) and failed:
         return "dead", failed[1]
+    if status == 4 and "found no collectors for" in output:  # its module cannot be imported
+        return "dead", "an import"
     raise RuntimeError(f"pytest ended with {status}:\n{output[-3000:]}")
 
 
