@@ -161,6 +161,7 @@ def test_unknown_alias_names_the_known_ones():
 # Tokenizers
 
 
+@pytest.mark.slow
 def test_corpus_and_tokenizers_are_the_same_in_every_process(texts, built, tmp_path):
     """The bert family has one tokenizer; ties are broken by no hash."""
     saved = {}

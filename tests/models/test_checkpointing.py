@@ -340,13 +340,19 @@ def peak(choice, pilots=1, by=checkpointed):
 
 
 def test_memory():
-    """A further pilot adds its layers' inputs, not its activations. In the graph of a pilot's gradient torch's own checkpoint
-    keeps what it recomputed, which is the reason for ours."""
+    """A further pilot adds its layers' inputs, not its activations."""
     torch.manual_seed(0)
-    (none, expected), (teachers, _), (student, _), (both, got) = map(peak, ("none", "teachers", "student", "both"))
-    assert worst(got, expected) < 1e-5
-    assert teachers < 0.9 * none and student < 0.55 * none and both < 0.35 * none
+    (none, expected), (both, got) = peak("none"), peak("both")
+    assert worst(got, expected) < 1e-5 and both < 0.35 * none
+    assert peak("both", 2)[0] - both < 0.2 * (peak("none", 2)[0] - none)
+
+
+@pytest.mark.slow
+def test_memory_of_every_choice():
+    """In the graph of a pilot's gradient torch's own checkpoint keeps what it recomputed, which is the reason for ours."""
+    torch.manual_seed(0)
+    none, teachers, student = (peak(choice)[0] for choice in ("none", "teachers", "student"))
+    assert teachers < 0.9 * none and student < 0.55 * none
     growth = peak("none", 2)[0] - none
-    assert peak("both", 2)[0] - both < 0.2 * growth
     assert peak("student", 2)[0] - student < 0.5 * growth  # the teacher's are among both
     assert peak("student", 2, torch_checkpointed)[0] - peak("student", 1, torch_checkpointed)[0] > 0.9 * growth

@@ -26,6 +26,7 @@ def tree(tmp_path):
     return tmp_path / "tree"
 
 
+@pytest.mark.slow
 def test_dead_alive_stale(tree, tmp_path):
     known = Map(tmp_path / "map", there := copy(tree, tmp_path / "copy"), ["kernels"])
     gone = SIGN | {"old": "return a * b"}
