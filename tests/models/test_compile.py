@@ -60,7 +60,6 @@ def assert_agree(one, two, tolerance):
 @pytest.mark.parametrize(
     ("family", "train", "choice", "graphs"),
     [
-        ("bert", False, "all", 1),
         ("bert", True, "all", 1),
         ("distilbert", True, "all", 1),
         ("bert", False, "last-1", 1),
@@ -121,9 +120,9 @@ def test_layers_are_left_as_they_were():
 
 
 def test_no_size_makes_a_graph_of_its_own():
-    """All kinds of passes once, then 15 of any size; weights move between them, and bf16 ones stand in for the module's."""
+    """All kinds of passes once, then 11 of any size; weights move between them, and bf16 ones stand in for the module's."""
     compiled = Counted("eager")
-    networks = [encoder("bert", "bf16", compiled, layers=n) for n in (3, 5)]  # models of one shape share graphs
+    networks = [encoder("bert", "bf16", compiled, layers=n) for n in (2, 3)]  # models of one shape share graphs
     kinds = [(train, grad) for train in (False, True) for grad in (False, True)]
 
     def passes(network, given, train, grad):
@@ -140,13 +139,13 @@ def test_no_size_makes_a_graph_of_its_own():
         passes(networks[0], batch(size=9), *kind)
     graphs = compiled.spent()[0]
     assert graphs == len(kinds)
-    sizes = torch.randint(1, 40, (12, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = torch.randint(1, 40, (8, 2), generator=torch.Generator().manual_seed(0)).tolist()
     for i, (size, length) in enumerate([(64, 65), (2, 2), (32, 64), *sizes]):
         passes(networks[i % 2], batch("bert", length, size), *kinds[i % 4 if i % 8 < 4 else i % 3])
     assert compiled.spent()[0] == graphs
 
 
-@pytest.mark.parametrize(("size", "expected"), [((2, 5), SIZES), ((33, 7), SIZES), ((70, 60), LARGE)], ids=str)
+@pytest.mark.parametrize(("size", "expected"), [((2, 5), SIZES), ((70, 60), LARGE)], ids=str)
 def test_code_is_made_for_the_same_sizes_whatever_comes_first(size, expected):
     hints = []
 

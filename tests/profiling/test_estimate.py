@@ -48,13 +48,14 @@ def measured(config: Config, student: Blueprint, teachers: list[Blueprint]) -> i
     return allocated(lambda: Rehearsal(config, TASK, student, teachers, CPU, follow=False).run())
 
 
-def compare(batch: int, length: int, student: Blueprint, teachers: list[Blueprint], **given) -> None:
+def compare(batch: int, length: int, student: Blueprint, teachers: list[Blueprint], **given) -> Estimate:
     config = configured(batch, length, **given)
     predicted = estimate(config, TASK, student, teachers, CPU)
     assert sum(predicted.categories.values()) == predicted.tensors
     found = measured(config, student, teachers)
     print(f"{batch}x{length} {len(teachers)} {given}: {predicted.tensors / MIB:.1f} of {found / MIB:.1f} MiB")
     assert abs(predicted.tensors / found - 1) < TOLERANCE, (predicted.tensors, found)
+    return predicted
 
 
 STRATEGIES = ("exact", "double_backward", "finite_difference", "first_order")
@@ -79,11 +80,9 @@ def named(given: dict) -> str:
     return " ".join(map(str, given.values()))
 
 
-@pytest.mark.parametrize("given", [
-    {"meta_grad": "exact", "precision": "bf16", "checkpointing": "both"}, {"meta_grad": "double_backward"},
-], ids=named)  # fmt: skip
-def test_predicted_as_measured(given):
-    compare(4, 16, model("s", 1), [model("t", 1)], **given)
+def test_predicted_as_measured():
+    """Of the exact gradient in bf16, with checkpoints, in test_what_stays_is_counted_exactly."""
+    compare(4, 16, model("s", 1), [model("t", 1)], meta_grad="double_backward")
 
 
 @pytest.mark.slow
@@ -121,7 +120,7 @@ def test_miniatures_with_their_preparation(method):
 @pytest.fixture(scope="module")
 def exact():
     """Of a usual run, on a GPU."""
-    return estimate(configured(32, 64), TASK, model("s", 2), [model("t", 1)], CUDA)
+    return estimate(configured(32, 64), TASK, model("s", 3), [model("t", 1)], CUDA)
 
 
 def test_what_stays_is_counted_exactly(exact):
@@ -129,15 +128,15 @@ def test_what_stays_is_counted_exactly(exact):
     student, teacher = model("s", 1), model("t", 1)
     with pretending(CPU):
         s, t = (sum(p.numel() for p in each.build().parameters()) for each in (student, teacher))
-        deep = sum(p.numel() for p in model("s", 2).build().parameters())
-    small = estimate(configured(8, 32, precision="bf16"), TASK, student, [teacher], CPU)
-    # by rows on the CPU: of the words' table no more than the batch's 8 x 32
-    taken = s - 2_100 * 64 + 8 * 32 * 64
+        deep = sum(p.numel() for p in model("s", 3).build().parameters())
+    small = compare(4, 16, student, [teacher], precision="bf16", checkpointing="both")
+    # by rows on the CPU: of the words' table no more than the batch's 4 x 16
+    taken = s - 2_100 * 64 + 4 * 16 * 64
     for found, all_weights, size, snapshot in ((exact, deep + t, 4, deep), (small, s + t, 4 + 2, taken)):
         expected = {"weights": size * all_weights, "optimizer": 8 * all_weights, "snapshots": 4 * snapshot}
         assert {name: found.categories[name] for name in expected} == pytest.approx(expected, rel=0.01)
         assert 4 * all_weights * 0.99 < found.categories["gradients"]
-    frozen = estimate(configured(8, 32, method="kd"), TASK, student, [teacher], CPU).categories
+    frozen = estimate(configured(4, 16, method="kd"), TASK, student, [teacher], CPU).categories
     expected = {"weights": 4 * (s + t), "optimizer": 8 * s, "snapshots": 0, "second order": 0}
     assert {name: frozen[name] for name in expected} == pytest.approx(expected, rel=0.01)
 
@@ -162,7 +161,7 @@ def test_a_stage_begins_without_the_optimizer_of_the_one_before(monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        estimate(config, TASK, model("s", 1), teachers, CPU)
+        Rehearsal(config, TASK, model("s", 1), teachers, CPU).run()
     finally:
         gc.enable()
     assert alive == [("prepare a", 1), ("prepare b", 1), ("warm up", 1), ("kd", 1)]
@@ -170,12 +169,12 @@ def test_a_stage_begins_without_the_optimizer_of_the_one_before(monkeypatch):
 
 def test_strategies_need_what_they_are_known_for(exact):
     double, kept = (
-        estimate(configured(32, 64, **given), TASK, model("s", 2), [model("t", 1)], CUDA)
+        estimate(configured(32, 64, **given), TASK, model("s", 3), [model("t", 1)], CUDA)
         for given in ({"meta_grad": "double_backward"}, {"checkpointing": "both", "snapshot_store": "pinned"})
     )
-    assert double.categories["second order"] > 1.1 * exact.categories["second order"]
+    assert double.categories["second order"] > 1.5 * exact.categories["second order"]  # found: 2.1
     assert double.tensors > exact.tensors > kept.tensors
-    assert kept.categories["activations"] < 0.6 * exact.categories["activations"]
+    assert kept.categories["activations"] < 0.5 * exact.categories["activations"]  # found: 0.15
     assert kept.flops > exact.flops
     assert exact.categories["snapshots"] > 0 == kept.categories["snapshots"], "pinned snapshots are on the host"
 

@@ -21,14 +21,29 @@ STRATEGIES = ["exact", "double_backward", "finite_difference", "first_order"]
 MIB = 2**20
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots take their time, and have their own test."""
+    monkeypatch.setattr(plots, "plot", lambda found, folder: [])
+
+
 def rows_of(folder) -> list[dict]:
     return json.loads((folder / "profile.json").read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile") / "out"
-    assert main([*FLAGS, "--strategies", "exact,double_backward", "--lengths", "12,8", "--output", str(folder)]) == 0
+    """One of its settings is traced: a trace takes as long as all the rest of a setting."""
+    folder, trace = tmp_path_factory.mktemp("profile") / "out", Profiling._trace
+
+    def traced(self, step):
+        return trace(self, step) if self.measured.name == "exact-fp32-4x12" else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Profiling, "_trace", traced)
+        assert (
+            main([*FLAGS, "--strategies", "exact,double_backward", "--lengths", "12,8", "--output", str(folder)]) == 0
+        )
     return folder
 
 
@@ -83,15 +98,14 @@ def test_a_directory_in_use_is_left_alone(profiled, capsys):
     assert "holds files already" in capsys.readouterr().err and contents(profiled) == before
 
 
-def test_checkpointing_micro_batches_and_precision_are_told_apart(tmp_path):
+def test_checkpointing_micro_batches_and_precision_are_told_apart(undrawn, tmp_path):
     """And a student of some layers is built again and again: keeping layers changes that model's configuration alone."""
     flags = ["--checkpointing-choices", "both", "--micro-batch-sizes", "2", "--precision", "bf16", "--lengths", "8"]
     flags += ["--teachers", "tinybert,tinybert2", "--student-layers", "1", "--output", str(tmp_path / "o")]
     assert main([*FLAGS, *flags]) == 0
     found = json.loads((tmp_path / "o" / "profile.json").read_text())
-    assert [(tables.label(row), row["error"]) for row in found["rows"]] == [
-        ("exact, checkpointing both, micro-batch 2", None)
-    ]
+    (measured,) = found["rows"]
+    assert (tables.label(measured), measured["error"]) == ("exact, checkpointing both, micro-batch 2", None)
     assert tables.label(row("exact", 4, 8, micro_batch=2)) == "exact, micro-batch 2"
     assert len(list((tmp_path / "o" / "traces").iterdir())) == 1 and "bf16" in tables.caption(found)
     teachers, student = found["models"]["teachers"], found["models"]["student"]
@@ -107,7 +121,7 @@ FIGURES = {"seconds": 0.5, "sections": {"pilot": 0.2, "real step": 0.3}, "flops"
 
 
 @pytest.fixture
-def profile(monkeypatch, tmp_path):
+def profile(undrawn, monkeypatch, tmp_path):
     """Profile the strategies; each ends as `ends` says, with made-up figures where it says nothing."""
 
     def profile(ends: dict[str, BaseException], *flags: str) -> int:
@@ -118,7 +132,6 @@ def profile(monkeypatch, tmp_path):
                 setattr(self.measured, name, value)
 
         monkeypatch.setattr(Profiling, "run", run)
-        monkeypatch.setattr(plots, "plot", lambda found, folder: [])  # it takes its time
         given = ["--strategies", ",".join(STRATEGIES[:2]), "--lengths", "8", "--output", str(tmp_path / "o")]
         return main([*FLAGS, *given, *flags])
 
