@@ -15,6 +15,7 @@ from engine.losses.divergences import DIVERGENCES, FOR_REGRESSION, Divergence
 from engine.models.network import Outputs
 
 FeatureLoss = Literal["none", "patient", "tinybert"]
+IGNORED = -100  # the label of an example that has none, as in torch's cross_entropy and in engine.kernels
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Objective:
 
     soft compares the student's logits with zbar = sum_k w_k z_k, w_k = 1/K unless given, by the divergence with the name
     `soft_loss` (engine.losses.divergences). hard is cross-entropy, or the squared error of the one output in a regression.
+    Cross-entropy is the mean over the labels that are not -100, and 0 where there is none: such an example counts in soft and
+    in the features, but not in hard. A regression has no such label.
     Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H], and of `tinybert`
     (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real tokens of example i, W the
     projection that the student learns:
@@ -33,7 +36,8 @@ class Objective:
     Where models give their examples' domain features d [B, H], tinybert adds mean_H (W' d_S - d_k)^2 (Meta-KD, Pan et al.
     2021, where all these are weighted by example). Without `on_logits`, L is the features' part alone.
 
-    Every loss is multiplied by `share`: what a part of a batch counts in the batch's mean (engine.meta.micro_batches).
+    A part of a batch (engine.meta.micro_batches) is weighed by what it counts in the batch's means: `share` of its examples,
+    `hard_share` of its labels, a scalar on the device where it depends on how many of them are -100.
     """
 
     soft_loss: str = "kl"
@@ -44,6 +48,7 @@ class Objective:
     beta: float = 100.0
     on_logits: bool = True
     share: float = 1.0
+    hard_share: float | Tensor = 1.0
 
     def __post_init__(self):
         for name, allowed in (("soft_loss", DIVERGENCES), ("feature_loss", get_args(FeatureLoss))):
@@ -63,16 +68,23 @@ class Objective:
         return DIVERGENCES[self.soft_loss]
 
     def hard(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]."""
-        return self._counted(self._hard(student, labels))
-
-    def _hard(self, student: Tensor, labels: Tensor) -> Tensor:
+        """Mean hard loss of logits [B, C] (regression: [B, 1]) against labels [B]; raises ValueError for other shapes."""
         if self.regression:
-            return _mean_square(student.reshape(-1) - labels.reshape(-1))
-        return F.cross_entropy(student, labels)
-
-    def _counted(self, loss: Tensor) -> Tensor:
-        return loss if self.share == 1 else loss * self.share
+            fits = student.shape in (labels.shape, (*labels.shape, 1))
+        else:
+            fits = student.shape[:-1] == labels.shape
+        if not fits:
+            raise ValueError(f"logits {tuple(student.shape)} and labels {tuple(labels.shape)} do not fit: the labels of "
+                             f"{'[B, 1]' if self.regression else '[B, C]'} logits are [B].")  # fmt: skip
+        labels = labels.reshape(-1)
+        if self.regression:
+            loss = _mean_square(student.reshape(-1) - labels)
+        else:  # torch's own mean is NaN where no label counts
+            loss = F.cross_entropy(
+                student.reshape(-1, student.shape[-1]), labels, ignore_index=IGNORED, reduction="sum"
+            )
+            loss = loss / count_labels(labels)
+        return _weighed(loss, self.hard_share)
 
     def distil(
         self, student: Outputs, teachers: Sequence[Outputs], labels: Tensor, weights: Tensor | None = None,
@@ -81,25 +93,30 @@ class Objective:
         """The whole loss of a student given K teachers, differentiable twice in all of them and in `weights` [K].
 
         `by_example` [B] weighs the examples in the mean of the features' part, without dividing by the weights' sum.
-        Raises ValueError where features are wanted and a model gives none, or theirs do not have one shape.
+        Raises ValueError for shapes that do not fit, and where features are wanted and a model gives none.
         """
         if not self.on_logits:
-            return self._counted(self.beta * self._features(student, teachers, weights, by_example))
+            return _weighed(self.beta * self._features(student, teachers, weights, by_example), self.share)
         logits, divergence = [teacher.logits for teacher in teachers], self.divergence
+        together = divergence.fused and not isinstance(self.hard_share, Tensor)  # labels count as their examples do
         if divergence.fused:
+            labels_too = labels if together else None
             loss = divergence.loss(
-                student.logits, logits, labels, temperature=self.temperature, alpha=self.alpha, weights=weights
+                student.logits, logits, labels_too, temperature=self.temperature, alpha=self.alpha, weights=weights
             )
         else:
             mean = mean_logits(logits, weights)
             if mean.shape != student.logits.shape:
                 raise ValueError(
                     f"student logits are {tuple(student.logits.shape)}, teachers' are {tuple(mean.shape)}; they must agree.")  # fmt: skip
-            soft = divergence.soft(student.logits, mean, self.temperature)
-            loss = self.alpha * soft + (1 - self.alpha) * self._hard(student.logits, labels)
+            loss = self.alpha * divergence.soft(student.logits, mean, self.temperature)
+        loss = _weighed(loss, self.share)
+        if not together:
+            loss = loss + (1 - self.alpha) * self.hard(student.logits, labels)
         if self.feature_loss != "none":
-            loss = loss + self.beta * self._features(student, teachers, weights, by_example)
-        return self._counted(loss)
+            features = self.beta * self._features(student, teachers, weights, by_example)
+            loss = loss + _weighed(features, self.share)
+        return loss
 
     def _features(
         self, student: Outputs, teachers: Sequence[Outputs], weights: Tensor | None, by_example: Tensor | None
@@ -159,7 +176,7 @@ class Objective:
             logits = [t.logits for t in teachers]
             settings = {"temperature": self.temperature, "alpha": self.alpha, "weights": weights}
             found = closed_form(student.logits, logits, tangents.logits, **settings)
-            return [Outputs(self._counted(c)) for c in found], None
+            return [Outputs(_weighed(c, self.share)) for c in found], None
         with torch.enable_grad():
             student = student.detached(requires_grad=True)
             teachers = [t.detached(requires_grad=True) for t in teachers]
@@ -187,6 +204,17 @@ def _tinybert(student: Outputs, teacher: Outputs) -> Tensor:
     if student.domain is not None:
         loss = loss + (student.domain - teacher.domain).square().mean(1)
     return loss
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels [] the mean of cross-entropies is over: those that are not ignored, one at least."""
+    return (labels != IGNORED).sum().clamp_min(1)
+
+
+def _weighed(loss: Tensor, share: float | Tensor) -> Tensor:
+    if isinstance(share, Tensor):
+        return loss * share.to(loss.dtype)
+    return loss if share == 1 else loss * share
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Problem:
 
     def own_loss(self, part: Part, pilots: int) -> Objective:
         """A teacher's own loss on a part of a pilot batch; a round has so many `pilots`, and their mean counts."""
-        return replace(self.own, share=part.objective.share / pilots)
+        given = part.objective
+        return replace(self.own, share=given.share / pilots, hard_share=given.hard_share / pilots)
 
 
 class Kept(NamedTuple):

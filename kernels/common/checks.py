@@ -39,8 +39,8 @@ def check_logits(student: Tensor, teachers: list[Tensor], labels, temperature, a
         return
     if labels.dtype != torch.int64 or labels.shape != student.shape[:-1] or labels.device != student.device:
         raise ValueError(
-            f"labels must be int64 {tuple(student.shape[:-1])} on {student.device}, to fit the logits; got {labels.dtype} "
-            f"{tuple(labels.shape)} on {labels.device}."
+            f"labels must be int64 {tuple(student.shape[:-1])} on {student.device}, to fit logits {tuple(student.shape)}; got "
+            f"{labels.dtype} {tuple(labels.shape)} on {labels.device}."
         )
 
 

@@ -214,6 +214,49 @@ def test_parts_of_a_batch_add_up(size, seed):
         torch.testing.assert_close(torch.cat([s[i] for _, s in found]), whole, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("labels", [[0, -100, 2], [-100, -100, 1], [-100] * B], ids=str)
+@pytest.mark.parametrize("kind", ["kl", "mse_logits"])
+def test_a_label_of_minus_100_does_not_count(kind, labels):
+    """The mean of cross-entropies is over the others, 0 where there is none; soft and features are over all examples. So
+    it is for the whole batch, and for its parts of one example, of which some have no label."""
+    case = Case(kind, K=2, features="patient")
+    counted = [b for b in range(B) if labels[b] != -100]
+    case.labels = torch.tensor(labels)
+    expected = hard(case.student[0][counted], case.labels[counted], False) if counted else 0.0
+    torch.testing.assert_close(case.objective.hard(case.student[0], case.labels), expected + case.student[0].sum() * 0)
+    teachers = [case.outputs(t) for t in case.teachers]
+    loss, slopes = case.objective.slopes(case.given[0], teachers, case.labels)
+    case.labels = torch.zeros(B).long()
+    rest = case.formula() - (1 - ALPHA) * hard(case.student[0], case.labels, False)
+    torch.testing.assert_close(loss, (rest + (1 - ALPHA) * expected).detach(), rtol=1e-13, atol=0)
+    batch = Batch(torch.tensor(labels), {"row": {"number": torch.arange(B)}})
+    found = []
+    for part, objective in parts(batch, case.objective, 1):
+        rows = part.inputs["row"]["number"]
+        each = [Outputs(*(None if t is None else t[rows] for t in o)) for o in (case.given[0], *teachers)]
+        found.append(objective.slopes(each[0], each[1:], part.labels))
+    torch.testing.assert_close(sum(value for value, _ in found), loss, rtol=1e-12, atol=0)
+    close([torch.cat([s[i] for _, s in found]) for i in range(2)], slopes)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "regression"),
+    [((4, 2), (8,), True), ((4, 1), (5,), True), ((3,), (3, 1), True), ((4, 2), (8,), False), ((4, 2), (4, 2), False)],
+)
+def test_labels_that_do_not_fit_the_logits(logits, labels, regression):
+    """Both shapes are said, by every soft loss: flattened, [4, 2] would pass for [8], and [4, 1] against [4] makes [4, 4]."""
+    student, labels = torch.zeros(logits), torch.zeros(labels, dtype=torch.float32 if regression else torch.int64)
+    for kind in ["mse_logits"] if regression else ["kl", "mse_prob", "mse_logits"]:
+        objective = Objective(kind, T, ALPHA, regression)
+        for loss in (
+            lambda o=objective: o.hard(student, labels),
+            lambda o=objective: o.distil(Outputs(student), [Outputs(student)], labels),
+        ):
+            with pytest.raises(ValueError) as error:
+                loss()
+            assert str(tuple(student.shape)) in str(error.value) and str(tuple(labels.shape)) in str(error.value)
+
+
 def test_an_output_that_no_loss_sees_has_zeros():
     case = Case(features="patient")
     blind = Objective("kl", T, ALPHA)

@@ -33,7 +33,7 @@ def test_every_example_is_in_one_part(examples, size):
     for get in (lambda b: b.labels, lambda b: b.inputs["words"]["ids"], lambda b: b.answers[0][0]):
         assert torch.equal(torch.cat([get(part.batch) for part in found]), get(whole))
     for part in found:
-        assert part.objective.share == len(part.batch.labels) / examples
+        assert part.objective.share == len(part.batch.labels) / examples == part.objective.hard_share
         assert size is None or len(part.batch.labels) <= size
 
 
@@ -69,6 +69,23 @@ def test_meta_gradients_are_those_of_the_whole_batch(strategy, more):
     found_losses, found, _ = in_parts.run(STRATEGIES[strategy])
     assert difference(found, expected) < TOLERANCE[strategy]
     torch.testing.assert_close(found_losses, losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "double_backward"])
+@pytest.mark.parametrize("labels", [([-100, -100, 1], [-100, 2, -100, -100]), ([-100] * 3, [-100] * 4)], ids=str)
+def test_meta_gradients_of_parts_without_a_label(strategy, labels):
+    """A part counts by its labels that are not -100, and nothing where it has none, in pilot, quiz and the teachers' own loss."""
+    runs = []
+    for cut in ({}, {"micro_batch": 2}):
+        scene = Scene("distilbert", ["bert"], pilots=2, dropout=0.0, own=Objective("kl", 2.0, 0.3), **cut)
+        for batch, given_labels in zip([*scene.pilots, *scene.quizzes], [labels[0]] * 2 + [labels[1]], strict=True):
+            batch.labels = torch.tensor(given_labels)
+        runs.append(scene.run(STRATEGIES[strategy])[:2])
+    (losses, expected), (found_losses, found) = runs
+    assert difference(found, expected) < EXACT
+    torch.testing.assert_close(found_losses, losses, rtol=1e-12, atol=0)
+    if labels[1] == [-100] * 4:
+        assert losses[1] == 0
 
 
 @pytest.mark.parametrize("pilots", [1, 2])

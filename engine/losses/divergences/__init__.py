@@ -31,7 +31,7 @@ class Divergence:
     help        one line of --help: what the soft loss is. A literal text (engine.plugins)
     soft        (student [B, C], mean of the teachers [B, C], temperature) -> scalar
     loss        (student, list of the teachers' logits, labels, temperature=, alpha=, weights=) -> alpha soft + (1 - alpha)
-                cross-entropy, as engine.kernels.kd_loss
+                cross-entropy, as engine.kernels.kd_loss; labels None leave the cross-entropy out
     cotangents  (student, list of the teachers' logits, tangents u of the student's logits, temperature=, alpha=, weights=) ->
                 for each teacher d/dz_k < dL/dz_S, u > in closed form, as engine.kernels.meta_cotangent
     regression  `soft` also compares the one output of a regression
