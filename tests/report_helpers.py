@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from engine.config import Config
+from engine.report import pages
 from engine.sections import SECTIONS
 
 # seconds a step of each section: MetaDistil with one pilot step on a GPU, roughly; made up all the same
@@ -143,3 +144,7 @@ def make_run(folder: Path, *, steps: int = 750, seed: int = 3, telemetry: bool =
         content = summary(steps, telemetry, cuda) | {"settings": chosen, "seed": seed} | changes
         (folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def page_of(*directories: Path) -> str:
+    return pages.write(directories, None)[0].read_text()

@@ -11,9 +11,9 @@ from small_models import transformer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from engine.models.checkpointing import _Body, checkpointed
+from engine.models.checkpointing import REFUSED, _Body, checkpointed
 from engine.models.encoder_layers import encoder_layers
 from engine.profiling.allocated import allocated
 
@@ -247,6 +247,20 @@ def test_a_layer_with_an_embedding_runs_as_it_is():
         assert "forward" not in layers[0].__dict__ and "forward" in layers[1].__dict__
         out = layers(torch.arange(3))
     assert torch.autograd.grad(out.sum(), leaves)[0].any()
+
+
+def test_the_reasons_of_a_refusal_are_true():
+    """With what is refused, torch gives a first derivative and no second one."""
+    layer, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(3, 4, requires_grad=True)
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    how = {"selective": {"use_reentrant": False, "context_fn": kept}, "reentrant": {"use_reentrant": True}}
+    assert how.keys() == REFUSED.keys()
+    for settings in how.values():
+        checkpoint(layer, x, **settings).sum().backward()
+        with pytest.raises(RuntimeError, match=r"backward an extra time|incompatible with .grad"):
+            torch.autograd.grad(checkpoint(layer, x, **settings).square().sum(), x, create_graph=True)[
+                0
+            ].sum().backward()
 
 
 # Memory

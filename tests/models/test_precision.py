@@ -29,37 +29,29 @@ def found(monkeypatch, processor=(), bf16=False, tf32=False):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
 
 
-@pytest.mark.parametrize(
-    ("given", "device", "able", "expected"),
-    [
-        ("fp32", CPU, {}, "fp32"),
-        ("fp32", CUDA, {}, "fp32"),
-        ("bf16", CPU, {"processor": ["avx512_bf16"]}, "bf16"),
-        ("bf16", CPU, {"bf16": True}, "fp32"),
-        ("bf16", CUDA, {"bf16": True}, "bf16"),
-        ("tf32", CUDA, {"tf32": True}, "tf32"),
-    ],
-)
-def test_what_computes(given, device, able, expected, monkeypatch):
-    found(monkeypatch, **able)
-    chosen, said = precision.choose(given, device)
-    assert chosen == expected
-    instead = "Precision: fp32 instead of bf16, since this processor has no bf16"
-    assert said is None if chosen == given else said.startswith(instead)
+INSTEAD = "Precision: fp32 instead of bf16, since this processor has no bf16"
+CHOSEN = [
+    ("fp32", CPU, {}, "fp32", None),
+    ("fp32", CUDA, {}, "fp32", None),
+    ("bf16", CPU, {"processor": ["avx512_bf16"]}, "bf16", None),
+    ("bf16", CPU, {"bf16": True}, "fp32", INSTEAD),
+    ("bf16", CUDA, {"bf16": True}, "bf16", None),
+    ("tf32", CUDA, {"tf32": True}, "tf32", None),
+    ("bf16", CUDA, {"processor": ["avx512_bf16"]}, None, "bf16, which this CUDA device cannot do"),
+    ("tf32", CPU, {"tf32": True}, None, "tf32, which needs a CUDA device, and this run is on cpu"),
+    ("tf32", CUDA, {}, None, "tf32, .* compute capability 8.0 or newer, and this one has 7.5"),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "device", "able", "said"),
-    [
-        ("bf16", CUDA, {"processor": ["avx512_bf16"]}, "bf16, which this CUDA device cannot do"),
-        ("tf32", CPU, {"tf32": True}, "tf32, which needs a CUDA device, and this run is on cpu"),
-        ("tf32", CUDA, {}, "tf32, .* compute capability 8.0 or newer, and this one has 7.5"),
-    ],
-)
-def test_what_a_device_cannot_do(given, device, able, said, monkeypatch):
+@pytest.mark.parametrize(("given", "device", "able", "expected", "says"), CHOSEN)
+def test_what_computes(given, device, able, expected, says, monkeypatch):
     found(monkeypatch, **able)
-    with pytest.raises(UserError, match=f"^--precision is {said}; use --precision fp32.$"):
-        precision.choose(given, device)
+    if expected is None:
+        with pytest.raises(UserError, match=f"^--precision is {says}; use --precision fp32.$"):
+            precision.choose(given, device)
+    else:
+        chosen, said = precision.choose(given, device)
+        assert chosen == expected and (said is None if says is None else said.startswith(says))
 
 
 LINUX = {
@@ -144,20 +136,15 @@ def test_the_switches_are_set_whatever_they_were(given, before, switches):
         assert backends.cuda.matmul.allow_tf32 == backends.cudnn.allow_tf32 == tf32
 
 
-@pytest.mark.parametrize("given", ["fp32", "tf32"])
-def test_products_are_ieee_inside(given, switches):
-    precision.apply(given)
-    now = lambda: torch.backends.cuda.matmul.fp32_precision  # noqa: E731
-    outside = now()
-    with precision.ieee():
-        assert now() == "ieee"
+def test_products_are_ieee_inside(switches):
+    """Also inside twice, and after an error."""
+    precision.apply("tf32")
+    with pytest.raises(ZeroDivisionError), precision.ieee():
         with precision.ieee():
             pass
-        assert now() == "ieee"
-    assert now() == outside == {"fp32": "ieee", "tf32": "tf32"}[given]
-    with pytest.raises(ZeroDivisionError), precision.ieee():
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         raise ZeroDivisionError
-    assert now() == outside
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.gpu

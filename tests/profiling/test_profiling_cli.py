@@ -94,19 +94,8 @@ def estimated(monkeypatch):
 
     def estimate(config, task, student, teachers, device) -> Estimate:
         sizes = dict.fromkeys(CATEGORIES, 0) | {"weights": 2**33 // config.optim.batch_size}
-        operations = 1e9 if config.method.meta_grad == "exact" else 2e9
-        return Estimate(
-            str(device),
-            "metadistil",
-            sum(sizes.values()),
-            {"context": 5},
-            sizes,
-            "quiz",
-            {},
-            {},
-            operations,
-            ["nothing"],
-        )
+        flops, total = 1e9 if config.method.meta_grad == "exact" else 2e9, sum(sizes.values())
+        return Estimate(str(device), "metadistil", total, {"context": 5}, sizes, "quiz", {}, {}, flops, ["nothing"])
 
     monkeypatch.setattr(forecast, "estimate", estimate)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from compare_helpers import grid
-from report_helpers import make_run
+from report_helpers import make_run, page_of
 from run_helpers import summary as summary_of
 
 from engine.compare.result import collect
-from engine.report import curves, pages
+from engine.report import curves
 
 ROWS = [{"name": "KD", "method": "kd", "teachers": "bert,roberta", "student": "distilbert"},
         {"name": "MD", "method": "metadistil", "teachers": "bert,roberta", "student": "distilbert", "published": 93.5}]  # fmt: skip
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def page(folder):
-    return pages.write([folder], None)[0].read_text()
+    return page_of(folder)
 
 
 @pytest.fixture(scope="session")

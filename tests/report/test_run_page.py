@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 from page_reader import EVIL, Reader, table
-from report_helpers import SECONDS, make_run, settings
+from report_helpers import SECONDS, make_run, page_of, settings
 from run_helpers import summary as summary_of
 
 from engine import cli
 from engine.compare import options
-from engine.report import pages
 from engine.report.__main__ import main
 from engine.report.layout import MARK
 from engine.report.load import read
@@ -20,10 +19,6 @@ from engine.report.settings import commands, sorted_out
 from engine.report.style import PALETTE
 
 TRAINING = {name: s for name, s in SECONDS.items() if name not in ("evaluation", "checkpoint")}
-
-
-def page_of(folder: Path) -> str:
-    return pages.write([folder], None)[0].read_text()
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,15 @@ from pathlib import Path
 
 import pytest
 from page_reader import EVIL, Reader, table
-from report_helpers import make_run
+from report_helpers import make_run, page_of
 from run_helpers import summary as summary_of
 
-from engine.report import pages
 from engine.report.__main__ import main
 
 
 def cells(comparison: Path) -> list[Path]:
     """The directories of its runs."""
     return sorted(path for path in (comparison / "cells").iterdir() if path.is_dir())
-
-
-def page_of(*directories: Path) -> str:
-    return pages.write(directories, None)[0].read_text()
 
 
 @pytest.fixture(scope="module")
