@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.models.families import LEAN, family, model_type
 
 # Batch size and length that code is made for, and more tokens than which there is code for more: sums of over 4096 numbers
 # are taken in another way in torch 2.13's C++. Every graph runs with all sizes that come up
@@ -81,12 +82,12 @@ class CompiledLayers:
             )
         return self._functions[device]
 
-    def check(self, module: nn.Module, family: str | None, name: str) -> None:
+    def check(self, module: nn.Module, name: str) -> None:
         """Raises UserError for a module whose layers are not known."""
-        if family is None:
-            kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
-            raise UserError(f"--compile knows the layers of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, and "
-                            f"{name} is a {kind}; leave it out.")  # fmt: skip
+        if family(module).lean is None:
+            raise UserError(
+                f"--compile knows the layers of {', '.join(LEAN)}, and {name} is a {model_type(module)}; leave it out."
+            )
 
     def try_out(self, device: torch.device) -> None:
         """Compile something small; raises UserError with the reason where nothing can be compiled on `device`."""

@@ -1,4 +1,4 @@
-"""The layers of an encoder, and those of known families with less work and memory than transformers takes for the same.
+"""The layers of a model, and those of known families with less work and memory than transformers takes for the same.
 
 **The last layer on the first token**, which is all that these classifiers read of it. Queries, the output projection and
 the feed-forward network are needed of one token. Keys and values of every token are not needed either: with one query a
@@ -20,7 +20,7 @@ a quarter of what a layer keeps, for one elementwise pass. First derivatives onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -28,35 +28,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Families whose sequence classifiers read position 0 of the last layer, by the structure of a layer.
-BERT_LIKE = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
-DISTILBERT_LIKE = {"distilbert"}
-
-
-def family(module: nn.Module) -> str | None:
-    """ "bert" or "distilbert" for a sequence classifier with layers of that structure, None for any other module."""
-    config = getattr(module, "config", None)
-    kind = getattr(config, "model_type", None)
-    if not type(module).__name__.endswith("ForSequenceClassification") or getattr(config, "is_decoder", False):
-        return None
-    return "bert" if kind in BERT_LIKE else "distilbert" if kind in DISTILBERT_LIKE else None
+from engine.models.families import family
 
 
 def encoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder, in their order, each object once.
+    """The layers of a model, in their order, each object once; those of a decoder behind the encoder's.
 
-    With a configuration that counts them (transformers): the nn.ModuleList of that length. Else the longest nn.ModuleList,
-    or where there is none the children of the longest nn.Sequential. Raises ValueError where that is nothing.
+    Where no record of its family says where they stand: with a configuration that counts them (transformers) each nn.ModuleList
+    of that length, else the longest nn.ModuleList, or where there is none the children of the longest nn.Sequential. Raises
+    ValueError where that is nothing.
     """
     depth = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == (depth or len(m))]
-    if depth is None:
+    lists = [layers for _, _, layers in stacks(module)]
+    if not lists and depth is None:
+        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
         lists = lists or [m for m in module.modules() if isinstance(m, nn.Sequential)]
-    layers = max(lists, key=len, default=())  # the first of equally long ones
-    if not len(layers):
+        lists = [max(lists, key=len, default=())]  # the first of equally long ones
+    layers = list(dict.fromkeys(layer for each in lists for layer in _flat(each)))
+    if not layers:
         wanted = "nn.ModuleList or nn.Sequential" if depth is None else f"nn.ModuleList of {depth} layers"
         raise ValueError(f"The layers of a {type(module).__name__} are not known: it has no {wanted}.")
-    return list(dict.fromkeys(layers))
+    return layers
+
+
+def stacks(module: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
+    """(parent, name, list) of each nn.ModuleList that a model of transformers has its layers in; none for any other module."""
+    depth = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    if depth is None:
+        return []
+    if paths := family(module).layers:
+        places = [path.rpartition(".") for path in paths]
+        return [
+            (parent := module.base_model.get_submodule(where), name, getattr(parent, name)) for where, _, name in places
+        ]
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    inside = {m for *_, layers in found for layer in layers for m in layer.modules()}
+    return [each for each in found if each[2] not in inside]
+
+
+def _flat(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers of a list that may have lists in it."""
+    return [each for layer in layers for each in (_flat(layer) if isinstance(layer, nn.ModuleList) else [layer])]
 
 
 @contextmanager
@@ -72,7 +89,7 @@ def lean_layers(
     if kind is None:
         yield
         return
-    layers = (module.base_model.encoder if kind == "bert" else module.base_model.transformer).layer
+    layers = encoder_layers(module)
     last = _bert if kind == "bert" else _distilbert
     with ExitStack() as stack:
         if not whole:

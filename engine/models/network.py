@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PretrainedConfig
 
 from engine.batch import Batch
 from engine.models.compiling import CompiledLayers
-from engine.models.encoder_layers import family, lean_layers
+from engine.models.encoder_layers import lean_layers
+from engine.models.families import family
 from engine.models.features import SCORES, InnerStates
 from engine.params.flat import TABLE_ROWS, FlatParameters
-
-# transformers looks at the values of a 2-D mask, a host synchronisation in every forward on a GPU; these families take
-# a ready 4-D mask as it is
-READY_MASKS = {"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
 
 
 class Outputs(NamedTuple):
@@ -158,10 +156,9 @@ class Encoder(Network):
         self.heads = 1
         self.role: str | None = None  # "teacher" or "student": it reads that role's version where a batch has one
         self._inputs = set(inspect.signature(module.forward).parameters)
-        self._ready_mask = getattr(getattr(module, "config", None), "model_type", None) in READY_MASKS
-        self._family = family(module)
+        self.family = family(module)
         if compiled is not None:
-            compiled.check(module, self._family, name)
+            compiled.check(module, name)
         self._frozen: tuple[dict[str, int], dict[str, Tensor]] | None = None
 
     def __call__(
@@ -179,15 +176,16 @@ class Encoder(Network):
         if self.inner.attention:
             kind = SCORES
         real = inputs["attention_mask"]
-        if self._ready_mask:
+        if self.family.ready_mask:
             dtype = torch.bfloat16 if low else self.flat.weights.dtype
             inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
         math = (
             sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
         )  # where a model knows no other attention
         compiled = None if repeated or higher or precision is not None else self.compiled
-        lean = lean_layers(self.module, self._family, higher, compiled, self.inner.whole)
-        with _attending(self.module, kind), lean, math, self._reading(real, batch):
+        lean = lean_layers(self.module, self.family.lean, higher, compiled, self.inner.whole)
+        own = nullcontext() if self.family.attention_dropout is None else _attending(self.module.config, kind)
+        with own, lean, math, self._reading(real, batch):
             out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
         found = {name: _full(t) for name, t in out.items()} if self.inner else {"logits": _full(out.logits)}
         if self.heads > 1:
@@ -217,11 +215,8 @@ class Encoder(Network):
         return [*super().copies(), *(() if self._frozen is None else self._frozen[1].values())]
 
     def _drops_attention(self) -> bool:
-        config = getattr(self.module, "config", None)
-        return any(
-            getattr(config, name, 0.0) > 0
-            for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attention_dropout_prob")
-        )
+        name = self.family.attention_dropout
+        return name is not None and getattr(self.module.config, name, 0.0) > 0
 
     def _frozen_copies(self) -> dict[str, Tensor]:
         """bf16 copies of the weights that are not trained, made again when one was written to."""
@@ -261,10 +256,9 @@ def attention_mask(mask: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _attending(module: nn.Module, kind: str):
-    config = getattr(module, "config", None)
-    before = getattr(config, "_attn_implementation", kind)
-    if before == kind or not getattr(module, "_supports_sdpa", True):  # a family with one kind alone
+def _attending(config: PretrainedConfig, kind: str):
+    before = config._attn_implementation
+    if before == kind:
         yield
         return
     config._attn_implementation = kind

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.models.encoder_layers import encoder_layers
+from engine.models.encoder_layers import encoder_layers, stacks
+from engine.models.families import family
 
 ALLOWED = "all, last-N (N layers, 1 or more), head, or lora:R (rank 1 or more)"
-QUERY_AND_VALUE = {"query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj", "value_proj"}
 
 
 class Choice(NamedTuple):
@@ -55,6 +55,10 @@ def check(module: nn.Module, choice: str) -> None:
     if kind == "all":
         return
     layers = _layers(module, choice)
+    parents = [parent for parent, _, _ in stacks(module)]
+    if kind == "last" and len(set(parents)) < len(parents):
+        raise UserError(f"--teacher-params {choice} does not fit {_name(module)}, whose layers are not modules of their own; "
+                        "choose head, or all.")  # fmt: skip
     if kind == "last" and number > len(layers):
         raise UserError(
             f"--teacher-params is {choice}, but {_name(module)} has {len(layers)} layers; choose last-{len(layers)} or "
@@ -154,14 +158,15 @@ def _name(module: nn.Module) -> str:
 
 
 def _chosen(module: nn.Module, layers: list[nn.Module], last: int) -> set[nn.Parameter]:
-    """The head and the last layers: all but the layers before them and the encoder's modules named for embeddings."""
-    left_out = {p for layer in layers[: len(layers) - last] for p in layer.parameters()}
+    """The head and the last layers: all but the layers before them, and the encoder's embeddings and modules named for them."""
+    kept = {p for layer in layers[len(layers) - last :] for p in layer.parameters()}
+    left_out = {p for layer in layers for p in layer.parameters()}
     encoder = getattr(module, "base_model", module)
     if encoder is not module:
-        for name, p in encoder.named_parameters():
-            if any("embed" in part for part in name.split(".")[:-1]):
-                left_out.add(p)
-    return set(module.parameters()) - left_out
+        for name, child in encoder.named_modules():
+            if isinstance(child, nn.Embedding) or any("embed" in part for part in name.split(".")):
+                left_out.update(child.parameters())
+    return set(module.parameters()) - (left_out - kept)
 
 
 def _projections(module: nn.Module, layers: list[nn.Module], choice: str, rank: int) -> dict[str, nn.Linear]:
@@ -171,7 +176,7 @@ def _projections(module: nn.Module, layers: list[nn.Module], choice: str, rank: 
         names[id(m)]: m
         for layer in layers
         for name, m in layer.named_modules()
-        if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in QUERY_AND_VALUE
+        if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in family(module).query_and_value
     }
     if not targets:
         raise UserError(

@@ -10,7 +10,7 @@ from engine.config import Config
 from engine.errors import UserError
 from engine.losses.domain_head import DomainProjection
 from engine.methods import METHODS
-from engine.models.encoder_layers import family
+from engine.models.families import LEAN, family, model_type
 from engine.models.features import InnerStates, all_layers, attach, detach, layers_to_match, projection
 from engine.models.network import Network
 
@@ -73,10 +73,10 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
 
 def _check_tinybert(student: Network, teacher: Network) -> None:
     for network in (student, teacher):
-        if family(network.module) is None:
+        if family(network.module).lean is None:
             raise UserError(
-                f"--feature-loss tinybert reads the attention of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, "
-                f"and {network.name} is a {network.module.config.model_type}; use --feature-loss patient or none.")  # fmt: skip
+                f"--feature-loss tinybert reads the attention of {', '.join(LEAN)}, and {network.name} is a "
+                f"{model_type(network.module)}; use --feature-loss patient or none.")  # fmt: skip
     heads = [network.module.config.num_attention_heads for network in (student, teacher)]
     if heads[0] != heads[1]:
         raise UserError(

@@ -80,7 +80,7 @@ def test_layers_of_other_modules():
     assert encoder_layers(nn.Sequential(shared, tanh, shared)) == [shared, tanh]
     with pytest.raises(ValueError, match="Linear are not known: it has no nn.ModuleList or nn.Sequential"):
         encoder_layers(nn.Linear(2, 2))
-    module = text("bert", 0, layers=2)
+    module = text("bert", 0, layers=2).bert  # no classifier, so that no record says where its layers stand
     module.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="no nn.ModuleList of 7 layers"), checkpointed(module):
         pass

@@ -201,7 +201,7 @@ def test_a_model_whose_layers_are_not_known():
     albert = AlbertForSequenceClassification(AlbertConfig(
         vocab_size=30, embedding_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
     ))  # fmt: skip
-    with pytest.raises(UserError, match="^--compile knows the layers of BERT, .* and mine is a albert; leave it out.$"):
+    with pytest.raises(UserError, match="^--compile knows the layers of bert, .* and mine is a albert; leave it out.$"):
         Encoder("mine", albert, "own", compiled=CompiledLayers("eager"))
     Encoder("mine", albert, "own")
 

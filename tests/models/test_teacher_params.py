@@ -12,7 +12,13 @@ from safetensors import safe_open
 from scenes import Scene, difference, network, words
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModelForSequenceClassification,
+    XLMConfig,
+    XLMForSequenceClassification,
+)
 
 from engine.errors import UserError
 from engine.meta.strategies.double_backward import double_backward
@@ -93,10 +99,14 @@ NO_PROJECTIONS = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)]), "hea
 ALBERT = AlbertForSequenceClassification(  # which runs one layer over and over
     AlbertConfig(hidden_size=8, embedding_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=20)
 )
+XLM = XLMForSequenceClassification(XLMConfig(vocab_size=20, emb_dim=8, n_layers=2, n_heads=2))
 UNFIT = [
     ("last-4", "bert", r"is last-4, but the bert teacher has 3 layers; choose last-3 or fewer"),
     ("lora:9", "bert", r"is lora:9, but .* the bert teacher have rank 8 at the most"),
-    *((choice, ALBERT, f"{choice} does not know the layers of the albert teacher") for choice in CHOICES[1:]),
+    ("last-2", ALBERT, "is last-2, but the albert teacher has 1 layers"),
+    ("last-1", XLM, "last-1 does not fit the xlm teacher, whose layers are not modules of their own"),
+    # no classifier, so that no record says where its layers stand
+    *((choice, ALBERT.albert, f"{choice} does not know the layers of the albert teacher") for choice in CHOICES[1:]),
     ("head", PLAIN, "head leaves nothing to train in a teacher of the class Sequential"),
     ("lora:1", NO_PROJECTIONS, "lora:1 finds no query and value"),
 ]
