@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -65,17 +66,27 @@ print(kernels.__file__, engine.kernels.ops.kd_loss.naive.__file__, sep="\\n")
 """
 
 
-def test_transformers_finds_the_other_package_of_the_name_kernels(tmp_path):
+@pytest.fixture
+def stub(tmp_path):
+    """A folder for sys.path with that package, in a version that transformers takes."""
     version = KERNELS_MIN_VERSION  # 0.18.2 to below 0.19 for transformers 5.23; another release takes others
-    package, metadata = tmp_path / "kernels" / "__init__.py", tmp_path / f"kernels-{version}.dist-info" / "METADATA"
-    for file, content in {
-        package: STUB,
-        metadata: f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n",
-    }.items():
-        file.parent.mkdir()
-        file.write_text(content)
-    theirs, ours = map(Path, python("-c", BESIDE_THE_STUB, path=tmp_path).split())
-    assert theirs == package
+    metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
+    files = {"kernels/__init__.py": STUB, f"kernels-{version}.dist-info/METADATA": metadata}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+def test_python_finds_the_other_package_of_the_name_kernels(stub):
+    found = PathFinder.find_spec("kernels", [str(ROOT), str(stub)])  # the checkout comes first, as for `python -m`
+    assert Path(found.origin) == stub / "kernels" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_transformers_finds_it_too(stub):
+    theirs, ours = map(Path, python("-c", BESIDE_THE_STUB, path=stub).split())
+    assert theirs == stub / "kernels" / "__init__.py"
     assert ours.resolve() == ROOT / "kernels" / "kd_loss" / "naive.py"
 
 

@@ -57,20 +57,9 @@ def theirs(data, tmp_path_factory):
     return succeed(data, tmp_path_factory.mktemp("kd") / "run", method="kd", temperature=3, **GIVEN)
 
 
-def test_a_run_by_it(mine, theirs, data, tmp_path, monkeypatch, capsys):
-    run = succeed(data, tmp_path / "run", method=mine, **GIVEN)
-    assert_same_models(run, theirs)
-    assert summary(run)["method"] == "mine" and "mine" in summary(run)["phases"]
-    monkeypatch.chdir("/")  # a path was kept as one that can be read from anywhere
-    read = cli.parse(["--config", str(run / "config.yaml")]).method
-    assert (read.name, read.temperature) == ("mine", 3.0) and METHODS[read.method].title == "My own method"
-    assert report([str(run), "--output", str(tmp_path / "page.html")]) == 0
-    page = (tmp_path / "page.html").read_text()
-    assert "by My own method" in page and "It is one&#39;s own." in page.replace("&#x27;", "&#39;")
-
-
-def test_a_run_is_resumed(mine, theirs, data, tmp_path, monkeypatch, capsys):
-    log, words = Monitor.log, flags(data, tmp_path / "run", method=mine, **GIVEN)
+def test_a_run_by_it_is_stopped_resumed_and_reported(mine, theirs, data, tmp_path, monkeypatch, capsys):
+    run, log = tmp_path / "run", Monitor.log
+    words = flags(data, run, method=mine, **GIVEN)
 
     def stopped(self, name, at, values):
         log(self, name, at, values)
@@ -82,7 +71,14 @@ def test_a_run_is_resumed(mine, theirs, data, tmp_path, monkeypatch, capsys):
         assert main(words) == 128 + signal.SIGTERM
     assert main([*words, "--resume"]) == 0
     assert "Resuming 'mine' after step 2" in capsys.readouterr().out
-    assert_same_models(tmp_path / "run", theirs)
+    assert_same_models(run, theirs)
+    assert summary(run)["method"] == "mine" and "mine" in summary(run)["phases"]
+    monkeypatch.chdir("/")  # a path was kept as one that can be read from anywhere
+    read = cli.parse(["--config", str(run / "config.yaml")]).method
+    assert (read.name, read.temperature) == ("mine", 3.0) and METHODS[read.method].title == "My own method"
+    assert report([str(run), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "by My own method" in page and "It is one&#39;s own." in page.replace("&#x27;", "&#39;")
 
 
 def test_other_commands_take_it(mine):

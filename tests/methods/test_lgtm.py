@@ -20,10 +20,12 @@ from method_oracle import (
     read,
     real_step,
 )
-from run_helpers import metrics, succeed
 
+from engine import cli
 from engine.meta.meta_step import MetaStep
 from engine.meta.reptile import Reptile
+from engine.models.load import ModelSource
+from engine.run.choices import resolve_defaults
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
 
@@ -146,10 +148,8 @@ def test_what_does_not_fit_is_refused():
         MetaStep(torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], teacher_alpha=0.5, strategy=Reptile([{}]))
 
 
-def test_a_run(data, tmp_path):
-    run = succeed(data, tmp_path / "run", method="lgtm", max_steps=2, log_steps=1)
-    losses = {"loss", "pilot_loss", "quiz_loss", "teacher_loss"}
-    assert all(losses <= row.keys() for row in metrics(run) if row["phase"] == "lgtm" and "loss" in row)
-    assert {"pilot_optimizer: adamw", "alpha: 1.0", "temperature: 1.0"} <= set(
-        (run / "config.yaml").read_text().split("\n")
-    )
+def test_what_it_sets_where_no_flag_does():
+    config, source = cli.parse(["--method", "lgtm"]), ModelSource("bert", "bert", "embedded", "bert")
+    resolve_defaults(config, source, [source])
+    found = config.method
+    assert (found.pilot_optimizer, found.alpha, found.temperature) == ("adamw", 1.0, 1.0)

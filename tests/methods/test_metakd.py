@@ -231,8 +231,22 @@ def run(data, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(domains, tmp_path_factory):
-    return run(domains, tmp_path_factory.mktemp("runs") / "whole")
+def weighed():
+    """Of every loss of `whole`: whether it compares logits, and the weights of its examples."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(domains, weighed, tmp_path_factory):
+    slopes = Objective.slopes
+
+    def recorded(self, student, teachers, labels, weights=None, by_example=None):
+        weighed.append((self.on_logits, by_example))
+        return slopes(self, student, teachers, labels, weights, by_example)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "slopes", recorded)
+        return run(domains, tmp_path_factory.mktemp("runs") / "whole")
 
 
 def test_a_run(whole):
@@ -262,16 +276,17 @@ RUNS = {  # flags -> examples of the student's training, teachers, steps of a te
                      7, ["bert"], 4),
     "two teachers": ({"teachers": "bert,bert2", "teacher_weights": "1,3", "train_size": 30, "feature_epochs": 0}, 30,
                      ["bert", "bert2"], 2),
-    "kept answers": ({"cache_teacher_logits": True}, 64, ["bert"], 4),
+    "kept answers": ({"cache_teacher_logits": True, "domain_loss": "shuffled"}, 64, ["bert"], 4),
     "tinybert": ({"method": "kd", "teacher_domains": "target", "target_domain": "b", "feature_loss": "tinybert",
                   "feature_epochs": 2}, 21, ["bert"], 2),
-    "metadistil": ({"method": "metadistil", "feature_loss": "tinybert", "prepare_method": "meta"}, 64, ["bert"], 4),
-    "no features": ({"feature_loss": "none", "target_domain": "a"}, 22, ["bert"], 4),
+    "metadistil": ({"method": "metadistil", "feature_loss": "tinybert", "prepare_method": "meta", "domain_weight": 0.1},
+                   64, ["bert"], 4),
+    "no features": ({"feature_loss": "none", "target_domain": "a", "prototype_own": 0.9}, 22, ["bert"], 4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_settings(name, domains, tmp_path):
+def test_settings(name, domains, whole, tmp_path):
     changes, examples, teachers, steps = RUNS[name]
     found = summary(run(domains, tmp_path / "run", **changes))
     assert found["sizes"]["train"] == examples and [t["name"] for t in found["teachers"]] == teachers
@@ -284,35 +299,26 @@ def test_settings(name, domains, tmp_path):
     if name == "multitask":
         config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "teachers" / "bert").config
         assert config.num_labels == 6 and config.id2label[3] == "b: 1"
+    if name in ("kept answers", "metadistil", "no features"):  # another way to prepare it is another teacher
+        assert found["teachers"][0]["origin"] == "fine-tuned"
+        one, two = (weights(each / "teachers" / "bert") for each in (whole, tmp_path / "run"))
+        assert not all(torch.equal(one[n], two[n]) for n in one)
     if name == "metadistil":
         assert not any("extras" in n for f in ("student", "teachers/bert") for n in weights(tmp_path / "run" / f))
 
 
-def test_the_teacher_is_taken_from_the_cache(domains, whole, tmp_path, monkeypatch):
-    """With the states that its prototypes are of; another way to prepare it is another teacher."""
+def test_the_teacher_is_taken_from_the_cache(domains, whole, tmp_path):
+    """With the states that its prototypes are of."""
     again = run(domains, tmp_path / "again")
     assert summary(again)["teachers"][0]["origin"] == "reused" and "prepare bert" in summary(again)["phases"]
     assert_same_models(whole, again)
-    for changes in ({"domain_loss": "shuffled"}, {"prototype_own": 0.9}, {"domain_weight": 0.1}):
-        other = run(domains, tmp_path / "-".join(changes), feature_epochs=0, max_steps=1, **changes)
-        assert summary(other)["teachers"][0]["origin"] == "fine-tuned", changes
-        one, two = (weights(each / "teachers" / "bert") for each in (whole, other))
-        assert not all(torch.equal(one[n], two[n]) for n in one)
 
 
-def test_every_example_of_a_batch_has_its_own_weight(domains, tmp_path, monkeypatch):
+def test_every_example_of_a_batch_has_its_own_weight(whole, weighed):
     """In the phase on features, and no weights where there are none to compare."""
-    seen, slopes = [], Objective.slopes
-
-    def recorded(self, student, teachers, labels, weights=None, by_example=None):
-        seen.append((self.on_logits, by_example))
-        return slopes(self, student, teachers, labels, weights, by_example)
-
-    monkeypatch.setattr(Objective, "slopes", recorded)
-    run(domains, tmp_path / "run", target_domain="a")
-    on_features = [w for on_logits, w in seen if not on_logits]
-    assert len(on_features) == 2 and all(w.unique().numel() > 1 and (w > 0).all() for w in on_features)
-    assert all(w is None for on_logits, w in seen if on_logits)
+    on_features = [w for on_logits, w in weighed if not on_logits]
+    assert len(on_features) == 4 and all(w.unique().numel() > 1 and (w > 0).all() for w in on_features)
+    assert all(w is None for on_logits, w in weighed if on_logits)
 
 
 @pytest.mark.slow
