@@ -20,15 +20,10 @@ class FakeHub:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self):
-                hub.answer(self)
-
             def do_GET(self):
                 hub.answer(self)
 
-            def do_POST(self):
-                self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.answer(self)
+            do_HEAD = do_GET
 
             def log_message(self, *_):
                 pass
@@ -61,27 +56,15 @@ class FakeHub:
         return self.send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def api(self, request, rest: str, folder: Path, repo: str, kind: str) -> None:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        words = rest.split("/")
-        if words[0] in ("", "revision"):
+        what, *words = rest.split("/")
+        if what in ("", "revision"):
+            files = (file for file in sorted(folder.rglob("*")) if file.is_file())
             siblings = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
             info = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
             return self.send_json(request, info | {"disabled": False, "gated": False, "lastModified": None})
-        if words[0] in ("tree", "paths-info"):
-            under = "/".join(words[2:])
-            if words[0] == "tree":
-                entries = [f for f in folder.rglob("*") if f.relative_to(folder).as_posix().startswith(under)]
-            else:
-                try:
-                    asked = json.loads(request.body)["paths"]
-                except ValueError:
-                    from urllib.parse import parse_qs
-
-                    asked = parse_qs(request.body.decode())["paths"]
-                entries = [folder / p for p in asked if (folder / p).exists()]
-            return self.send_json(request, [self.entry(e, folder) for e in entries])
-        if words[0] == "discussions":
-            return self.send_json(request, {"discussions": [], "count": 0, "start": 0})
+        if what == "tree":
+            entries = [self.entry(e, folder) for e in folder.rglob("*")]
+            return self.send_json(request, [e for e in entries if e["path"].startswith("/".join(words[1:]))])
         self.unknown.append(request.path)
         return self.send(request, 404, b"{}")
 

@@ -36,14 +36,6 @@ def test_no_other_widths_pad_less(examples, count, batch_size, random):
     assert padded(lengths, widths, batch_size) == min(padded(lengths, choice, batch_size) for choice in choices)
 
 
-def test_enough_widths_are_the_lengths_themselves():
-    lengths = np.array([5, 3, 9, 3])
-    for count in (3, 4, 100):
-        assert plan(lengths, count).tolist() == [3, 5, 9]
-    assert plan(lengths, 1).tolist() == [9]
-    assert plan(lengths, 2).tolist() == [3, 9]  # 2 * 3 + 2 * 9; with 5 and 9 it is 3 * 5 + 9, the same, and later
-
-
 def test_sums_are_exact_for_many_long_examples():
     """The choices differ by one token of 5 billion, which sums in int32 or float32 do not hold."""
     for few in range(300_000, 300_010):

@@ -1,10 +1,7 @@
 """The hub, its cache and the embedded corpus as sources of data; no test here needs a network."""
 
-import json
-import shutil
 import sys
 import types
-from pathlib import Path
 
 import datasets
 import pytest
@@ -156,27 +153,3 @@ def test_a_local_folder_wins_over_a_name(loaded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     splits = from_hub("sst2")
     assert splits.source == "local" and not loaded.calls and "local folder sst2" in splits.notes[0]
-
-
-def test_the_real_offline_cache(tmp_path, monkeypatch):
-    """The layout in which `datasets` keeps a data set it has loaded once, read by the library itself."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    given = fake_glue(400)
-    files = {part: str(tmp_path / f"{part}.parquet") for part in given}
-    for part, file in files.items():
-        given[part].to_parquet(file)
-    made = datasets.load_dataset("parquet", data_files=files)
-    source = Path(made["train"].cache_files[0]["filename"]).parent
-    folder = tmp_path / "cache" / "nyu-mll___glue" / "sst2" / "0.0.0" / "abc"
-    folder.mkdir(parents=True)
-    for file in source.iterdir():
-        shutil.copy(file, folder / file.name.replace("parquet-", "glue-"))
-    info = json.loads((folder / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"config_name": "sst2", "dataset_name": "glue"}))
-
-    splits = from_hub("sst2", "hub", "no answer within 5 s", train_size=100)
-    assert (
-        splits.source == "hub" and splits.task.label_names == ("negative", "positive") and len(splits.validation) == 50
-    )
-    with pytest.raises(UserError, match="nor in the local cache"):
-        from_hub("cola", "hub", "no answer within 5 s")

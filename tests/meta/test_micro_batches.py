@@ -109,7 +109,7 @@ class WithoutDropout(Setting):
         self.student.norm = nn.Identity()  # a batch norm's statistics are those of the parts
 
 
-@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil", "reptile"])
+@pytest.mark.parametrize("method", ["finetune", "kd", "metadistil", "lgtm", "reptile"])
 @pytest.mark.parametrize("independent_masks", [False, True])
 def test_methods_take_the_same_steps(method, independent_masks):
     size = 1 if method == "reptile" else 2

@@ -15,7 +15,6 @@ from method_oracle import (
     T,
     apart,
     distillation,
-    make_batch,
     quiz,
     read,
     real_step,
@@ -124,21 +123,6 @@ def test_finite_difference_as_a_strategy_has_the_own_losses_exactly():
         values = Setting("lgtm", 1, 1, strategy=strategy).run()
         own[strategy] = values[0]["teacher_loss"]
     assert torch.equal(*own.values())
-
-
-def test_parts_of_a_batch_add_up_to_it():
-    found = []
-    for size in (None, 4):
-        setting = Setting("lgtm", 2, 1)
-        for module in (setting.student, *setting.teachers):
-            module.dropout.p = 0.0
-        setting.student.norm = torch.nn.Identity()
-        networks = setting.state.meta_step.problem.teachers
-        step = setting.state.meta_step
-        step.problem.micro_batch = size
-        step.meta_gradient([make_batch(3, size=10)], quiz(0))
-        found.append(torch.cat([n.flat.gradients.clone() for n in networks]))
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_what_does_not_fit_is_refused():

@@ -11,7 +11,6 @@ from method_oracle import (
     Adam,
     Setting,
     apart,
-    make_batch,
     meta_gradient,
     quiz,
     read,
@@ -96,6 +95,7 @@ def test_metadistil(teachers, size, weights, strategy, independent_masks):
         if w is not None:
             expected |= {f"weight_{k + 1}": x for k, x in enumerate(w.log.detach().exp() / w.log.detach().exp().sum())}
         assert value.keys() == expected.keys()
+        assert not any(v.requires_grad for v in value.values())
         for name in expected:
             torch.testing.assert_close(value[name], expected[name], rtol=1e-9, atol=0)
     for mine, theirs in zip([setting.student, *setting.teachers], setting.copies, strict=True):
@@ -106,36 +106,6 @@ def test_metadistil(teachers, size, weights, strategy, independent_masks):
     assert schedule_positions(setting.state) == [3 * size] + [3] * learners
     models = [setting.student, *setting.teachers]
     assert not any(p.grad is not None and p.grad.any() for m in models for p in m.parameters())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_falls_on_a_learnable_problem(method):
-    """30 rounds; the batches are learnable from their first word, and the teachers know how."""
-    setting = Setting(method, teachers=1, rounds=30)
-    for learner in setting.state.learners():  # faster than what the oracles are compared with
-        learner.max_grad_norm = 1.0
-        for group in learner.optimizer.param_groups:
-            group["weight_decay"] = 0.0
-        learner.schedule.lr_lambdas = [lambda step: 2.0] * 2
-    for teacher in setting.teachers:
-        optimizer = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=0.05)
-        for i in range(60):
-            batch = make_batch(500 + i, size=32)
-            optimizer.zero_grad()
-            F.cross_entropy(read(teacher.train(), batch), batch.labels).backward()
-            optimizer.step()
-    setting.batches = [[make_batch(i, size=32)] for i in range(30)]
-
-    def held_out():
-        batch = make_batch(9999, size=200)
-        return F.cross_entropy(read(setting.student.eval(), batch), batch.labels).item()
-
-    start = held_out()
-    values = setting.run()
-    assert all(v.ndim == 0 and not v.requires_grad for v in values[-1].values())
-    losses = [value["loss"].item() for value in values]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    assert held_out() < 0.7 * start
 
 
 def test_the_files_of_the_folder_are_the_methods():
