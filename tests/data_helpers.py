@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -52,3 +53,17 @@ def equal(a, b) -> bool:
     """Whether two batches hold the same, bit for bit."""
     (leaves, spec), (others, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
     return spec == other and all(torch.equal(s, t) for s, t in zip(leaves, others, strict=True))
+
+
+def hub_data(columns, names, parts) -> datasets.DatasetDict:
+    """As GLUE is on the hub: texts "WORD COLUMN i", labels by turns. `parts` are {split: (word, rows, the label of all or None)}."""
+    label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
+    features = {column: datasets.Value("string") for column in columns}
+    features = datasets.Features({**features, "label": label, "idx": datasets.Value("int32")})
+
+    def make(word, count, fixed):
+        labels = [(i % len(names) if names else i % 21 / 4) if fixed is None else fixed for i in range(count)]
+        rows = {column: [f"{word} {column} {i}" for i in range(count)] for column in columns}
+        return datasets.Dataset.from_dict(rows | {"label": labels, "idx": list(range(count))}, features=features)
+
+    return datasets.DatasetDict({split: make(*part) for split, part in parts.items()})

@@ -20,6 +20,16 @@ def install(folder: Path, kind: str, name: str, source: str) -> Path:
     return folder
 
 
+def bring(way: str, folder: Path, kind: str, name: str, source: str, monkeypatch) -> str:
+    """How a flag names it: an "entry point" by its name, a file by its "path", relative to a new working directory."""
+    if way == "entry point":
+        monkeypatch.syspath_prepend(install(folder / "site", kind, name, source))
+        return name
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.chdir(folder)
+    return f"{name}.py"
+
+
 def help_of(*folders: Path) -> tuple[str, set[str]]:
     """What `python -m engine.train --help` prints with these folders on the path, and the modules that it imported."""
     script = "import sys\nfrom engine.train import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"

@@ -29,15 +29,6 @@ def python(*arguments: object, cwd: Path = ROOT, path: Path | None = None) -> st
     return done.stdout
 
 
-@pytest.fixture
-def arguments_of_setup(monkeypatch):
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    return given
-
-
 # Hugging Face's package `kernels`
 
 STUB = '''
@@ -102,11 +93,15 @@ def test_folder_is_plain_and_linked(folder, place, target):
 # What is installed
 
 
-def test_setup_names_every_package(arguments_of_setup):
+def test_setup_names_every_package(monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
     folders = {file.parent for top in ("engine", "kernels") for file in (ROOT / top).rglob("*.py")}
     folders |= {file.parent for file in (ROOT / "csrc").rglob("*") if file.is_file()}
     paths = {folder.relative_to(ROOT).as_posix() for folder in folders}
-    mapped, listed = arguments_of_setup["package_dir"], arguments_of_setup["packages"]
+    mapped, listed = given["package_dir"], given["packages"]
     assert {mapped.get(package, package.replace(".", "/")) for package in listed} == paths
     assert len(listed) == len(set(listed))
 

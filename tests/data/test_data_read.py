@@ -239,6 +239,7 @@ def test_folder(tmp_path):
     splits = load(tmp_path, train_size=30)
     assert [len(part) for part in (splits.quiz, splits.validation, splits.test, *splits.train)] == [5, 6, 7, 30]
     assert {text.split()[0] for text in splits.validation["text"]} == {"dev"}
+    assert f"{tmp_path}: not used are dev_mismatched.tsv, meta.tsv." in splits.notes
 
 
 def test_folder_without_train_and_with_two(tmp_path):

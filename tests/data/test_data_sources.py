@@ -5,7 +5,7 @@ import types
 
 import datasets
 import pytest
-from data_helpers import hashes, load, numbered, parts, refused, texts, write
+from data_helpers import hashes, hub_data, load, numbered, parts, refused, texts, write
 
 from engine.config import DataConfig
 from engine.data.splits import load_splits
@@ -24,17 +24,8 @@ class FakeHub(Hub):
 
 
 def fake_glue(rows=3000, test_label=-1):
-    names = ["negative", "positive"]
-    features = datasets.Features({
-        "sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names), "idx": datasets.Value("int32"),
-    })  # fmt: skip
-
-    def make(part, count, label=None):
-        labels = [i % 2 if label is None else label for i in range(count)]
-        columns = {"sentence": [f"{part} {i}" for i in range(count)], "label": labels, "idx": list(range(count))}
-        return datasets.Dataset.from_dict(columns, features=features)
-
-    return datasets.DatasetDict(train=make("t", rows), validation=make("v", 50), test=make("x", 40, test_label))
+    parts = {"train": ("t", rows, None), "validation": ("v", 50, None), "test": ("x", 40, test_label)}
+    return hub_data(["sentence"], ["negative", "positive"], parts)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """GLUE's tasks by name: columns, splits, order of labels and metrics, from the hub and from local files."""
 
-import datasets
 import pytest
-from data_helpers import load, numbered, refused, texts, write
+from data_helpers import hub_data, load, numbered, refused, write
 from run_helpers import metrics, succeed, summary
 from test_data_sources import from_hub, loaded  # noqa: F401 - a fixture
 
@@ -28,21 +27,12 @@ TASKS = {
 
 def on_the_hub(name):
     columns, names, _ = TASKS[name]
-    label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
-    features = {column: datasets.Value("string") for column in columns}
-    features = datasets.Features({**features, "label": label, "idx": datasets.Value("int32")})
-
-    def make(part, count, labelled=True):
-        labels = [(i % len(names) if names else i % 21 / 4) if labelled else -1 for i in range(count)]
-        rows = {column: [f"{part} {column} {i}" for i in range(count)] for column in columns}
-        return datasets.Dataset.from_dict(rows | {"label": labels, "idx": list(range(count))}, features=features)
-
-    splits = {"train": make("t", 600), "validation": make("v", 60), "test": make("x", 40, labelled=False)}
+    parts = {"train": ("t", 600, None), "validation": ("v", 60, None), "test": ("x", 40, -1)}
     if name == "mnli":
-        splits = {"train": splits["train"]}
+        parts = {"train": parts["train"]}
         for which in ("matched", "mismatched"):
-            splits |= {f"validation_{which}": make(which, 60), f"test_{which}": make("x", 40, labelled=False)}
-    return datasets.DatasetDict(splits)
+            parts |= {f"validation_{which}": (which, 60, None), f"test_{which}": ("x", 40, -1)}
+    return hub_data(columns, names, parts)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -114,16 +104,6 @@ def test_f1_is_of_the_benchmarks_class_whatever_the_alphabet_says(tmp_path, name
     assert load(folder(tmp_path, "pairs", rows)).task.label_names == (word, f"not_{word}")
     write(tmp_path / name / "train.tsv", [row.replace(word, "alike") for row in rows], "sentence1\tsentence2\tlabel")
     assert load(tmp_path / name).task.label_names == ("alike", "not_alike")
-
-
-def test_files_that_are_not_used_are_named(tmp_path):
-    path = folder(tmp_path, "mnli", [f"a {i}\tb {i}\t{i % 3}" for i in range(90)], "premise\thypothesis\tlabel")
-    for name in ("dev_matched", "dev_mismatched"):
-        write(path / f"{name}.tsv", [f"{name} {i}\tb {i}\t{i % 3}" for i in range(9)], "premise\thypothesis\tlabel")
-    (path / "SOURCE.md").write_text("where it comes from")
-    splits = load(path)
-    assert f"{path}: not used are dev_mismatched.tsv." in splits.notes
-    assert {text.split()[0] for text, _ in texts(splits.validation)} == {"dev_matched"}
 
 
 @pytest.mark.parametrize(("metric", "task"), [("pearson", "auto"), ("spearman", "auto"), ("accuracy", "regression")])

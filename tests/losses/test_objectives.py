@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from engine.batch import Batch
@@ -183,28 +181,6 @@ def test_every_example_has_its_own_weight(features, on_logits):
         assert not slopes[0].any() and all(s[1].any() and not s[2].any() for s in slopes[1:])
         with pytest.raises(ValueError, match="needs a feature_loss"):
             Objective(on_logits=False)
-
-
-@settings(max_examples=6, deadline=None)
-@given(size=st.integers(1, 4), seed=st.integers(1, 9))
-def test_parts_of_a_batch_add_up(size, seed):
-    w = torch.rand(B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    case = Case(K=2, features="tinybert", by_example=w.tolist())
-    student, teachers = (case.given[0].detached(), [t.detached() for t in case.given[1]])
-    batch = Batch(case.labels, {"row": {"number": torch.arange(B)}}, columns={"w": w})
-
-    def cut(outputs, rows):
-        return Outputs(*(t[rows] for t in outputs))
-
-    found = []
-    for part, share in parts(batch, case.objective, size):
-        rows = part.inputs["row"]["number"]
-        each = cut(student, rows), [cut(t, rows) for t in teachers], part.labels, None, part.columns["w"]
-        found.append(share.slopes(*each))
-    loss, slopes = case.objective.slopes(student, teachers, case.labels, None, w)
-    torch.testing.assert_close(sum(value for value, _ in found), loss, rtol=1e-13, atol=0)
-    for i, whole in enumerate(slopes):
-        torch.testing.assert_close(torch.cat([s[i] for _, s in found]), whole, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("labels", [[0, -100, 2], [-100, -100, 1], [-100] * B], ids=str)

@@ -5,7 +5,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from outside import help_of, install
+from outside import bring, help_of, install
 from run_helpers import assert_same_models, flags, succeed, summary
 
 from engine import cli
@@ -44,12 +44,7 @@ GIVEN = {"log_steps": 1, "checkpoint_steps": 1}
 @pytest.fixture(params=["entry point", "path"])
 def mine(request, tmp_path, monkeypatch):
     """The value of --method."""
-    if request.param == "entry point":
-        monkeypatch.syspath_prepend(install(tmp_path / "site", "methods", "mine", SOURCE))
-        return "mine"
-    (tmp_path / "mine.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    return "mine.py"
+    return bring(request.param, tmp_path, "methods", "mine", SOURCE, monkeypatch)
 
 
 @pytest.fixture(scope="module")
