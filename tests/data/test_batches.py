@@ -26,7 +26,7 @@ from engine.losses.objectives import Objective
 from engine.meta.micro_batches import parts as cut_batch
 
 ROWS, CPU = 45, torch.device("cpu")
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")

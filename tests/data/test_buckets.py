@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.data.batches import training_rows
 from engine.data.buckets import Buckets, plan
 
-SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def padded(lengths, widths, batch_size):

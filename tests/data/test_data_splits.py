@@ -68,8 +68,7 @@ SIZES = {"quiz_size": 20, "validation_size": 40, "test_size": 60, "train_size": 
 
 
 def test_held_out_parts_do_not_depend_on_the_samples(thousand):
-    one, three, six = (load(thousand, samples, **SIZES) for samples in (1, 3, 6))
-    assert hashes(one).items() <= hashes(three).items() and len(set(hashes(three).values())) == 6
+    one, six = (load(thousand, samples, **SIZES) for samples in (1, 6))
     assert [len(sample) for sample in six.train] == [146] * 6
     assert any("train 6 x 146 (of 200)" in note for note in six.notes)
     assert all(hashes(one)[part] == hashes(six)[part] for part in ("quiz", "validation", "test"))
@@ -130,7 +129,7 @@ def test_rare_class_is_kept_for_training(tmp_path):
     assert any("test, cut from" in note and "'7'" in note for note in splits.notes)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(1, 60), min_size=2, max_size=5),
     repeats=st.integers(0, 10),

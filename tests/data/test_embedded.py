@@ -38,13 +38,6 @@ def built(texts):
     return {alias: embedded.build(alias, texts, num_labels=2, seed=0) for alias in embedded.ALIASES}
 
 
-def in_new_process(code: str, hash_seed: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
 # Corpus
 
 
@@ -180,7 +173,9 @@ for alias in ("bert", "roberta"):
     print(hashlib.sha256((folder / alias / "tokenizer.json").read_bytes()).hexdigest())
 """
     expected = [repr(texts).encode(), saved["bert"], saved["roberta"]]
-    assert in_new_process(code, "7").split() == [hashlib.sha256(content).hexdigest() for content in expected]
+    command, other = [sys.executable, "-c", code], {"PYTHONHASHSEED": "7"}
+    said = subprocess.run(command, env=other, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [hashlib.sha256(content).hexdigest() for content in expected]
 
 
 @pytest.mark.parametrize("alias", ["bert", "roberta"])
