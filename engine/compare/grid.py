@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from engine import __version__, cli
+from engine import cli
+from engine.data import kept
 from engine.errors import UserError
 from engine.plugins import METHODS
 
@@ -30,8 +29,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Of all settings that change a result."""
-        kept = {k: v for k, v in self.settings.items() if k not in cli.FREE_ON_RESUME}
-        return hashlib.sha256(json.dumps([__version__, kept], sort_keys=True).encode()).hexdigest()[:10]
+        return kept.key(**{k: v for k, v in self.settings.items() if k not in cli.FREE_ON_RESUME})[:10]
 
     @property
     def name(self) -> str:

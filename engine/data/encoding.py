@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from engine.data import kept
 from engine.data.token_files import Chunk, Tokens, load, save
 
 TOKENIZED_AT_ONCE = 1000  # texts
+# What decides about ids, types and padding beside the backend's content, as it is where nobody has changed it
+ORDINARY = {
+    "truncation_side": "right", "padding_side": "right", "pad_token_type_id": 0, "split_special_tokens": False, "types": True,
+}  # fmt: skip
 
 
 @dataclass
@@ -30,7 +36,13 @@ class Encoding:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         for used in ("truncation", "padding"):  # settings that the last call left behind
             content.pop(used, None)
-        identity = json.dumps([content, max_length, tokenizer.pad_token_id], sort_keys=True)
+        given = {name: getattr(tokenizer, name, None) for name in ORDINARY}
+        given["types"] = "token_type_ids" in tokenizer.model_input_names
+        # only what is not ordinary: noise is drawn by the key, which should change for no other tokenizer
+        changed = {name: value for name, value in given.items() if value != ORDINARY[name]}
+        identity = json.dumps(
+            [content, max_length, tokenizer.pad_token_id, *([changed] if changed else [])], sort_keys=True
+        )
         return cls(hashlib.sha256(identity.encode()).hexdigest()[:16], tokenizer, max_length)
 
     def tokenized(self, dataset: Dataset) -> Iterator[BatchEncoding]:
@@ -48,8 +60,13 @@ def encode(dataset: Dataset, encoding: Encoding, content: str, cache: Path) -> T
 
     Raises UserError where it cannot be written there.
     """
-    folder = cache / f"{content[:16]}-{encoding.key}"
+    folder = cache / kept_key(encoding, content)
     return load(folder, len(dataset)) or save(folder, _tokenize(dataset, encoding))
+
+
+def kept_key(encoding: Encoding, content: str, of: str = "tokens") -> str:
+    """The name under which what a tokenizer says `of` the rows that `content` identifies is kept."""
+    return kept.key(of=of, encoding=encoding.key, data=content, transformers=transformers.__version__)
 
 
 def _tokenize(dataset: Dataset, encoding: Encoding) -> Iterator[Chunk]:

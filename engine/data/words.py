@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from engine.data.encoding import Encoding
+from engine.data.encoding import Encoding, kept_key
 from engine.data.token_files import Chunk, load, save
 
 
@@ -19,7 +19,7 @@ def words_of(dataset: Dataset, encoding: Encoding, content: str, cache: Path) ->
     into before it looks for pieces. Special tokens do not count as words, nor does a word that the vocabulary knows only in part.
     Raises UserError where they cannot be written to `cache`.
     """
-    folder = cache / f"{content[:16]}-{encoding.key}-words"  # of its own: what lies in the tokens' folder stays valid
+    folder = cache / kept_key(encoding, content, of="words")  # of its own: what lies in the tokens' folder stays valid
     found = load(folder, len(dataset)) or save(folder, _numbers(dataset, encoding))
     return np.asarray(found.ids)
 

@@ -7,7 +7,6 @@ folder computes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from engine import __version__
+from engine.data import kept
 from engine.data.batches import evaluation_batches
 from engine.data.encoded import EncodedSplit
 from engine.errors import UserError
@@ -76,14 +75,13 @@ def answers_of(
 
 
 def _key(teacher: Encoder, split: EncodedSplit, content: str, device: torch.device) -> str:
-    settings = {
-        "engine": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "device": device.type, "precision": teacher.precision, "compiled": teacher.compiled is not None,
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
-        "encoding": teacher.encoding, "data": content, "batch": EVALUATION_BATCH, "model": content_hash(teacher.module),
-        "features": teacher.inner.first, "widths": [table.buckets.widths.tolist() for table in split.tables],
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    return kept.key(
+        torch=torch.__version__, transformers=transformers.__version__, device=device.type, precision=teacher.precision,
+        compiled=teacher.compiled is not None, encoding=teacher.encoding, data=content, batch=EVALUATION_BATCH,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
+        model=content_hash(teacher.module), features=teacher.inner.first,
+        widths=[table.buckets.widths.tolist() for table in split.tables],
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -9,16 +9,15 @@ h_i of domain k and class m, and p_y,i the probability that the prepared teacher
 
 from __future__ import annotations
 
-import hashlib
-import json
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
-from engine import __version__
+from engine.data import kept
 from engine.data.batches import evaluation_batches
 from engine.data.encoded import EncodedSplit
 from engine.errors import UserError
@@ -44,13 +43,12 @@ def mean_states(network: Encoder, split: EncodedSplit, device: torch.device) -> 
 
 def kept_states(network: Encoder, split: EncodedSplit, content: str, device: torch.device, cache: Path) -> Tensor:
     """`mean_states` of examples that `content` identifies, computed once and kept in `cache`."""
-    settings = {
-        "engine": __version__, "torch": torch.__version__, "device": device.type, "precision": network.precision,
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
-        "encoding": network.encoding, "data": content, "model": content_hash(network.module), "batch": EVALUATION_BATCH,
-        "widths": [table.buckets.widths.tolist() for table in split.only({network.encoding}).tables],
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    key = kept.key(
+        torch=torch.__version__, transformers=transformers.__version__, device=device.type, precision=network.precision,
+        encoding=network.encoding, data=content, model=content_hash(network.module), batch=EVALUATION_BATCH,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
+        widths=[table.buckets.widths.tolist() for table in split.only({network.encoding}).tables],
+    )  # fmt: skip
     file = cache / f"{key}.safetensors"
     if file.exists():
         try:

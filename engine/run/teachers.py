@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
-from engine import __version__
 from engine.config import Config
+from engine.data import kept
 from engine.data.encoded import EncodedSplit, EncodedSplits
 from engine.errors import UserError
 from engine.losses.domain_head import DomainHead
@@ -111,11 +110,12 @@ def _with_domains(setup: Setup, network: Encoder, data: EncodedSplits, sample: i
 
 
 def _key(setup: Setup, member: Member, data: EncodedSplits, plan: Plan) -> str:
-    """Names all that the prepared weights depend on. What a setting had no part in stays out, so that older ones are found."""
+    """Names all that the prepared weights depend on; what a setting had no part in stays out."""
     config, network, device, metric = setup.config, member.network, setup.device, primary(setup.task)
     optim, method = config.optim, config.method
     settings = {
-        "engine": __version__, "torch": torch.__version__, "device": device.type, "seed": config.run.teacher_seed,
+        "torch": torch.__version__, "transformers": transformers.__version__, "device": device.type,
+        "seed": config.run.teacher_seed,
         "precision": config.run.precision, "max_length": config.data.max_length, "steps": plan.steps,
         "length_buckets": config.data.length_buckets,
         "eval_steps": config.run.eval_steps, "encoding": network.encoding, "name": member.source.name,
@@ -135,7 +135,7 @@ def _key(setup: Setup, member: Member, data: EncodedSplits, plan: Plan) -> str:
         settings["micro_batch_size"] = optim.micro_batch_size
     if method.prepare_method != "finetune":
         settings["method"] = {name: getattr(method, name) for name in ("prepare_method", *META)}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    return kept.key(**settings)
 
 
 def _reuse(file: Path, network: Encoder) -> Progress | None:

@@ -158,6 +158,24 @@ def test_encodings_are_told_apart_by_content(texts, tokenizers, dataset, tmp_pat
     assert before == Encoding.of(used, 64).key == Encoding.of(wordpiece, 64).key
 
 
+OTHER_TOKENIZERS = {
+    "truncation_side": "left", "padding_side": "left", "_pad_token_type_id": 3, "split_special_tokens": True,
+    "model_input_names": ["input_ids", "attention_mask"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_tokenizers_that_differ_outside_their_backend_share_nothing(name, texts, dataset, tmp_path):
+    plain, other = train_wordpiece(texts), train_wordpiece(texts)
+    setattr(other, name, OTHER_TOKENIZERS[name])
+    encodings = [Encoding.of(tokenizer, 4) for tokenizer in (plain, other)]
+    assert encodings[0].key != encodings[1].key
+    if name == "truncation_side":
+        right, left = (encode(dataset, e, content_hash(dataset), tmp_path) for e in encodings)
+        assert left.ids.tolist() == [i for text in texts for i in other(text, truncation=True, max_length=4).input_ids]
+        assert right.ids.tolist() != left.ids.tolist()
+
+
 def test_models_read_their_own_encoding_of_the_same_rows(split, texts, tokenizers):
     batch = split.batch([7, 3])
     assert rows_of(batch) == [7, 3] and batch.labels.dtype == torch.float32

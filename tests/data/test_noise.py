@@ -15,7 +15,7 @@ from run_helpers import metrics, succeed, summary
 from engine.batch import Batch
 from engine.data.batches import QuizBatches, TrainingBatches, evaluation_batches, training_rows
 from engine.data.encoded import EncodedSplit
-from engine.data.encoding import Encoding
+from engine.data.encoding import Encoding, kept_key
 from engine.data.noise import GOLDEN, Noise, Reader, _mixed
 from engine.data.splits import content_hash
 from engine.data.words import _number, special_ids, words_of
@@ -95,7 +95,7 @@ def test_words_are_kept_beside_the_tokens(scene, monkeypatch):
     tokens = scene.split.tables[0].tokens
     again = words_of(scene.dataset, Encoding(encoding.key, None, 64), scene.content, scene.cache)  # tokenises nothing
     assert np.array_equal(first, again) and len(first) == len(tokens.ids)
-    assert f"{scene.content[:16]}-{encoding.key}-words" in folders
+    assert kept_key(encoding, scene.content, of="words") in folders
 
 
 # What is replaced
