@@ -117,35 +117,28 @@ def test_first_calls_are_steps_and_each_shape_has_its_graph():
     assert capture.captures == step.captured == 2
 
 
-@pytest.mark.parametrize(
-    ("other", "named", "was"),
-    [
-        (words(size=5), r"batches\[0\].labels is float32 \[5\]", r"captured with float32 \[3\]"),
-        (words(length=7), r"batches\[0\].inputs\['words'\]\['input_ids'\] is int64 \[3, 7\]", r"int64 \[3, 2\] on cpu"),
-        (words(dtype=torch.int32), r"\['input_ids'\] is int32 \[3, 2\]", r"int64 \[3, 2\]"),
-    ],
-)
-def test_a_graph_names_the_input_that_changed(other, named, was):
+@pytest.mark.parametrize(("other", "says"), [
+    (words(size=5), r"batches\[0\].labels is float32 \[5\] .* captured with float32 \[3\]"),
+    (words(length=7), r"batches\[0\].inputs\['words'\]\['input_ids'\] is int64 \[3, 7\] .* int64 \[3, 2\] on cpu"),
+    (words(dtype=torch.int32), r"\['input_ids'\] is int32 \[3, 2\] .* int64 \[3, 2\]"),
+])  # fmt: skip
+def test_a_graph_names_the_input_that_changed(other, says):
     graph = cuda_graph.Graph(toy()[0].step, ([words()], []), SimulatedCapture())
-    with pytest.raises(ValueError, match=named) as raised:
+    with pytest.raises(ValueError, match=f"{says}.*one shape, dtype and device"):
         graph([other], [])
-    assert raised.match(was) and raised.match("one shape, dtype and device")
     with pytest.raises(ValueError, match="structure"):
         graph([words(), words()], [])
     assert graph([words()], [])["first"] == 6
 
 
 def test_inputs_elsewhere_are_named():
-    step, _ = toy()
     elsewhere, learning = words(), words()
     elsewhere.inputs["words"]["input_ids"] = elsewhere.inputs["words"]["input_ids"].to("meta")
-    with pytest.raises(
-        ValueError, match=r"batches\[0\].inputs\['words'\]\['input_ids'\] is int64 .* on meta; .* on cpu"
-    ):
-        step([elsewhere], [])
     learning.labels.requires_grad_()
-    with pytest.raises(ValueError, match=r"batches\[0\].labels is .*that requires grad"):
-        step([learning], [])
+    for given, says in ((elsewhere, r"inputs\['words'\]\['input_ids'\] is int64 .* on meta; .* on cpu"),
+                        (learning, "labels is .*that requires grad")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"batches\[0\].{says}"):
+            toy()[0]([given], [])
 
 
 def test_there_is_an_end_to_graphs(monkeypatch):
