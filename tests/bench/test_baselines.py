@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from bench import step_cases
 from bench.baselines.fine_tuning import PlainFineTuning
@@ -29,17 +30,6 @@ def batch(seed):
 
 def state(*models):
     return copy.deepcopy([dict(model.state_dict()) for model in models])
-
-
-def same(first, second):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 def run(model, batch):
@@ -69,7 +59,9 @@ def test_student_and_optimizer_are_restored_before_the_real_step(monkeypatch):
     before = kept()
     assert before[1]["state"]
     loop.step(batch(2), batch(3))
-    assert same(before, seen[0]) and not same(before, kept())
+    assert_close(before, seen[0], rtol=0, atol=0)
+    with pytest.raises(AssertionError, match="not equal"):
+        assert_close(before, kept(), rtol=0, atol=0)
 
 
 def test_step_moves_the_student_and_every_teacher_and_leaves_what_is_not_used():
@@ -103,11 +95,11 @@ def test_plain_steps_are_what_the_formulas_give(count):
     torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0).step()
     plain = PlainKD(student, teachers, **SETTINGS) if teachers else PlainFineTuning(student, lr=1e-3, length=8)
     assert plain.step(data)["loss"] == pytest.approx(loss.item(), rel=1e-12)
-    assert same(frozen, state(*teachers))
+    assert_close(frozen, state(*teachers), rtol=0, atol=0)
     # an entry whose gradient is zero but for rounding moves by up to lr in either direction: look where it is not
     for old, new in zip(expected.parameters(), student.parameters(), strict=True):
         clear = old.grad.abs() > 1e-9
-        torch.testing.assert_close(new[clear], old[clear], rtol=0, atol=1e-8)
+        assert_close(new[clear], old[clear], rtol=0, atol=1e-8)
     assert plain.learner.schedule.get_last_lr() == [pytest.approx(1e-3 * (1 - 1 / 10_000))]
 
 
@@ -119,7 +111,7 @@ def test_padding_reaches_the_length_and_changes_no_logit():
     }  # fmt: skip
     assert (longer["input_ids"][:, 6:] == 5).all()
     assert longer["attention_mask"][:, 6:].sum() == 0
-    torch.testing.assert_close(run(model, longer), run(model, data), rtol=0, atol=1e-12)
+    assert_close(run(model, longer), run(model, data), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="12 tokens, more than the length 8"):
         pad(longer, 8)
 

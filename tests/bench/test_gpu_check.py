@@ -33,6 +33,13 @@ sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.m
 """
 
 
+@pytest.fixture
+def two_files(monkeypatch):
+    """Two files of tests can run, and one that lacks a package is left out: parsing all files takes a while."""
+    found = [gpu_check.GRAPHS, "tests/test_a.py"], {"tests/test_b.py": {"peft"}}
+    monkeypatch.setattr(gpu_check, "gpu_tests", lambda: found)
+
+
 # Few packages
 
 
@@ -64,7 +71,7 @@ def test_missing_follows_imports(tmp_path):
     assert missing(file) == {"absent_1", "absent_2", "absent_6"}
 
 
-def test_a_gpu_and_pytest_benchmark_are_asked_for(monkeypatch, capsys, tmp_path):
+def test_a_gpu_and_pytest_benchmark_are_asked_for(two_files, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_check, "check", lambda *given: 0)
     assert main(["--out", str(tmp_path)]) == 2
@@ -78,10 +85,10 @@ def test_a_gpu_and_pytest_benchmark_are_asked_for(monkeypatch, capsys, tmp_path)
     assert main([*given, "--parts", "compile", "tests", "graphs"]) == 0
 
 
-def test_parts(tmp_path):
+def test_parts(two_files, tmp_path):
     on_gpu, on_cpu = ({part.name: part.command for part in parts(device, tmp_path)} for device in ("cuda", "cpu"))
     assert list(on_gpu) == list(gpu_check.SHARES) and sum(gpu_check.SHARES.values()) == pytest.approx(1)
-    assert on_gpu["graphs"][-1] == gpu_check.GRAPHS and gpu_check.GRAPHS not in on_gpu["tests"]
+    assert on_gpu["graphs"][-1] == gpu_check.GRAPHS and on_gpu["tests"][-2:] == ["--durations=5", "tests/test_a.py"]
     timing = {name for name, command in on_gpu.items() if "--benchmark-only" in command}
     assert timing == {name for name, command in on_cpu.items() if "--small" in command} and len(timing) == 4
     assert not any("--small" in command for command in on_gpu.values())
@@ -117,7 +124,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_every_part_runs_and_the_folder_holds_what_was_found(tmp_path, capsys):
+def test_every_part_runs_and_the_folder_holds_what_was_found(two_files, tmp_path, capsys):
     (tmp_path / "steps.json").write_text("{}")  # of an earlier run
     results = json.dumps({"machine_info": {}, "benchmarks": [{"name": "nothing"}]})
     skipped = WRITE.format(inner='<skipped message="no time"/>')
@@ -137,6 +144,7 @@ def test_every_part_runs_and_the_folder_holds_what_was_found(tmp_path, capsys):
     summary = (tmp_path / "summary.txt").read_text()
     assert "3 of 6 failed" in summary and "3 of 6 failed" in capsys.readouterr().out
     assert "1 passed, 1 skipped" in summary and "skipped 1: no time" in summary
+    assert "tests/test_b.py: peft missing" in summary
     assert "what went wrong" in (tmp_path / "log.txt").read_text()
     suites = ET.parse(tmp_path / "junit.xml").getroot()
     assert [suite.get("name") for suite in suites] == ["tests", "graphs", "steps"]
@@ -145,13 +153,13 @@ def test_every_part_runs_and_the_folder_holds_what_was_found(tmp_path, capsys):
 
 
 def test_a_part_that_is_out_of_time_is_interrupted_then_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "STOP", 0.5)
+    monkeypatch.setattr(gpu_check, "STOP", 0.2)
     log, junit = tmp_path / "log.txt", tmp_path / "junit.xml"
     polite, stubborn = Part("tests", "", script(POLITE)), Part("compile", "", script(STUBBORN), tests=False)
-    run(polite, 1.0, dict(os.environ), log, junit)
+    run(polite, 0.7, dict(os.environ), log, junit)
     assert polite.status == "out of time (1 s)" and polite.counts == {"passed": 1}  # what it had is written
     assert "began" in log.read_text()
-    run(stubborn, 0.5, dict(os.environ), log, tmp_path / "none.xml")
+    run(stubborn, 0.3, dict(os.environ), log, tmp_path / "none.xml")
     assert stubborn.status.startswith("out of time") and stubborn.took < 30
 
 

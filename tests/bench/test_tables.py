@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import table
-from bench.layout import NOT_YET, duration
+from bench.layout import NOT_YET
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,10 +123,6 @@ def step(implementation, milliseconds, device="cuda", batch=32, **info):
         "models": "models", "method": "kd", "batch": batch, "length": 64, "teachers": 1, "precision": "fp32",
         "full": False, "examples_per_second": batch / seconds, "mfu": 1e9 / seconds / 1e12, "peak": 2**30,
         "error": 1e-6} | info)  # fmt: skip
-
-
-def test_durations():
-    assert [duration(s) for s in (1.234, 0.01234, 12.34e-6)] == ["1.23 s", "12.3 ms", "12.3 µs"]
 
 
 def test_steps(kept):

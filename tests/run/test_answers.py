@@ -173,19 +173,19 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_damaged_files_are_computed_again(name, damage, make, keep, tmp_path, capsys):
+def test_damaged_files_are_computed_again(make, keep, tmp_path, capsys):
     first = [a.copy() for a in keep(make(features=(1,))).arrays]
-    (file,) = tmp_path.rglob(name)
-    content = file.read_bytes()
-    file.unlink()
-    if damage is not None:
-        file.write_bytes(damage(content))
-    capsys.readouterr()
-    assert same(first, keep(make(features=(1,))).arrays)
-    assert "computed" in (said := capsys.readouterr().out)
-    assert ("kept there were damaged" in said) == ((name, damage) != ("about.json", None))
-    assert same(first, keep(make(features=(1,), deaf=True)).arrays)
+    for name, damage in DAMAGES:
+        (file,) = tmp_path.rglob(name)
+        content = file.read_bytes()
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage(content))
+        capsys.readouterr()
+        assert same(first, keep(make(features=(1,))).arrays)
+        assert "computed" in (said := capsys.readouterr().out)
+        assert ("kept there were damaged" in said) == ((name, damage) != ("about.json", None))
+        assert same(first, keep(make(features=(1,), deaf=True)).arrays)
 
 
 def test_an_interruption_leaves_nothing_half_made(make, keep, tmp_path):

@@ -1,9 +1,7 @@
 """What a user can get wrong: one sentence, exit status 2, and nothing on the disk is touched. Wrong data are in tests/data/."""
 
-import importlib.util
 import json
 import shutil
-import socket
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -19,10 +17,12 @@ from engine.train import main
 
 @pytest.fixture
 def place(tmp_path, tmp_path_factory, monkeypatch):
-    """An empty working directory with good data in d.tsv; the cache is elsewhere."""
+    """A working directory with good data in d.tsv and, of two domains, domains.tsv; the cache is elsewhere."""
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
     table(tmp_path / "d.tsv", sentences())
+    rows = [(("books", "dvd")[i % 2], text, i // 2 % 2) for i, (text, _) in enumerate(sentences())]
+    table(tmp_path / "domains.tsv", rows, "kind\tsentence\tlabel")
     return tmp_path
 
 
@@ -48,6 +48,7 @@ def refused(place, capsys):
 
 # Settings
 
+DOMAINS = ["--data", "domains.tsv", "--domain-column", "kind", "--method", "metakd"]  # more are in test_domain_plan.py
 ALLOWED = [
     (["--batch-size", "2.5"], "--batch-size is '2.5'", "whole number"),
     (["--lr", ".inf"], "--lr is"),
@@ -69,7 +70,6 @@ ALLOWED = [
     (["--method", "reptile", "--pilot-steps", "2"], "--pilot-steps 2 does not fit --method reptile", "leave it out"),
     (["--method", "reptile", "--checkpointing", "both"], "--checkpointing both does not fit --method reptile"),
     (["--method", "reptile", "--teacher-params", "lora:2"], "--teacher-params lora:2 does not fit --method reptile"),
-    (["--teachers", "roberta", "--feature-loss", "patient"], "--feature-loss patient", "--feature-loss none"),
     (["--learning-rate", "1"], "--learning-rate is not a flag", "--help"),
     (["--epoch", "1"], "--epoch is not a flag", "did you mean --epochs"),
     (["--teacher=bert"], "--teacher is not a flag", "did you mean --teachers"),
@@ -116,12 +116,18 @@ ALLOWED = [
     (["--report-to", "comet"], "--report-to has 'comet'", "one or more of wandb, mlflow, trackio"),
     (["--metrics-port", "0", "--metrics-host", "192.0.2.1"], "--metrics-host '192.0.2.1'", "another --metrics-host"),
     (["--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 needs --metrics-port"),
+    ([*DOMAINS, "--student", "tinybert"], "the student tinybert has 2 heads and bert 4"),
+    ([*DOMAINS, "--feature-loss", "none", "--feature-epochs", "1"], "--feature-epochs 1", "choose one with --feature-loss"),
+    ([*DOMAINS, "--feature-epochs", "0", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep", "--feature-epochs"),
+    *(([*DOMAINS, "--method", "kd", "--teachers", "TRAINED", "--prepare-method", how], f"--prepare-method {how}",
+       "has a trained one already", "--retrain-teachers") for how in ("meta", "multitask")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ALLOWED, ids=lambda case: " ".join(case[0]))
-def test_settings(refused, case):
+def test_settings(refused, finished, case):
     words, *parts = case
+    words = [finished / "student" if word == "TRAINED" else word for word in words]
     refused([*flags("d.tsv", "out"), *words], *parts)
 
 
@@ -133,37 +139,6 @@ CHOICES = {name: get_args(kind) for section in fields(Config)
 def test_words_that_are_no_choice(refused, name):
     flag = f"--{name.replace('_', '-')}"
     refused([f"{flag}=middle"], f"{flag} is 'middle'", f"one of {', '.join(CHOICES[name])}")
-
-
-DOMAINS = [
-    (["--student", "tinybert"], "the student tinybert has 2 heads and bert 4"),
-    (["--feature-loss", "none", "--feature-epochs", "1"], "--feature-epochs 1", "choose one with --feature-loss"),
-    (["--feature-epochs", "0", "--cache-teacher-logits"], "--cache-teacher-logits cannot keep", "--feature-epochs"),
-    *((["--method", "kd", "--teachers", "TRAINED", "--prepare-method", how], f"--prepare-method {how}",
-       "has a trained one already", "--retrain-teachers") for how in ("meta", "multitask")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", DOMAINS, ids=lambda case: " ".join(case[0]))
-def test_settings_of_domains(refused, place, finished, case):
-    """With a column of two domains; the others are in tests/run/test_domain_plan.py."""
-    rows = [(("books", "dvd")[i % 2], text, i // 2 % 2) for i, (text, _) in enumerate(sentences())]
-    table(place / "domains.tsv", rows, "kind\tsentence\tlabel")
-    words, *parts = case
-    words = [finished / "student" if word == "TRAINED" else word for word in words]
-    refused([*flags("domains.tsv", "out", method="metakd", domain_column="kind"), *words], *parts)
-
-
-def test_tracker_that_is_not_installed(refused, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
-    refused(flags("d.tsv", "run", report_to="wandb"), "--report-to wandb needs the package wandb", "pip install wandb")
-
-
-def test_metrics_port_in_use(refused):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        refused(flags("d.tsv", "run", metrics_port=port), f"--metrics-port {port}", "Address already in use")
 
 
 def test_what_the_machine_cannot(refused, monkeypatch):

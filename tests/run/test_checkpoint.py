@@ -174,7 +174,7 @@ def walk(plan, step=0):
         yield taken
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     batches=st.integers(1, 12),
     epochs=st.integers(1, 4),

@@ -35,11 +35,12 @@ def other_value(name: str):
     return kind(min(value, high) if high is not None else value)
 
 
-def printed(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        cli.parse([*words, "--print_config"])
-    assert not end.value.code
-    return capsys.readouterr().out
+VALUES = {name: other_value(name) for name in OPTIONS if name != "resume"}  # which needs a run: test_resume.py
+
+
+def words_of(values) -> list[str]:
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    return [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])]
 
 
 def test_every_setting_is_a_flag_with_help_and_default(capsys):
@@ -55,17 +56,11 @@ def test_every_setting_is_a_flag_with_help_and_default(capsys):
 
 
 def test_flags_and_yaml_set_every_one(tmp_path):
-    values = {
-        name: other_value(name) for name in OPTIONS if name != "resume"
-    }  # which needs a run; tests/run/test_resume.py
     file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(values))
-    words = [
-        [f"--{n.replace('_', '-')}"] if v is True else [f"--{n.replace('_', '-')}", str(v)] for n, v in values.items()
-    ]
-    for found in (cli.parse(sum(words, [])), cli.parse(["--config", str(file)])):
-        assert found.to_flat() == values | {"resume": False}
-        assert all(type(found.to_flat()[name]) is type(value) for name, value in values.items())
+    file.write_text(yaml.safe_dump(VALUES))
+    for found in (cli.parse(words_of(VALUES)), cli.parse(["--config", str(file)])):
+        assert found.to_flat() == VALUES | {"resume": False}
+        assert all(type(found.to_flat()[name]) is type(value) for name, value in VALUES.items())
 
 
 def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path):
@@ -84,24 +79,19 @@ def test_no_flags_are_the_defaults():
     assert cli.parse([]) == Config()
 
 
-def test_printed_config_is_read_back_as_the_same(capsys, tmp_path):
-    words = []
-    for name in OPTIONS:
-        if name not in ("resume", "retrain_teachers", "independent_masks", "cache_teacher_logits", "compile"):
-            words += [f"--{name.replace('_', '-')}", str(other_value(name))]
-    words.append("--retrain-teachers")
+def test_what_is_printed_and_what_is_kept_are_read_back(capsys, tmp_path):
+    """A run's file names no output."""
+    config = cli.parse(words := [*words_of(VALUES), "--lr", "6e-5", "--student-layers", "1", "--label-column", "no"])
+    with pytest.raises(SystemExit) as end:
+        cli.parse([*words, "--print_config"])
+    assert not end.value.code
     file = tmp_path / "c.yaml"
-    file.write_text(printed(capsys, *words))
-    assert cli.parse(["--config", str(file)]) == cli.parse(words)
-
-
-def test_dump_is_read_back_and_names_no_output(tmp_path):
-    config = cli.parse(["--lr", "6e-5", "--student-layers", "1", "--label-column", "no", "--output", "x"])
-    file = tmp_path / "c.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert cli.parse(["--config", str(file)]) == config
     file.write_text(cli.dump(config))
     again = cli.parse(["--config", str(file)])
     assert again.run.output is None
-    again.run.output = "x"
+    again.run.output = config.run.output
     assert again == config
 
 
@@ -111,11 +101,6 @@ def test_text_is_taken_literally(word):
     assert cli.parse(["--data", word]).data.data == word
     # where there is a "not given", null and ~ are how one goes back to it
     assert cli.parse(["--label-column", word]).data.label_column == (None if word in ("null", "~") else word)
-
-
-def test_defaults_are_in_range():
-    for section in fields(Config):
-        section.default_factory()
 
 
 @pytest.mark.parametrize("name", [n for n, (o, _) in OPTIONS.items() if o.metadata["minimum"] is not None])

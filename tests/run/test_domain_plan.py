@@ -107,7 +107,7 @@ def scarce(domains, labels, fraction):
     return found.scarce(splits([rows(domains, labels)])).train[0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     examples=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60),
     fractions=st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=4),

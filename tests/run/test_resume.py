@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,23 +46,23 @@ def short(data, tmp_path_factory):
     return succeed(data, folder / "run", cache_dir=folder / "cache", **SHORT)
 
 
-@pytest.mark.parametrize(("phase", "number"), [("metadistil", signal.SIGINT), ("prepare roberta", None)])
-def test_an_interruption_costs_nothing(phase, number, data, tmp_path, short, monkeypatch, capsys):
-    """Stopped, or as after a kill, when the last checkpoint is some steps old; other data in between is refused."""
+def test_interruptions_cost_nothing(data, tmp_path, short, monkeypatch, capsys):
+    """As after a kill, and stopped, when the last checkpoint is some steps old; other data in between are refused."""
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     copy, run = tmp_path / "d.tsv", tmp_path / "run"
     copy.write_bytes(Path(data).read_bytes())
-    assert stop(flags(copy, run, **SHORT), phase, 3, number) == (-9 if number is None else 130)
-    if number is not None:
-        assert "Stopped by SIGINT; the checkpoint is saved. Resume with: " in capsys.readouterr().out
-    assert not (run / "summary.json").exists()
-    if number is not None:
-        copy.write_text(copy.read_text().replace("The", "A"))
-        assert job(["--resume", "--output", str(run)]) == 2
-        assert "other models or data" in capsys.readouterr().err
-        copy.write_bytes(Path(data).read_bytes())
-    assert job(["--resume", "--output", str(run)]) == 0
-    assert f"Resuming '{phase}' after step" in capsys.readouterr().out
+    resume = ["--resume", "--output", str(run)]
+    assert stop(flags(copy, run, **SHORT), "prepare roberta", 3) == -signal.SIGKILL
+    copy.write_text(copy.read_text().replace("The", "A"))
+    assert job(resume) == 2
+    assert "other models or data" in capsys.readouterr().err
+    copy.write_bytes(Path(data).read_bytes())
+    assert stop(resume, "metadistil", 3, signal.SIGINT) == 128 + signal.SIGINT
+    said = capsys.readouterr().out
+    assert "Resuming 'prepare roberta' after step" in said and not (run / "summary.json").exists()
+    assert "Stopped by SIGINT; the checkpoint is saved. Resume with: " in said
+    assert job(resume) == 0
+    assert "Resuming 'metadistil' after step" in capsys.readouterr().out
     assert_as_if_nothing_had_happened(run, short)
 
 
@@ -83,41 +84,61 @@ def test_a_stop_before_the_first_checkpoint_says_so(data, tmp_path, monkeypatch,
 
 
 LONG = {"max_steps": 40, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 7}
+NONE = {"checkpoint_steps": 1000}  # before the end
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG)
+    """`uninterrupted(...)`: the whole run with these settings. It has a cache of its own, so that a teacher that was half
+    prepared is not found there."""
+
+    @cache
+    def run(**changes):
+        folder = tmp_path_factory.mktemp("whole")
+        return succeed(data, folder / "run", cache_dir=folder / "cache", **LONG | changes)
+
+    return run
 
 
-# Phase and step at which the process is killed, and flags that differ from LONG. The whole run has a cache of its own, so
-# that a teacher that was half prepared is not found there.
-KILLS = {
-    "distilling": ("metadistil", 13, {}),
-    "pilots of two": ("metadistil", 13, {"pilot_steps": 2}),
-    "preparing the second": ("prepare roberta", 7, {"prepare_epochs": 8}),
-    "warming up": ("warm up", 7, {"student_warmup_epochs": 8}),
-    "kd": ("kd", 13, {"method": "kd", "max_steps": 120}),
-    "lgtm": ("lgtm", 13, {"method": "lgtm"}),
-    "reptile": ("reptile", 13, {"method": "reptile"}),
+# Phase and step at which the process gets signals, and settings that differ from LONG
+INTERRUPTIONS = {
+    "distilling": ("metadistil", 13, [signal.SIGKILL], {}),
+    "pilots of two": ("metadistil", 13, [signal.SIGKILL], {"pilot_steps": 2}),
+    "preparing the second": ("prepare roberta", 7, [signal.SIGKILL], {"prepare_epochs": 8}),
+    "warming up": ("warm up", 7, [signal.SIGKILL], {"student_warmup_epochs": 8}),
+    "kd": ("kd", 13, [signal.SIGKILL], {"method": "kd", "max_steps": 120}),
+    "lgtm": ("lgtm", 13, [signal.SIGKILL], {"method": "lgtm"}),
+    "reptile": ("reptile", 13, [signal.SIGKILL], {"method": "reptile"}),
+    "before the first checkpoint": ("metadistil", 5, [signal.SIGKILL], NONE),
+    "a second signal does not wait": ("metadistil", 9, [signal.SIGINT, signal.SIGTERM], {}),
+    "with the last step": ("metadistil", 40, [signal.SIGTERM], NONE),  # everything is trained and nothing exported
+    "the cache is lost": ("metadistil", 13, [signal.SIGKILL], {}),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KILLS)
-def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
-    phase, step, changes = KILLS[name]
-    run, settings = tmp_path / "run", LONG | changes
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache of the whole"))
-    whole = succeed(data, tmp_path / "whole", **settings)
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_an_interruption_costs_nothing(name, data, tmp_path, uninterrupted, monkeypatch, capsys):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    assert run_signalled(flags(data, run, **settings), phase, step, signal.SIGKILL).returncode == -signal.SIGKILL
+    (phase, step, numbers, changes), run = INTERRUPTIONS[name], tmp_path / "run"
+    whole = uninterrupted(**{key: value for key, value in changes.items() if key not in NONE})
+    stopped = run_signalled(flags(data, run, **LONG | changes), phase, step, *numbers)
+    killed = numbers[-1] == signal.SIGKILL
+    assert stopped.returncode == (-signal.SIGKILL if killed else 143) and "Traceback" not in stopped.stderr
+    assert killed or "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
     assert not (run / "summary.json").exists()
+    if name == "the cache is lost":
+        shutil.rmtree(tmp_path / "cache")
     capsys.readouterr()
-    assert job(["--resume", "--output", str(run)]) == 0
-    assert f"Resuming '{phase}' after step" in capsys.readouterr().out
-    assert_as_if_nothing_had_happened(run, whole)
+    if name == "with the last step":  # no step is logged again
+        again = run_signalled(["--resume", "--output", str(run)], phase, 1, signal.SIGKILL)
+        assert again.returncode == 0, again.stderr
+    else:
+        assert job(["--resume", "--output", str(run)]) == 0
+        assert (f"Resuming '{phase}' after step" in capsys.readouterr().out) == (changes != NONE)
+    assert_same_models(run, whole)
+    if name != "the cache is lost":  # whose teachers are prepared, and logged, again
+        assert_as_if_nothing_had_happened(run, whole)
 
 
 @pytest.mark.slow
@@ -125,7 +146,7 @@ def test_kill_and_resume(name, data, tmp_path, monkeypatch, capsys):
 def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "a run's output"  # a name that a shell has to be told about
-    stopped = run_signalled(flags(data, run, **LONG | {"checkpoint_steps": 1000}), "metadistil", 5, number)
+    stopped = run_signalled(flags(data, run, **LONG | NONE), "metadistil", 5, number)
     assert stopped.returncode == 128 + number
     assert "Traceback" not in stopped.stderr
     last = stopped.stdout.strip().splitlines()[-1]
@@ -135,34 +156,4 @@ def test_stop_and_resume_with_the_printed_command(number, data, tmp_path, uninte
     done = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert_as_if_nothing_had_happened(run, uninterrupted)
-
-
-STOPS = {
-    "killed before the first checkpoint": (1000, 5, [signal.SIGKILL]),
-    "a second signal does not wait": (2, 9, [signal.SIGINT, signal.SIGTERM]),
-    "with the last step": (1000, 40, [signal.SIGTERM]),  # everything is trained and nothing exported
-    "the cache is lost": (2, 13, [signal.SIGKILL]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STOPS)
-def test_stops(name, data, tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))
-    (every, step, numbers), run = STOPS[name], tmp_path / "run"
-    stopped = run_signalled(flags(data, run, **LONG | {"checkpoint_steps": every}), "metadistil", step, *numbers)
-    killed = numbers[-1] == signal.SIGKILL
-    assert stopped.returncode == (-signal.SIGKILL if killed else 143) and "Traceback" not in stopped.stderr
-    assert killed or "Resume with: python -m engine.train --resume --output" in stopped.stdout.splitlines()[-1]
-    assert not (run / "summary.json").exists()
-    if name == "the cache is lost":
-        shutil.rmtree(tmp_path / "cache")
-    if name == "with the last step":  # no step is logged again
-        again = run_signalled(["--resume", "--output", str(run)], "metadistil", 1, signal.SIGKILL)
-        assert again.returncode == 0, again.stderr
-    else:
-        assert job(["--resume", "--output", str(run)]) == 0
-    assert_same_models(run, uninterrupted)
-    if name != "the cache is lost":  # whose teachers are prepared, and logged, again
-        assert_as_if_nothing_had_happened(run, uninterrupted)
+    assert_as_if_nothing_had_happened(run, uninterrupted())

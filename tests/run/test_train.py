@@ -1,6 +1,7 @@
 """Whole jobs on tiny data: what they leave behind, and that they repeat themselves."""
 
 import json
+from functools import cache
 from itertools import product
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def test_pairs_of_three_classes(finished, tmp_path):
 
 def test_regression_by_lgtm(tmp_path):
     rows = [(text, round(len(text) / 7, 2)) for text, _ in sentences(120)]
-    changes = {"method": "lgtm", "teachers": "bert,roberta", "pilot_steps": 2, "cache_dir": tmp_path / "cache"}
+    changes = {"method": "lgtm", "pilot_steps": 2, "cache_dir": tmp_path / "cache"}
     run, out = succeed_saying(table(tmp_path / "r.tsv", rows), tmp_path / "run", **changes)
     assert "--soft-loss kl does not compare the one output of a regression; mse_logits is used instead" in out
     assert summary(run)["metric"] == "pearson" and summary(run)["task"]["kind"] == "regression"
@@ -172,11 +173,22 @@ def test_prepared_teachers_are_the_same_in_any_company_and_reused(data, finished
     assert_same_models(first, again)
 
 
+@pytest.fixture(scope="module")
+def taught(data, finished, tmp_path_factory):
+    """`taught(...)`: a step of KD by a trained teacher; the run, and what it said."""
+
+    @cache
+    def run(**changes):
+        settings = {"method": "kd", "max_steps": 1, "teachers": finished / "teachers" / "bert", **changes}
+        return succeed_saying(data, tmp_path_factory.mktemp("taught") / "run", **settings)
+
+    return run
+
+
 @pytest.mark.parametrize("retrain", [None, True])
-def test_a_trained_head_is_used_unless_it_is_to_be_trained_anew(retrain, data, finished, tmp_path):
+def test_a_trained_head_is_used_unless_it_is_to_be_trained_anew(retrain, taught, finished):
     teacher = finished / "teachers" / "bert"
-    changes = {"method": "kd", "max_steps": 1, "retrain_teachers": retrain}
-    run, said = succeed_saying(data, tmp_path / "run", teachers=teacher, **changes)
+    run, said = taught(retrain_teachers=True) if retrain else taught()
     (entry,) = summary(run)["teachers"]
     assert (entry["origin"], entry["source"]) == ("fine-tuned" if retrain else "as given", str(teacher))
     assert ("its trained head is used as it is (--retrain-teachers changes that)" in said) == (not retrain)
@@ -195,10 +207,9 @@ def test_its_config_repeats_a_run(finished, tmp_path):
     assert_same_models(finished, tmp_path / "same")
 
 
-def test_another_seed(data, finished, tmp_path):
+def test_another_seed(taught):
     """Makes another student, measured on the same examples."""
-    changes = {"method": "kd", "teachers": finished / "teachers" / "bert", "max_steps": 1}
-    runs = [succeed(data, tmp_path / str(seed), seed=seed, **changes) for seed in (1, 6)]
+    runs = [run for run, _ in (taught(), taught(seed=6))]
     first, second = (weights(run / "student") for run in runs)
     assert not all(torch.equal(first[name], second[name]) for name in first)
     files = [(run / "predictions" / "test.jsonl").read_text().splitlines() for run in runs]

@@ -29,39 +29,27 @@ def step(x):
     return {"loss": y.sum()}
 
 
-def measured(call, rounds: int):
-    meter = CudaMeter(CUDA)
+@pytest.mark.parametrize("captured", [False, True])
+def test_sections_add_up(matrix, captured):
+    """Device time from the first mark to the last, which the host's clock brackets; also of marks inside a graph."""
+    graphs, meter = StepGraphs(step, CUDA, "on"), CudaMeter(CUDA)
+    call = graphs if captured else step
     with listening(meter):
         for _ in range(5):
-            call()
+            call(matrix)
         torch.cuda.synchronize()
         meter.take()
         started = time.perf_counter()
-        for _ in range(rounds):
+        for _ in range(100):
             with section("data wait"):
                 pass
-            call()
+            call(matrix)
         taken = meter.take()
-        return taken, time.perf_counter() - started
-
-
-def check(taken, seconds, rounds):
-    # device time from the first mark to the last, which the host's clock brackets
+        seconds = time.perf_counter() - started
+    assert graphs.captured == captured
     assert sum(taken.values()) == pytest.approx(seconds, rel=0.03, abs=2e-4)
     assert taken["quiz"] / taken["pilot"] == pytest.approx(LONG, rel=0.25)
     assert taken["pilot"] + taken["quiz"] > 0.8 * seconds
-
-
-def test_eager_sections_add_up(matrix):
-    taken, seconds = measured(lambda: step(matrix), 100)
-    check(taken, seconds, 100)
-
-
-def test_sections_inside_a_graph(matrix):
-    graphs = StepGraphs(step, CUDA, "on")
-    taken, seconds = measured(lambda: graphs(matrix), 100)
-    assert graphs.captured == 1
-    check(taken, seconds, 100)
 
 
 def test_marks_change_nothing_in_a_graph(matrix):

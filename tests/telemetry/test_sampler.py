@@ -10,15 +10,9 @@ from fake_nvml import FIGURES, FakeGpu, FakeNvml, error
 from engine.telemetry import host, sampler
 from engine.telemetry.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("no_torch_device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 COUNTER, POWER = "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"
-
-
-@pytest.fixture(autouse=True)
-def no_torch_device(monkeypatch):
-    """On a machine with a GPU too, it is the fake one that is looked at."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture

@@ -16,13 +16,7 @@ from engine.telemetry.sampler import Sampler
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def no_torch_device(monkeypatch):
-    """On a machine with a GPU too, it is the fake one that is looked at."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+pytestmark = pytest.mark.usefixtures("no_torch_device")
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ import shlex
 
 import fake_trackers
 import pytest
-from run_helpers import assert_same_models, flags, metrics, succeed, summary
+from run_helpers import assert_same_models, flags, job, metrics, stop, succeed, summary
 
 from engine.run.phase import Progress
-from engine.run.trainer import Trainer
 from engine.sections import SECTIONS
 from engine.telemetry import host
 from engine.telemetry.telemetry import APART
-from engine.train import main
 
 SETTINGS = {"teachers": "bert", "pilot_steps": 2, "max_steps": 12, "log_steps": 4, "checkpoint_steps": 5}
+# The scheduler may take some milliseconds between the two readings of the clock, of the 0.1 s and 1 s that all steps take. Seen
+# were up to 6 % and 0.7 %, on two cores with five other processes.
+CLOSE = {"prepare bert": 0.2, "metadistil": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,9 @@ def test_sections_add_up_to_the_steps(measured):
     for line in lines:
         parts = {key.removeprefix("seconds/"): s for key, s in line.items() if key.startswith("seconds/")}
         assert set(parts) <= set(SECTIONS) - set(APART)
-        # a record of a few milliseconds a step: the scheduler may take some between the two readings of the clock
-        assert sum(parts.values()) == pytest.approx(line["step_seconds"], rel=0.2)
-    for found in phases.values():
-        assert training(found["sections"]) == pytest.approx(found["seconds"], rel=0.2)
+        assert sum(parts.values()) == pytest.approx(line["step_seconds"], rel=CLOSE[line["phase"]])
+    for name, found in phases.items():
+        assert training(found["sections"]) == pytest.approx(found["seconds"], rel=CLOSE[name])
     assert set(phases["prepare bert"]["sections"]) == {
         "data wait", "real step", "optimizer", "logging", "evaluation", "checkpoint", "other"}  # fmt: skip
     found = phases["metadistil"]["sections"]
@@ -81,51 +81,34 @@ def test_the_same_bits_without_telemetry(measured, data, tmp_path):
 
 def test_a_run_whose_telemetry_breaks_goes_on(data, tmp_path, monkeypatch, capsys):
     """The sampler fails, and so do two of three trackers."""
-    fake_trackers.install(monkeypatch, tmp_path)
-    fake_trackers.failing["log"] = ConnectionError("gone")
+    clients = fake_trackers.install(monkeypatch)
+    clients.wandb.run.log.side_effect = clients.trackio.run.log.side_effect = ConnectionError("gone")
     monkeypatch.setattr(host.Host, "resident", lambda _: (_ for _ in ()).throw(OSError("no /proc")))
     run = succeed(data, tmp_path / "run", report_to="wandb,mlflow,trackio", method="finetune", log_steps=1)
-    fake_trackers.forget()
     found = summary(run)["telemetry"]
     assert "no /proc" in found["cause"] and training(found["phases"]["finetune"]["sections"]) > 0
     said = capsys.readouterr().out
     assert [said.count(f"{name} failed (ConnectionError: gone)") for name in ("wandb", "trackio")] == [1, 1]
-    calls = {call[0]: call[1:] for call in fake_trackers.calls}
-    assert calls["set_terminated"] == ("made-id", "FINISHED")
-    steps = {
-        m.step for call in fake_trackers.calls if call[0] == "log_batch" for m in call[2] if m.key == "finetune/loss"
-    }
-    assert steps == {1, 2, 3, 4}
+    mlflow = clients.mlflow.run
+    mlflow.set_terminated.assert_called_once_with("made-id", status="FINISHED")
+    drawn = [m for batch in mlflow.log_batch.mock_calls for m in batch.kwargs.get("metrics", [])]
+    assert [m.step for m in drawn if m.key == "finetune/loss"] == [1, 2, 3, 4]
 
 
-def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, capsys):
     """Tokens are of every step once; drift goes on from where the teachers started. Settings of telemetry may change,
     and the configuration may be one from before there were some of them."""
-
-    class Stop(Exception):
-        pass
-
-    save, saves = Trainer._save, []
-
-    def save_and_stop(self, run):
-        save(self, run)
-        saves.append(run.phase.name)
-        if saves.count("metadistil") == 2:  # at step 10
-            raise Stop
-
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Trainer, "_save", save_and_stop)
-        main(flags(data, run, **SETTINGS))
+    stop(flags(data, run, **SETTINGS), "metadistil", 8)
     config = (run / "config.yaml").read_text().splitlines(keepends=True)
     older = [line for line in config if not line.startswith("report_to:")]
     assert len(older) == len(config) - 1
     (run / "config.yaml").write_text("".join(older))
-    assert main(["--resume", "--output", str(run), "--metrics-port", "0"]) == 0
+    assert job(["--resume", "--output", str(run), "--metrics-port", "0"]) == 0
     assert "Metrics: http://127.0.0.1:" in capsys.readouterr().out
     ours, whole = (summary(each)["telemetry"]["phases"]["metadistil"] for each in (run, measured))
     assert ours["tokens"] == whole["tokens"] and ours["flops"] == pytest.approx(whole["flops"], rel=0.1)
-    assert training(ours["sections"]) == pytest.approx(ours["seconds"], rel=0.1)
+    assert training(ours["sections"]) == pytest.approx(ours["seconds"], rel=CLOSE["metadistil"])
     ours, whole = ([r["drift/bert"] for r in metrics(each) if "drift/bert" in r] for each in (run, measured))
     assert ours == whole
 

@@ -5,13 +5,15 @@ import json
 import re
 import threading
 import time
+from operator import attrgetter
 from types import SimpleNamespace
+from unittest.mock import call
 
 import fake_trackers
 import pytest
 from run_helpers import metrics
 
-from engine.config import Config, TelemetryConfig
+from engine.config import TelemetryConfig
 from engine.errors import UserError
 from engine.telemetry import trackers
 from engine.telemetry.monitor import Monitor
@@ -22,16 +24,10 @@ DRAWN = {"warm up/loss": 0.5, "warm up/seconds/data wait": 0.25}
 
 
 @pytest.fixture
-def clients(tmp_path_factory, monkeypatch):
+def clients(monkeypatch):
     for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    fake_trackers.install(monkeypatch, tmp_path_factory.mktemp("clients"))
-    yield fake_trackers
-    fake_trackers.forget()
-
-
-def called(name: str) -> list[tuple]:
-    return [call[1:] for call in fake_trackers.calls if call[0] == name]
+    return fake_trackers.install(monkeypatch)
 
 
 def reported(names: str, output, *records, finished: bool = True, settings=None) -> None:
@@ -46,53 +42,61 @@ def reported(names: str, output, *records, finished: bool = True, settings=None)
 
 def test_wandb(clients, tmp_path):
     reported("wandb", tmp_path)
-    assert called("init") == [
-        ("metadistil", str(tmp_path), None, tmp_path.name, {"lr": None, "seed": 3}, "allow", True, "off")
-    ]
-    assert called("define_metric") == [("warm up/step", None), ("warm up/*", "warm up/step")]
-    assert called("log") == [(DRAWN | {"warm up/step": 20},)]
-    assert called("finish") == [(0,)]
-    clients.calls.clear()
+    wandb, run = clients.wandb, clients.wandb.run
+    wandb.Settings.assert_called_once_with(console="off")
+    wandb.init.assert_called_once_with(
+        project="metadistil", dir=str(tmp_path), id=None, name=tmp_path.name, config={"lr": None, "seed": 3}, resume="allow",
+        allow_val_change=True, settings=wandb.Settings.return_value,
+    )  # fmt: skip
+    assert run.define_metric.mock_calls == [call("warm up/step"), call("warm up/*", step_metric="warm up/step")]
+    run.log.assert_called_once_with(DRAWN | {"warm up/step": 20})
+    run.finish.assert_called_once_with(exit_code=0)
     reported("wandb", tmp_path, finished=False)
-    assert called("init")[0][2] == "made-id"  # the same run goes on
-    assert called("finish") == [(1,)]
+    assert wandb.init.call_args.kwargs["id"] == "made-id"  # the same run goes on
+    run.finish.assert_called_with(exit_code=1)
 
 
 def test_mlflow(clients, tmp_path):
-    before = time.time()
-    reported("mlflow", tmp_path, settings=Config().to_flat() | {"text": "x" * 7000})
-    assert called("create_experiment") == [("metadistil",)]
-    assert called("create_run") == [("7", tmp_path.name)]
-    *_, (_, metrics, _) = called("log_batch")
-    assert {m.key: m.value for m in metrics} == DRAWN and {m.step for m in metrics} == {20}
-    assert all(before * 1000 - 1 <= m.timestamp <= time.time() * 1000 for m in metrics)
-    parameters = {p.key: p.value for _, _, params in called("log_batch") for p in params}
-    assert parameters == {k: str(v) for k, v in Config().to_flat().items()} | {"text": "x" * 6000}
-    assert called("set_terminated") == [("made-id", "FINISHED")]
-    clients.calls.clear()
+    before, run, many = time.time(), clients.mlflow.run, {f"setting {i}": i for i in range(130)}
+    reported("mlflow", tmp_path, settings=many | {"text": "x" * 7000})
+    run.create_experiment.assert_called_once_with("metadistil")
+    run.create_run.assert_called_once_with("7", run_name=tmp_path.name)
+    *settings, last = run.log_batch.mock_calls
+    assert last == call("made-id", metrics=last.kwargs["metrics"])
+    assert {m.key: m.value for m in last.kwargs["metrics"]} == DRAWN
+    assert all(m.step == 20 and before * 1000 - 1 <= m.timestamp <= time.time() * 1000 for m in last.kwargs["metrics"])
+    parameters = [each.kwargs["params"] for each in settings]
+    assert settings == [call("made-id", params=some) for some in parameters] and max(map(len, parameters)) <= 100
+    assert dict(sum(parameters, [])) == {k: str(v) for k, v in many.items()} | {"text": "x" * 6000}
+    run.set_terminated.assert_called_once_with("made-id", status="FINISHED")
+    run.reset_mock()
     reported("mlflow", tmp_path, ("prepare org@model(1)", 1, {"loss": 1.0}), finished=False)
-    assert called("update_run") == [("made-id", "RUNNING")] and not called("create_run")
-    ((_, metrics, params),) = called("log_batch")
-    assert params == []  # what MLFlow has of them cannot be changed
-    assert [m.key for m in metrics] == ["prepare org_model_1_/loss"]  # it takes no other letters in a name
-    assert called("set_terminated") == [("made-id", "KILLED")]
+    run.update_run.assert_called_once_with("made-id", status="RUNNING")
+    (batch,) = run.log_batch.mock_calls  # what MLFlow has of parameters cannot be changed
+    assert [m.key for m in batch.kwargs["metrics"]] == [
+        "prepare org_model_1_/loss"
+    ]  # it takes no other letters in a name
+    run.set_terminated.assert_called_once_with("made-id", status="KILLED")
+    run.create_run.assert_not_called()
 
 
 def test_trackio(clients, tmp_path):
     reported("trackio", tmp_path)
-    assert called("init") == [("metadistil", tmp_path.name, {"lr": None, "seed": 3}, "never", False, False)]
-    assert called("log") == [(DRAWN, 20)]
-    assert called("finish") == [()]
-    clients.calls.clear()
+    first = {"project": "metadistil", "name": tmp_path.name, "config": {"lr": None, "seed": 3}, "resume": "never",
+             "auto_log_gpu": False, "auto_log_cpu": False, "embed": False}  # fmt: skip
+    clients.trackio.run.log.assert_called_once_with(DRAWN, step=20)
+    clients.trackio.run.finish.assert_called_once_with()
     reported("trackio", tmp_path)
-    assert called("init")[0][1:4:2] == (tmp_path.name, "allow")
+    again = first | {"name": "made-name", "resume": "allow"}
+    assert clients.trackio.init.call_args_list == [call(**first), call(**again)]
 
 
 def test_project_is_the_clients_own_setting(clients, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
     reported("wandb, mlflow,wandb", tmp_path)  # given twice, it is one tracker
-    assert [project for project, *_ in called("init")] == ["mine"] and called("create_experiment") == [("ours",)]
+    assert clients.wandb.init.call_count == 1 and clients.wandb.init.call_args.kwargs["project"] == "mine"
+    clients.mlflow.run.create_experiment.assert_called_once_with("ours")
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "made-id", "mlflow": "made-id"}
 
 
@@ -100,7 +104,7 @@ def test_project_is_the_clients_own_setting(clients, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "just a folder"])
-def test_what_cannot_be_had(clients, tmp_path, monkeypatch, found):
+def test_what_cannot_be_had(tmp_path, monkeypatch, found):
     """Trackers that there are not, packages that are not installed, and one that is broken."""
     for given in ("", "wandb,", "comet", "wandb,tensorboard"):
         with pytest.raises(UserError, match="^--report-to has '.*'; it must be one or more of wandb, mlflow, trackio"):
@@ -122,10 +126,11 @@ def test_what_cannot_be_had(clients, tmp_path, monkeypatch, found):
             trackers.chosen(config)
 
 
-@pytest.mark.parametrize(("name", "start"), [("wandb", "init"), ("mlflow", "create_run"), ("trackio", "init")])
-def test_tracker_that_cannot_begin(clients, tmp_path, name, start):
+@pytest.mark.parametrize("start", ["wandb.init", "mlflow.run.create_run", "trackio.init"])
+def test_tracker_that_cannot_begin(clients, tmp_path, start):
     """It refuses the run; one that cannot go on is in test_telemetry_run.py."""
-    clients.failing[start] = ValueError("no account\nand more")
+    name, _, _ = start.partition(".")
+    attrgetter(start)(clients).side_effect = ValueError("no account\nand more")
     said = rf"^--report-to {name} cannot begin a run \(ValueError: no account\); .* leave {name} out.$"
     with pytest.raises(UserError, match=said):
         reported(name, tmp_path)
