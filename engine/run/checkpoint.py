@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from engine.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # raised when what a checkpoint holds changes
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.run import checkpoint
 from engine.run.phase import Phase, Progress
+from engine.run.tally import Tally
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Standing:
     phase: Phase
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights at progress.best_step, on the CPU
+    tally: Tally = field(default_factory=Tally)
     starts: list[Tensor] = field(default_factory=list)  # sketches of the teachers that learn, as they were at the start
 
 
@@ -60,7 +62,11 @@ class Resume:
         if device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
         tensors |= {f"start/{k}": start for k, start in enumerate(run.starts)}
+        unread, tally = run.tally.saved()
+        tensors |= checkpoint.prefixed("tally", unread)
         for i, learner in enumerate(state.learners()):
+            if learner.skipped is not None:
+                tensors[f"{i}/skipped"] = learner.skipped
             tensors |= checkpoint.prefixed(f"{i}/weights", checkpoint.module_tensors(learner.network.module))
             tensors |= checkpoint.prefixed(f"{i}/optimizer", checkpoint.optimizer_tensors(learner.optimizer))
         checkpoint.save(self.file, tensors, {
@@ -69,6 +75,7 @@ class Resume:
             "progress": asdict(run.progress),
             "finished": {name: asdict(p) for name, p in self.finished.items()},
             "round": state.round,
+            "tally": tally,
             "schedules": [learner.schedule.last_epoch for learner in state.learners()],
         })  # fmt: skip
 
@@ -80,8 +87,11 @@ class Resume:
             checkpoint.restore_module(learner.network.module, checkpoint.under(f"{i}/weights", tensors))
             checkpoint.restore_optimizer(learner.optimizer, checkpoint.under(f"{i}/optimizer", tensors))
             learner.resume_schedule(saved["schedules"][i])
+            if f"{i}/skipped" in tensors:
+                learner.skipped = tensors[f"{i}/skipped"].to(device)
         run.best = checkpoint.under("best", tensors)
         run.progress = Progress.of(saved["progress"])
+        run.tally = Tally.restored(checkpoint.under("tally", tensors), saved["tally"], device)
         starts = checkpoint.under("start", tensors)
         run.starts = [starts[str(k)].to(device) for k in range(len(starts))]
         state.round = saved["round"]

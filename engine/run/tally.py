@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ class Tally:
         self.sums += torch.stack([torch.where(finite, now, 0), finite.to(now.dtype)])
         self.bad = torch.where(finite.all(), 0, self.bad + 1)
         self.rounds += 1
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON of what was not read yet, for a checkpoint: the next means are of all rounds since the last reading."""
+        found = {"sums": self.sums, "bad": self.bad}
+        return {n: t for n, t in found.items() if t is not None}, {"names": self.names, "rounds": self.rounds}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], state: dict[str, Any], device: torch.device) -> Tally:
+        return cls(**state, **{name: t.to(device) for name, t in tensors.items()})
 
     def read(self, learners: Sequence[Learner]) -> tuple[dict[str, float], int, int]:
         """Means of the finite values since the last reading, the rounds that are `bad`, and how many updates the learners left

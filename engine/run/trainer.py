@@ -23,7 +23,6 @@ from engine.run.evaluation import predict, primary, score
 from engine.run.interrupts import Interrupted, Interrupts
 from engine.run.phase import Phase, Plan, Progress
 from engine.run.resume import Resume, Standing
-from engine.run.tally import Tally
 from engine.screen.console import Console
 from engine.sections import section
 from engine.telemetry.drift import drift, sketch
@@ -38,7 +37,6 @@ class _Run(Standing):
     """A phase while it is trained, with what a checkpoint does not hold."""
 
     batches: TrainingBatches | None = None
-    tally: Tally = field(default_factory=Tally)
     means: dict[str, float] = field(default_factory=dict)  # what was read last
     seconds: float = 0.0  # of training, when it was read last
 

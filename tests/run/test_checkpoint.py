@@ -112,11 +112,11 @@ REFUSED = {
     **{f"{n} bytes of it": (lambda whole, n=n: whole[:n], "cannot be read") for n in (0, 4, 30, 200, -1)},
     "text": (lambda whole: b"step: 3\n" * 50, "cannot be read"),
     "no format": (lambda whole: foreign(), "has format None"),
-    "no JSON": (lambda whole: foreign(format="1", state="{"), "cannot be read"),
-    "no state": (lambda whole: foreign(format="1"), "cannot be read"),
+    "no JSON": (lambda whole: foreign(format=str(checkpoint.FORMAT), state="{"), "cannot be read"),
+    "no state": (lambda whole: foreign(format=str(checkpoint.FORMAT)), "cannot be read"),
     "a later format": (
-        lambda whole: whole.replace(b'"format":"1"', b'"format":"2"'),
-        "has format 2, and this version reads only format 1",
+        lambda whole: whole.replace(b'"format":"%d"' % checkpoint.FORMAT, b'"format":"9"'),
+        f"has format 9, and this version reads only format {checkpoint.FORMAT}",
     ),
 }
 

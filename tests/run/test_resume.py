@@ -36,7 +36,8 @@ def test_a_finished_run_says_so(finished, capsys):
 # In this process
 
 
-SHORT = {"max_steps": 6, "log_steps": 1, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 5,
+# What a log line's means are of begins before the checkpoint and ends behind it
+SHORT = {"max_steps": 6, "log_steps": 4, "checkpoint_steps": 2, "teachers": "bert,roberta", "eval_steps": 5,
          "pilot_steps": 2}  # fmt: skip
 
 
