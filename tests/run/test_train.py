@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_is_an_error(data, tmp_path, capsys):
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, monkeypatch):
     """Two of twelve batches have labels that no loss is finite for: the run goes on, and its weights stay finite."""
-    taken, hard = [], Objective._hard
+    taken, hard = [], Objective.hard
 
     def spoilt(self, student, labels):
         if student.requires_grad:
@@ -244,7 +244,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, mo
         bad = student.requires_grad and taken[-1] in (3, 7)
         return hard(self, student, labels) * (float("inf") if bad else 1.0)
 
-    monkeypatch.setattr(Objective, "_hard", spoilt)
+    monkeypatch.setattr(Objective, "hard", spoilt)
     run, said = succeed_saying(data, tmp_path / "run", method="finetune", epochs=3, log_steps=6)
     said = " ".join(said.split())
     assert "finetune: 1 update up to step 4 left out because the gradient was not finite (1 so far)" in said
