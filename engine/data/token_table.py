@@ -24,14 +24,15 @@ class TokenTable:
         self._positions = np.arange(encoding.max_length)
         self.lengths = np.diff(self._starts)  # [n]
         self.training = self.lengths if training is None else training
-        self.buckets = Buckets.of(self.training, encoding.max_length, buckets, batch_size)
+        if encoding.fixed:
+            self.buckets = Buckets(np.array([encoding.max_length]), encoding.max_length)
+        else:
+            self.buckets = Buckets.of(self.training, encoding.max_length, buckets, batch_size)
 
     def pad(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (and token_type_ids) of `rows`, each [B, L] int64, L the bucket of the longest."""
-        lengths = self.lengths[rows]
-        positions = self._positions[: self.buckets(lengths.max())]  # [L]
-        mask = positions < lengths[:, None]  # [B, L]
-        # behind an example stand the next one's tokens, and behind the last one nothing: `clip` keeps reading in bounds
+        positions, mask = self._layout(rows)
+        # beside an example stand the next one's tokens, and behind the last one nothing: `clip` keeps reading in bounds
         source, hole = self._starts[rows][:, None] + positions, ~mask
         out = {"input_ids": _gather(self._ids, source, hole, self.encoding.tokenizer.pad_token_id)}
         out["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
@@ -41,10 +42,17 @@ class TokenTable:
 
     def beside(self, values: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
         """`values` [tokens], which go with the tokens of the mapped files, of `rows`: [B, L] as `pad` lays them out."""
+        positions, mask = self._layout(rows)
+        return np.where(mask, values.take(self._starts[rows][:, None] + positions, mode="clip"), padding)
+
+    def _layout(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which token of its example stands at each place, [L] or [B, L], and the places [B, L] where one does."""
         lengths = self.lengths[rows]
         positions = self._positions[: self.buckets(lengths.max())]
-        found = values.take(self._starts[rows][:, None] + positions, mode="clip")
-        return np.where(positions < lengths[:, None], found, padding)
+        if self.encoding.padding == "right":
+            return positions, positions < lengths[:, None]
+        positions = positions - (len(positions) - lengths)[:, None]
+        return positions, positions >= 0
 
 
 def _gather(values: np.ndarray, source: np.ndarray, hole: np.ndarray, padding: int) -> torch.Tensor:

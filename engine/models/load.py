@@ -22,6 +22,7 @@ from transformers import logging as transformers_logging
 from engine.data.splits import Task
 from engine.errors import UserError
 from engine.hub import Hub
+from engine.models import families
 
 ALIASES = {
     "bert": "google-bert/bert-base-uncased",
@@ -34,6 +35,7 @@ HUB_FILES = [
     "merges.txt", "special_tokens_map.json", "*.model",
 ]  # fmt: skip
 
+LONG = 1 << 30  # tokens, where a model says of no limit
 TOKENIZER_FILES = ["tokenizer.json", "vocab*", "*.model"]
 
 transformers_logging.set_verbosity_error()
@@ -65,6 +67,7 @@ class Loaded:
     tokenizer: object
     trained_head: bool
     max_length: int  # tokens it can read
+    note: str | None = None  # what of its configuration was changed
 
 
 def resolve_models(given: list[str], hub: Hub) -> list[ModelSource]:
@@ -104,7 +107,8 @@ def load_model(
     else:
         module, tokenizer, trained = _read(Path(source.place), task, seed, keep_head)
     _name_labels(module, task)
-    return Loaded(module, tokenizer, trained, _longest(module, tokenizer))
+    longest = min(families.longest(module) or LONG, tokenizer.model_max_length)
+    return Loaded(module, tokenizer, trained, longest, _find_padding(module, tokenizer))
 
 
 def configuration_of(given: str, hub: Hub) -> tuple[str | None, int, PretrainedConfig | None]:
@@ -264,10 +268,12 @@ def _read(folder: Path, task: Task, seed: int, keep_head: bool) -> tuple[nn.Modu
                         "weights, configuration and tokenizer of a model that transformers knows.") from e  # fmt: skip
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"The tokenizer in {folder} has no fast version (tokenizer.json); convert it first.")
-    if tokenizer.pad_token_id is None or module.config.pad_token_id is None:
-        raise UserError(
-            f"The model in {folder} has no padding token; set pad_token_id in its configuration and tokenizer."
-        )
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer in {folder} has no padding token; set pad_token in its tokenizer_config.json.")
+    rows, last = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise UserError(f"The tokenizer in {folder} gives ids up to {last}, and the model has embeddings for {rows} tokens; give "
+                        "the model its own tokenizer, or call resize_token_embeddings and save it.")  # fmt: skip
     _refuse_lost_weights(folder, module, info)
     trained = keep_head and not info["missing_keys"] and not info["mismatched_keys"]
     if trained:
@@ -304,11 +310,14 @@ def _name_labels(module: nn.Module, task: Task) -> None:
         module.config.label2id = {name: i for i, name in enumerate(task.label_names)}
 
 
-def _longest(module: nn.Module, tokenizer) -> int:
-    positions = getattr(module.config, "max_position_embeddings", None) or 1 << 30
-    if module.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= module.config.pad_token_id + 1  # their positions start behind the padding id
-    return min(positions, tokenizer.model_max_length)
+def _find_padding(module: nn.Module, tokenizer) -> str | None:
+    """Where the classifier looks for the last token that is no padding, its configuration has the tokenizer's; returns what changed."""
+    config, padding = module.config.get_text_config(), tokenizer.pad_token_id
+    before = config.pad_token_id
+    if before == padding or not families.finds_last_token(module):
+        return None
+    config.pad_token_id = padding
+    return f"reads a text's last token, the last that is no padding, so pad_token_id {before} of its configuration becomes the tokenizer's {padding}"
 
 
 def _first_line(e: Exception) -> str:

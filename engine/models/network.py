@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 from engine.batch import Batch
 from engine.models.compiling import CompiledLayers
 from engine.models.encoder_layers import lean_layers
-from engine.models.families import family
+from engine.models.families import family, inputs_of, without_cache
 from engine.models.features import SCORES, InnerStates
 from engine.params.flat import TABLE_ROWS, FlatParameters
 
@@ -155,7 +154,7 @@ class Encoder(Network):
         self.encoding, self.precision, self.compiled = encoding, precision, compiled
         self.heads = 1
         self.role: str | None = None  # "teacher" or "student": it reads that role's version where a batch has one
-        self._inputs = set(inspect.signature(module.forward).parameters)
+        self._inputs, self._besides = inputs_of(module), without_cache(module)
         self.family = family(module)
         if compiled is not None:
             compiled.check(module, name)
@@ -166,7 +165,7 @@ class Encoder(Network):
         precision: str | None = None,
     ) -> Outputs:  # fmt: skip
         given = batch.inputs.get(f"{self.encoding}/{self.role}", batch.inputs[self.encoding])
-        inputs = {k: v for k, v in given.items() if k in self._inputs}
+        real, inputs = given["attention_mask"], {k: v for k, v in given.items() if k in self._inputs} | self._besides
         low = (precision or self.precision) == "bf16"
         if low:
             given = {n: t.to(torch.bfloat16) for n, t in (parameters or {}).items()}
@@ -175,10 +174,9 @@ class Encoder(Network):
         kind = attention(batch.labels.device, inputs["input_ids"].shape[1], low, dropout, repeated or higher)
         if self.inner.attention:
             kind = SCORES
-        real = inputs["attention_mask"]
         if self.family.ready_mask:
             dtype = torch.bfloat16 if low else self.flat.weights.dtype
-            inputs["attention_mask"] = attention_mask(inputs["attention_mask"], kind, dtype)
+            inputs["attention_mask"] = attention_mask(real, kind, dtype)
         math = (
             sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
         )  # where a model knows no other attention

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,6 +23,7 @@ from engine.config import Config
 from engine.data.labels import Task
 from engine.errors import UserError
 from engine.hub import Hub
+from engine.models import families
 from engine.models.load import ModelSource, configuration_of, keep_layers
 from engine.run.choices import layer_numbers
 
@@ -56,13 +59,11 @@ class Blueprint:
             keep_layers(module, self.layers)
         return module.eval()
 
-    @property
+    @cached_property
     def longest(self) -> int | None:
-        """Tokens that it can read, where it says so."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if positions is not None and self.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            positions -= self.config.pad_token_id + 1
-        return positions
+        """Tokens that it can read, where something limits them."""
+        with torch.device("meta"):
+            return families.longest(self.build())
 
 
 def blueprints(config: Config, task: Task, hub: Hub) -> tuple[Blueprint, list[Blueprint]]:

@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.losses.domain_head import widen
 from engine.methods import METHODS
 from engine.models.compiling import CompiledLayers
+from engine.models.families import family, inputs_of
 from engine.models.load import ModelSource, keep_layers, load_model
 from engine.models.network import Encoder
 from engine.run import choices
@@ -85,7 +86,14 @@ class _Loading:
             self.console.say(
                 f"{name} reads at most {length} tokens, so --max-length {longest} becomes {length} for it."
             )
-        encoding = Encoding.of(loaded.tokenizer, length)
+        if loaded.note is not None:
+            self.console.say(f"{name} {loaded.note}.")
+        masked = "attention_mask" in inputs_of(loaded.module)
+        if not masked:
+            self.console.say(
+                f"{name} sees no mask of what is padding, so all texts are padded to {length} tokens for it."
+            )
+        encoding = Encoding.of(loaded.tokenizer, length, family(loaded.module).padding, fixed=not masked)
         self.encodings.setdefault(encoding.key, encoding)
         network = Encoder(name, loaded.module, encoding.key, self.config.run.precision, self.compiled)
         return Member(source, network, loaded.tokenizer, loaded.trained_head)

@@ -78,11 +78,11 @@ def test_tokens_are_the_tokenizers_own(kind, pair, max_length, texts, tokenizers
     assert not pair or kind == "bpe" or tokens.types.max() == 1
 
 
-def table_of(examples, training=None, max_length=40, buckets=3, batch_size=1, typed=True):
+def table_of(examples, training=None, max_length=40, buckets=3, batch_size=1, typed=True, **layout):
     """A table of examples whose tokens are numbered through, the types being their last digits."""
     offsets = np.concatenate([[0], np.cumsum(examples)]).astype(np.int64)
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
-    encoding = SimpleNamespace(key="numbers", tokenizer=SimpleNamespace(pad_token_id=-7), max_length=max_length)
+    encoding = Encoding("numbers", SimpleNamespace(pad_token_id=-7), max_length, **layout)
     tokens = Tokens(ids, offsets, (ids % 10).astype(np.int8) if typed else None)
     return TokenTable(encoding, tokens, buckets, batch_size, None if training is None else np.array(training))
 
@@ -92,23 +92,30 @@ def table_of(examples, training=None, max_length=40, buckets=3, batch_size=1, ty
     examples=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
     training=st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=12), buckets=st.integers(1, 5),
     batch_size=st.integers(1, 3), typed=st.booleans(), pick=st.lists(st.integers(0, 11), min_size=1, max_size=12),
+    left=st.booleans(), fixed=st.booleans(),
 )  # fmt: skip
-def test_padding_against_a_loop(examples, training, buckets, batch_size, typed, pick):
-    table = table_of(examples, training, 40, buckets, batch_size, typed)
+def test_padding_against_a_loop(examples, training, buckets, batch_size, typed, pick, left, fixed):
+    layout = {"padding": "left" if left else "right", "fixed": fixed}
+    table = table_of(examples, training, 40, buckets, batch_size, typed, **layout)
     rows = np.array([p % len(examples) for p in pick])
     got = table.pad(rows)
     longest = max(examples[r] for r in rows)
     held = [w for w in table.buckets.widths if w >= longest]
-    width = min(held) if held else -(-longest // 8) * 8
+    width = 40 if fixed else min(held) if held else -(-longest // 8) * 8
     planned = Buckets.of(np.array(examples if training is None else training), 40, buckets, batch_size)
-    assert table.buckets.widths.tolist() == planned.widths.tolist()
+    assert table.buckets.widths.tolist() == ([40] if fixed else planned.widths.tolist())
     assert got.keys() == {"input_ids", "attention_mask"} | ({"token_type_ids"} if typed else set())
     for i, r in enumerate(rows):
         ids = table.tokens.ids[sum(examples[:r]) : sum(examples[: r + 1])].tolist()
-        rest = width - len(ids)
-        assert got["input_ids"][i].tolist() == ids + [-7] * rest
-        assert got["attention_mask"][i].tolist() == [1] * len(ids) + [0] * rest
-        assert not typed or got["token_type_ids"][i].tolist() == [x % 10 for x in ids] + [0] * rest
+        rest, types = width - len(ids), [x % 10 for x in ids]
+        ids, mask, types, beside = (
+            [padding] * rest + real if left else real + [padding] * rest
+            for real, padding in ((ids, -7), ([1] * len(ids), 0), (types, 0), (ids, -1))
+        )
+        assert got["input_ids"][i].tolist() == ids
+        assert got["attention_mask"][i].tolist() == mask
+        assert not typed or got["token_type_ids"][i].tolist() == types
+        assert table.beside(table.tokens.ids, rows, -1)[i].tolist() == beside
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in got.values())
 
 

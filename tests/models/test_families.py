@@ -1,38 +1,167 @@
-"""Families of models that are not BERT's: each is read as transformers reads it by itself."""
+"""Families of models that are not BERT's: each is loaded, encoded and read as transformers reads it by itself."""
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from engine.batch import Batch
-from engine.models.families import PLAIN, family
+from engine.data.encoded import EncodedSplit
+from engine.data.encoding import Encoding
+from engine.data.splits import Task
+from engine.errors import UserError
+from engine.models import families
+from engine.models.checkpointing import checkpointed
+from engine.models.families import PLAIN, family, longest
+from engine.models.load import ModelSource, load_model
 from engine.models.network import Encoder
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-         "max_position_embeddings": 24, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.3}  # fmt: skip
+WORDS = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]"), *"abcdefghijklmnopqrstuvwxyz"]
+BASE = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+         "max_position_embeddings": 24, "initializer_range": 0.3}  # fmt: skip
+OWN = {
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+    "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
+             "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_position_embeddings": 24, "init_std": 0.3,
+             "decoder_start_token_id": 3, "forced_eos_token_id": 3},
+    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "initializer_range": 0.3},
+    "xlm": {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 24, "init_std": 0.3, "pad_index": 0},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.3},
+    "longformer": {"attention_window": [4, 4]},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}  # fmt: skip
 
 
 def tiny(kind, **settings):
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**SIZES | settings)
+    sizes = {} if kind in ("t5", "bart", "xlnet", "xlm") else SIZES
+    config = CONFIG_MAPPING[kind](**BASE | sizes | OWN.get(kind, {}) | settings)
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def inputs(module, length=9):
+def tokenizer(pad="[PAD]", types=False, second=1, side="right"):
+    """Letters with [CLS] a [SEP] b [SEP]; the tokens of b are of the type `second`."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair=f"[CLS] $A [SEP] $B:{second} [SEP]:{second}",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]", model_input_names=names, padding_side=side)  # fmt: skip
+
+
+def loaded(module, words, folder):
+    module.save_pretrained(folder)
+    words.save_pretrained(folder)
+    task = Task("classification", ("x", "y", "z"), False)
+    return load_model(ModelSource(str(folder), "own", "local", str(folder)), task, list, 0)
+
+
+def batch(module, length=9):
     """Rows of different length with what this module's forward takes."""
     ids = torch.randint(5, 40, (3, length), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(length) < torch.tensor([[length], [1], [length // 2]])).long()
-    return {"input_ids": torch.where(mask == 1, ids, module.config.pad_token_id), "attention_mask": mask}
+    ids = torch.where(mask == 1, ids, module.config.pad_token_id)
+    return Batch(torch.zeros(3).long(), {"own": {"input_ids": ids, "attention_mask": mask}})
 
 
-def read(module, given, **more):
-    return Encoder("own", module, "own")(Batch(torch.zeros(3).long(), {"own": given}), **more).logits
+# As the exported model reads a text alone
+
+TYPED = {"types": True}
+ALONE = [
+    ("gpt2", {"pad_token_id": 9}, {}),  # a letter of the texts: its classifier would read other tokens than the last
+    ("llama", {"pad_token_id": None}, {}),
+    ("opt", {"pad_token_id": 9}, {"side": "left"}),
+    ("gpt2", {}, {}),
+    ("xlm", {}, {}),
+    ("roberta", {"type_vocab_size": 1, "pad_token_id": 1}, TYPED),
+    ("bert", {}, TYPED),
+    ("xlnet", {}, TYPED),
+    ("fnet", {}, TYPED),
+    ("t5", {}, {}),
+    ("bart", {}, {}),
+]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize(("kind", "settings", "words"), ALONE)
+def test_logits_are_those_of_the_exported_model_alone(kind, settings, words, pair, tmp_path):
+    words = tokenizer(**words, pad="[UNK]" if kind == "roberta" else "[PAD]")
+    own = loaded(tiny(kind, **settings), words, tmp_path)
+    texts, pairs = ["a b c d e f g", "f", "h i e"], ["q r", "s", "t u v w"]
+    masked = "attention_mask" in families.inputs_of(own.module)
+    encoding = Encoding.of(own.tokenizer, min(20, own.max_length), family(own.module).padding, not masked)
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1, 2]} | ({"pair": pairs} if pair else {}))
+    split = EncodedSplit(rows, [encoding], "x" * 16, tmp_path)
+    got = Encoder("own", own.module, encoding.key)(split.batch([0, 1, 2])).logits
+    own.module.save_pretrained(tmp_path)
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for i, logits in enumerate(got):
+        given = words(texts[i], *([pairs[i]] if pair else []), return_tensors="pt",
+                      **({} if masked else {"padding": "max_length", "max_length": 20}))  # fmt: skip
+        if kind == "roberta":
+            del given["token_type_ids"]  # of which it knows one
+        if not masked:
+            del given["attention_mask"]
+        torch.testing.assert_close(logits, alone(**given).logits[0], rtol=0, atol=1e-5)
+    assert got.std(0).min() > 1e-3, "texts are told apart"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_an_encoder_that_is_a_decoder_keeps_its_causal_mask(kind):
     module = tiny(kind, is_decoder=True)
+    given = batch(module)
     assert family(module) is PLAIN
-    given = inputs(module)
     for higher in (False, True):
-        torch.testing.assert_close(read(module, given, higher=higher), module(**given).logits, rtol=0, atol=1e-5)
+        got = Encoder("own", module, "own")(given, higher=higher).logits
+        torch.testing.assert_close(got, module(**given.inputs["own"]).logits, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gives ids up to 29, and the model has embeddings for 20 tokens"):
+        loaded(tiny("bert", vocab_size=20), tokenizer(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [*((k, 22) for k in ("roberta", "mpnet", "roberta-prelayernorm", "data2vec-text", "xmod", "longformer")),
+     *((k, 24) for k in ("bert", "gpt2", "opt", "bart")), ("xlnet", None), ("t5", None)],
+)  # fmt: skip
+def test_how_many_tokens_a_model_reads(kind, expected):
+    """So many, and no more."""
+    module = tiny(kind, **{"pad_token_id": 1} if expected == 22 else {})
+    assert longest(module) == expected
+
+    def read(length):
+        ids = torch.full((1, length), 7)
+        ids[0, -1] = 3
+        return Encoder("own", module, "own")(
+            Batch(ids[0, :1], {"own": {"input_ids": ids, "attention_mask": ids * 0 + 1}})
+        )
+
+    assert read(expected or 60).logits.isfinite().all()
+    if expected is not None and kind != "longformer":  # which pads its texts itself, up to what its windows need
+        with pytest.raises((IndexError, RuntimeError)):
+            read(expected + 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "xlm"])
+def test_checkpointed_layers_read_no_cache(kind):
+    module = tiny(kind)
+    given, network, found = batch(module), Encoder("own", module, "own"), []
+    for checkpoints in (False, True):
+        module.zero_grad()
+        if checkpoints:
+            with checkpointed(module):
+                loss = network(given, higher=True).logits.square().sum()
+        else:
+            loss = module(**given.inputs["own"]).logits.square().sum()
+        loss.backward()
+        found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
