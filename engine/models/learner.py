@@ -18,6 +18,7 @@ from engine.models.network import Network, Outputs
 from engine.params import optim
 from engine.params.flat import Lookups
 from engine.sections import section
+from engine.telemetry.below_eps import count_below
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Learner:
     schedule: LambdaLR | None = None
     max_grad_norm: float | None = None
     skipped: Tensor | None = None  # [] on the device, once there was an update
+    watched: bool = False  # whether `below_eps` is counted, of an optimizer that has an eps
+    below_eps: Tensor | None = None  # [2] on the device (engine.telemetry.below_eps), once there was an update
 
     def forward(self, batch, repeated: bool = False) -> tuple[Outputs, Lookups]:
         """Outputs with graph, and what `backward` needs to know of it."""
@@ -54,6 +57,11 @@ class Learner:
             if self.skipped is None:
                 self.skipped = torch.zeros_like(found_inf)
             self.skipped += found_inf
+        if self.watched and (eps := self.optimizer.param_groups[0].get("eps")):
+            counts = count_below(flat.gradients[: flat.dense], eps, clip)
+            if self.below_eps is None:
+                self.below_eps = torch.zeros_like(counts)
+            self.below_eps += counts
         optim.step(self.optimizer, flat, clip, found_inf)
         flat.clear_gradients()
 

@@ -65,8 +65,8 @@ class Resume:
         unread, tally = run.tally.saved()
         tensors |= checkpoint.prefixed("tally", unread)
         for i, learner in enumerate(state.learners()):
-            if learner.skipped is not None:
-                tensors[f"{i}/skipped"] = learner.skipped
+            counts = {"skipped": learner.skipped, "below_eps": learner.below_eps}
+            tensors |= {f"{i}/{name}": count for name, count in counts.items() if count is not None}
             tensors |= checkpoint.prefixed(f"{i}/weights", checkpoint.module_tensors(learner.network.module))
             tensors |= checkpoint.prefixed(f"{i}/optimizer", checkpoint.optimizer_tensors(learner.optimizer))
         checkpoint.save(self.file, tensors, {
@@ -87,8 +87,9 @@ class Resume:
             checkpoint.restore_module(learner.network.module, checkpoint.under(f"{i}/weights", tensors))
             checkpoint.restore_optimizer(learner.optimizer, checkpoint.under(f"{i}/optimizer", tensors))
             learner.resume_schedule(saved["schedules"][i])
-            if f"{i}/skipped" in tensors:
-                learner.skipped = tensors[f"{i}/skipped"].to(device)
+            for name in ("skipped", "below_eps"):
+                if f"{i}/{name}" in tensors:
+                    setattr(learner, name, tensors[f"{i}/{name}"].to(device))
         run.best = checkpoint.under("best", tensors)
         run.progress = Progress.of(saved["progress"])
         run.tally = Tally.restored(checkpoint.under("tally", tensors), saved["tally"], device)

@@ -54,6 +54,8 @@ def let_teachers_learn(
         micro_batch_size=optim.micro_batch_size, teacher_alpha=settings.teacher_alpha if method.own_loss else None,
     )  # fmt: skip
     if method.learn_from == "quiz":
+        for each in learners:
+            each.watched = True
         say(f"Attention: {describe_attention(setup.device, setup.config.run.precision == 'bf16')}.")
         quiz = setup.examples.encoded.quiz.only({state.student.network.encoding})
         state.quiz = QuizBatches(quiz, optim.batch_size, settings.quiz_batches, setup.config.run.seed, setup.device)

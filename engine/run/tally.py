@@ -43,13 +43,20 @@ class Tally:
         return cls(**state, **{name: t.to(device) for name, t in tensors.items()})
 
     def read(self, learners: Sequence[Learner]) -> tuple[dict[str, float], int, int]:
-        """Means of the finite values since the last reading, the rounds that are `bad`, and how many updates the learners left
-        out since then. The one synchronisation of a logging step."""
-        counts = [learner.skipped for learner in learners if learner.skipped is not None]
-        found = torch.cat([self.sums.flatten(), torch.stack([self.bad, *counts])]).tolist()  # sync: logging step
-        n = len(self.names)
-        means = {name: s / k for name, s, k in zip(self.names, found[:n], found[n : 2 * n], strict=True) if k}
+        """Means of the finite values since the last reading, with them the share of each watched gradient that was below its
+        optimizer's eps; the rounds that are `bad`; and how many updates the learners left out since then. The one synchronisation
+        of a logging step."""
+        skipped = [learner.skipped for learner in learners if learner.skipped is not None]
+        watched = {learner.network.name: learner.below_eps for learner in learners if learner.below_eps is not None}
+        given = [*self.sums, *watched.values(), torch.stack([self.bad, *skipped])]
+        found = torch.cat([t.double() for t in given]).tolist()  # sync: logging step
+        n, w = len(self.names), 2 * len(self.names)
+        means = {name: s / k for name, s, k in zip(self.names, found[:n], found[n:w], strict=True) if k}
+        for name in watched:
+            reached, below = found[w : w + 2]
+            means |= {f"below_eps/{name}": below / reached} if reached else {}
+            w += 2
         self.sums = None
-        for count in counts:
+        for count in (*skipped, *watched.values()):
             count.zero_()
-        return means, int(found[2 * n]), int(sum(found[2 * n + 1 :]))
+        return means, int(found[w]), int(sum(found[w + 1 :]))

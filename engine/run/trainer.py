@@ -29,6 +29,7 @@ from engine.telemetry.drift import drift, sketch
 from engine.telemetry.monitor import Monitor
 from engine.telemetry.telemetry import Telemetry
 
+BELOW_EPS = 0.9  # share of a meta-gradient below its optimizer's eps from which on there is a warning
 PATIENCE = 10  # rounds whose loss is not finite, one after the other, before a run gives up
 
 
@@ -39,6 +40,7 @@ class _Run(Standing):
     batches: TrainingBatches | None = None
     means: dict[str, float] = field(default_factory=dict)  # what was read last
     seconds: float = 0.0  # of training, when it was read last
+    warned: set[str] = field(default_factory=set)  # teachers whose meta-gradients are too small
 
 
 class _Due(NamedTuple):
@@ -75,6 +77,10 @@ class Trainer:
             self.interrupts.deferring = False
         if self.interrupts.requested:  # also one that came after the last look
             raise Interrupted(self.interrupts.requested, saved=True)
+        for teacher, share, eps in _below_eps(run):
+            self.console.say(
+                f"Teacher {teacher}: {share:.1%} of its last meta-gradients below its optimizer's eps of {eps:g}."
+            )
         if phase.validation is not None:
             checkpoint.restore_module(phase.state.student.network.module, run.best)
         self.resume.finished[phase.name] = run.progress
@@ -165,6 +171,14 @@ class Trainer:
                 f"{phase.name}: {skipped} update{'s' * (skipped != 1)} up to step {progress.step} left out because the gradient was not finite "
                 f"({progress.skipped} so far).")  # fmt: skip
 
+        for teacher, share, eps in _below_eps(run):
+            if share > BELOW_EPS and teacher not in run.warned:
+                run.warned.add(teacher)
+                self.console.warn(
+                    f"{phase.name}: {share:.1%} of teacher {teacher}'s meta-gradient, up to step {progress.step}, is below its "
+                    f"optimizer's eps of {eps:g}, so that its steps are smaller than --teacher-lr and shrink with --pilot-lr; "
+                    "give a higher --pilot-lr.")  # fmt: skip
+
     @section("logging")
     def _log(self, run: _Run) -> dict[str, float]:
         """Write what was read; returns it."""
@@ -216,6 +230,14 @@ def _rounds(batches: TrainingBatches, plan: Plan, progress: Progress) -> Iterato
             if not taken:
                 break
             yield taken
+
+
+def _below_eps(run: _Run) -> Iterator[tuple[str, float, float]]:
+    """Of each teacher whose meta-gradients are watched: its name, the share that was read last, and its optimizer's eps."""
+    for learner in run.phase.state.learners():
+        name = learner.network.name
+        if f"below_eps/{name}" in run.means:
+            yield name, run.means[f"below_eps/{name}"], learner.optimizer.param_groups[0]["eps"]
 
 
 def _shapes(encoding: str, batches: list[Batch]) -> list[tuple[int, int]]:

@@ -58,6 +58,11 @@ GROUPS = {
     "joules": ("joules", "section", "Energy that a step takes in a section of it."),
     "lr": ("teacher_learning_rate", "teacher", "Learning rate of a teacher that learns with its student."),
     "drift": ("drift", "teacher", "How far a teacher's weights are from where they began, relative to their norm."),
+    "below_eps": (
+        "below_eps",
+        "teacher",
+        "Share of a teacher's meta-gradient, where it is not 0, below its optimizer's eps.",
+    ),
     "validation": ("validation", "metric", "A metric on the validation set."),
 }
 WEIGHT = ("teacher_weight", "Weight of a teacher in the mean of logits, counted from 1.")

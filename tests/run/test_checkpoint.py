@@ -58,14 +58,18 @@ def test_going_on_from_a_checkpoint_is_going_on(tmp_path, at):
     whole, again, file, cpu = learner(seed=0), learner(seed=1), tmp_path / "c.safetensors", torch.device("cpu")
     torch.manual_seed(5)
     train(whole, range(at))
-    Resume.of(file, "this run").save(standing(whole), cpu)
+    whole.below_eps, unread = torch.tensor([5, 3]), standing(whole)
+    unread.tally.add({"loss": torch.tensor(0.1), "other": torch.tensor(float("nan"))})
+    Resume.of(file, "this run").save(unread, cpu)
+    expected = unread.tally.read([whole])
     train(whole, range(at, 8))
     after = torch.get_rng_state()
 
     torch.manual_seed(99)
     resume = Resume.of(file, "this run")
     assert resume.stands_in("phase") and not resume.stands_in("another")
-    resume.restore(standing(again), cpu)
+    resume.restore(restored := standing(again), cpu)
+    assert restored.tally.read([again]) == expected and expected[0]["below_eps/tied"] == 0.6 and expected[1] == 1
     assert not resume.stands_in("phase") and again.network.module.out.weight is again.network.module.words.weight
     train(again, range(at, 8))
     assert torch.equal(torch.get_rng_state(), after)

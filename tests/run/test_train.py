@@ -256,12 +256,12 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(data, tmp_path, mo
 
 
 def test_rounds_that_are_not_finite_count_until_one_is():
-    tally, learner = Tally(), SimpleNamespace(skipped=torch.tensor(2.0))
+    tally, learner = Tally(), SimpleNamespace(skipped=torch.tensor(2.0), below_eps=None)
     found = []
     for values in ([1.0, float("nan"), 3.0], [float("inf")], [float("nan"), float("nan")], [5.0]):
         for value in values:
             tally.add({"loss": torch.tensor(value), "lr": torch.tensor(0.5)})
-        found.append(tally.read([learner, SimpleNamespace(skipped=None)]))
+        found.append(tally.read([learner, SimpleNamespace(skipped=None, below_eps=None)]))
     nothing = {"lr": 0.5}
     assert found == [(nothing | {"loss": 2}, 0, 2), (nothing, 1, 0), (nothing, 3, 0), (nothing | {"loss": 5}, 0, 0)]
     assert tally.rounds == 7
