@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -76,6 +76,7 @@ CELLS = {
     "layers": Cell("`--student-layers 0,2`", ("--student-layers", "0,2")),
     "checkpointing": Cell("`--checkpointing both`, M 2", ("--checkpointing", "both", "--pilot-steps", "2")),
     "pairs": Cell("pairs", (), "pairs"),
+    "patient": Cell("`--feature-loss patient`", ("--feature-loss", "patient", "--beta", "1")),
 }
 
 
@@ -188,11 +189,14 @@ def meta_gradient(setup: Setup, strategy: str, dtype: torch.dtype) -> Tensor:
     config, encoded = setup.config.method, setup.examples.encoded
     student, teacher = (copied(network, dtype) for network in (setup.models.student.network, *setup.models.taught()))
     checkpointing = config.checkpointing if strategy == "exact" else "none"
-    step = MetaStep(student, [teacher], setup.losses.objective, pilot_lr=config.pilot_lr, strategy=strategy,
-                    checkpointing=checkpointing)  # fmt: skip
-    batches = [encoded.train[0].batch(list(range(BATCH * i, BATCH * (i + 1)))) for i in range(config.pilot_steps)]
-    torch.manual_seed(0)
-    step.meta_gradient(batches, [encoded.quiz.batch(list(range(BATCH)))])
+    matching, objective = setup.losses.matching, setup.losses.objective
+    with nullcontext() if matching is None else matching.between(student, [teacher]):
+        step = MetaStep(
+            student, [teacher], objective, pilot_lr=config.pilot_lr, strategy=strategy, checkpointing=checkpointing
+        )
+        batches = [encoded.train[0].batch(list(range(BATCH * i, BATCH * (i + 1)))) for i in range(config.pilot_steps)]
+        torch.manual_seed(0)
+        step.meta_gradient(batches, [encoded.quiz.batch(list(range(BATCH)))])
     return torch.cat([p.grad.flatten() for p in teacher.module.parameters() if p.grad is not None])
 
 

@@ -137,6 +137,9 @@ EUROBERT = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"]
 FAMILIES = {
     "BERT": _bert("bert"),
     "RoBERTa": _roberta("roberta"),
+    # its classifier reads the first state, which a causal mask lets see the first word alone
+    "BERT as a decoder": Family("bert", lambda: pairs("GPT2Tokenizer", [END], pad_token=END), COMMON | {"is_decoder": True}),
+    "RoBERTa with BERT's tokenizer": _bert("roberta", COMMON | {"type_vocab_size": 1}),
     "XLM-R": _xlm_roberta("xlm-roberta"),
     "ELECTRA": _bert("electra", FACTORED),
     "DistilBERT": _bert("distilbert", {"dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 24,
@@ -206,7 +209,7 @@ FAMILIES = {
     "ConvBERT": _bert("convbert", COMMON | {"embedding_size": WIDTH, "head_ratio": 1, "conv_kernel_size": 3},
                       invariant=False),
     "MobileBERT": _bert("mobilebert", FACTORED | {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH,
-                                                  "num_feedforward_networks": 1}),
+                                                  "num_feedforward_networks": 1}, gain=0.2),
 }  # fmt: skip
 
 
