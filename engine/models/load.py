@@ -137,23 +137,6 @@ def configuration_of(given: str, hub: Hub) -> tuple[str | None, int, PretrainedC
     return alias, sample, None
 
 
-def keep_layers(module: nn.Module, layers: list[int]) -> None:
-    """Keep these encoder layers (counted from 0, in this order), as DistilBERT was initialised from BERT.
-
-    Raises UserError where the encoder is not a plain list of layers or a number is outside it.
-    """
-    depth = module.config.num_hidden_layers
-    if not layers or sorted(set(layers)) != sorted(layers) or not all(0 <= i < depth for i in layers):
-        raise UserError(f"--student-layers is {layers}; the student has layers 0 to {depth - 1}, each usable once.")
-    for parent in module.base_model.modules():
-        for attribute, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                setattr(parent, attribute, nn.ModuleList([child[i] for i in layers]))
-                module.config.num_hidden_layers = len(layers)
-                return
-    raise UserError(f"--student-layers does not know the layers of a {type(module).__name__}; leave the flag out.")
-
-
 def content_hash(module: nn.Module) -> str:
     """sha256 over the configuration and every weight: two models with one hash compute the same."""
     digest = hashlib.sha256(json.dumps(module.config.to_diff_dict(), sort_keys=True, default=str).encode())

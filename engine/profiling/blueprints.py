@@ -24,7 +24,8 @@ from engine.data.labels import Task
 from engine.errors import UserError
 from engine.hub import Hub
 from engine.models import families
-from engine.models.load import ModelSource, configuration_of, keep_layers
+from engine.models.load import ModelSource, configuration_of
+from engine.models.student_layers import keep_in_config
 from engine.run.choices import layer_numbers
 
 # What the hub's config.json of each alias says of sizes; tests hold the numbers of parameters against the published ones.
@@ -48,15 +49,13 @@ class Blueprint:
 
     def build(self) -> nn.Module:
         """In eval mode. Raises UserError for a configuration of no classifier."""
+        # a copy, since a model keeps, and changes, its own
+        config = copy.deepcopy(self.config) if self.layers is None else keep_in_config(self.config, self.layers)
         try:
-            module = AutoModelForSequenceClassification.from_config(
-                copy.deepcopy(self.config)
-            )  # it keeps, and changes, its own
+            module = AutoModelForSequenceClassification.from_config(config)
         except (ValueError, KeyError, ImportError) as e:
             raise UserError(f"The configuration of {self.source.given} makes no classifier ({str(e).splitlines()[0]}); give a "
                             "model that transformers has one for.") from e  # fmt: skip
-        if self.layers is not None:
-            keep_layers(module, self.layers)
         return module.eval()
 
     @cached_property

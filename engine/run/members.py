@@ -14,8 +14,9 @@ from engine.losses.domain_head import widen
 from engine.methods import METHODS
 from engine.models.compiling import CompiledLayers
 from engine.models.families import family, inputs_of
-from engine.models.load import ModelSource, keep_layers, load_model
+from engine.models.load import ModelSource, load_model
 from engine.models.network import Encoder
+from engine.models.student_layers import keep_layers
 from engine.run import choices
 from engine.run.inputs import Inputs
 from engine.run.machine import suit_threads
@@ -79,7 +80,7 @@ class _Loading:
         loaded = load_model(source, self.splits.task, self.texts, seed, keep_head)
         name, longest = source.name, self.config.data.max_length
         if layers is not None:
-            keep_layers(loaded.module, choices.layer_numbers(layers))
+            loaded.module = keep_layers(loaded.module, choices.layer_numbers(layers))
             name += f"[{layers}]"
         length = min(longest, loaded.max_length)
         if length < longest:

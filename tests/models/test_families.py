@@ -1,5 +1,7 @@
 """Families of models that are not BERT's: each is loaded, encoded and read as transformers reads it by itself."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,9 +15,11 @@ from engine.data.splits import Task
 from engine.errors import UserError
 from engine.models import families
 from engine.models.checkpointing import checkpointed
-from engine.models.families import PLAIN, family, longest
+from engine.models.encoder_layers import encoder_layers
+from engine.models.families import PLAIN, family, longest, without_cache
 from engine.models.load import ModelSource, load_model
 from engine.models.network import Encoder
+from engine.models.student_layers import keep_layers
 
 WORDS = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]"), *"abcdefghijklmnopqrstuvwxyz"]
 BASE = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -26,9 +30,12 @@ OWN = {
     "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
              "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_position_embeddings": 24, "init_std": 0.3,
              "decoder_start_token_id": 3, "forced_eos_token_id": 3},
-    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "initializer_range": 0.3},
+    "xlnet": {"d_model": 16, "n_layer": 3, "n_head": 2, "d_inner": 24, "initializer_range": 0.3},
     "xlm": {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 24, "init_std": 0.3, "pad_index": 0},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.3},
+    "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2, "max_position_embeddings": 24},
+    "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
     "longformer": {"attention_window": [4, 4]},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }  # fmt: skip
@@ -36,7 +43,7 @@ OWN = {
 
 def tiny(kind, **settings):
     torch.manual_seed(0)
-    sizes = {} if kind in ("t5", "bart", "xlnet", "xlm") else SIZES
+    sizes = {} if kind in ("t5", "bart", "xlnet", "xlm", "distilbert", "funnel") else SIZES
     config = CONFIG_MAPPING[kind](**BASE | sizes | OWN.get(kind, {}) | settings)
     return AutoModelForSequenceClassification.from_config(config).eval()
 
@@ -165,3 +172,71 @@ def test_checkpointed_layers_read_no_cache(kind):
         found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# Some of a model's layers
+
+KEPT = [
+    *((kind, {}) for kind in ("bert", "distilbert", "gpt2", "llama", "opt", "t5", "bart", "xlnet")),
+    ("modernbert", {"layer_types": ["full_attention", "full_attention", "sliding_attention"], "local_attention": 4}),
+    ("longformer", {"attention_window": [4, 4, 8]}),
+    ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 2}),
+]
+
+
+def deep(kind, **settings):
+    """Three layers."""
+    counts = {"num_hidden_layers": 3} if kind not in OWN or kind in ("opt", "longformer", "gemma3_text") else {}
+    counts |= {"t5": {"num_layers": 3}, "bart": {"encoder_layers": 3, "decoder_layers": 3}}.get(kind, {})
+    return tiny(kind, **counts | settings)
+
+
+@pytest.mark.parametrize(("kind", "settings"), KEPT)
+def test_layers_that_are_kept_compute_what_they_did(kind, settings, tmp_path):
+    """And so does the plain model that is exported. The whole one skips the others by hooks."""
+    module = deep(kind, **settings)
+    given, whole = batch(module).inputs["own"], copy.deepcopy(module)
+    given = {name: t[:, :7] for name, t in given.items()}
+    given["input_ids"][:, -1], given["attention_mask"][:] = 3, 1
+    for layer in encoder_layers(whole)[1::3]:
+        layer.register_forward_hook(
+            lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0])  # fmt: skip
+    expected = whole(**given, **without_cache(whole)).logits
+    kept = keep_layers(module, [0, 2])
+    kept.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for found in (kept, loaded):
+        torch.testing.assert_close(found(**given).logits, expected, rtol=0, atol=1e-5)
+    assert len(encoder_layers(loaded)) == 2 * (1 + (kind in ("t5", "bart"))) and not kept.training
+
+
+def test_albert_repeats_its_one_layer_less_often_and_xlm_loses_parts_of_all_lists():
+    for kind, names in (("albert", []), ("xlm", ["attentions", "layer_norm1", "ffns", "layer_norm2"])):
+        module = deep(kind, **{"n_layers": 3} if kind == "xlm" else {"embedding_size": 16})
+        given, state = batch(module).inputs["own"], {n: t.clone() for n, t in module.state_dict().items()}
+        kept = keep_layers(module, [2, 1])
+        assert kept.config.num_hidden_layers == 2 and kept(**given).logits.isfinite().all()
+        if kind == "albert":
+            expected = copy.deepcopy(kept)
+            expected.load_state_dict(state)
+            assert torch.equal(kept(**given).logits, expected(**given).logits)
+        for name in names:
+            for new, old in ((0, 2), (1, 1)):
+                for key, t in kept.transformer.get_submodule(f"{name}.{new}").state_dict().items():
+                    assert torch.equal(t, state[f"transformer.{name}.{old}.{key}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "layers", "said"),
+    [
+        *(("bert", {}, wrong, "the student has layers 0 to 2, each usable once") for wrong in ([], [3], [-1], [0, 0])),
+        ("t5", {}, [1, 2], "1,2 does not fit a t5, .* begin with layer 0"),
+        ("modernbert", {}, [2, 0], "2,0 does not fit a modernbert, .* begin with layer 0"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 2], "something else at another place"),
+        ("bart", {"decoder_layers": 2}, [0, 1], "the student has 3 and 2"),
+        ("funnel", {"block_sizes": [1, 1, 1]}, [0, 1], "does not know the layers of a funnel"),
+    ],
+)
+def test_layers_that_cannot_be_kept(kind, settings, layers, said):
+    with pytest.raises(UserError, match=f"--student-layers.*{said}"):
+        keep_layers(deep(kind, **settings), layers)

@@ -13,7 +13,7 @@ from engine.embedded import build
 from engine.errors import UserError
 from engine.hub import Hub
 from engine.models import load as models
-from engine.models.load import ModelSource, content_hash, keep_layers, load_model, resolve_models
+from engine.models.load import ModelSource, load_model, resolve_models
 
 TEXTS = ["the plot was superb", "the soup is awful", "a camera that never fails"]
 TASK = Task("classification", ("negative", "positive"), False)
@@ -129,19 +129,3 @@ def test_weights_in_half_precision_are_read_as_float32(directory, tmp_path):
     folder = shutil.copytree(directory, tmp_path / "half")
     load(directory).module.half().save_pretrained(folder)
     assert {p.dtype for p in load(folder).module.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("alias", ["bert", "roberta", "distilbert"])
-def test_keep_layers(alias):
-    module, tokenizer = build(alias, TEXTS, 2, 0)
-    depth = module.config.num_hidden_layers
-    before = content_hash(module)
-    marked = [p for n, p in module.named_parameters() if f".{depth - 1}." in n and n.endswith("weight")][0]
-    keep_layers(module, [depth - 1])
-    assert module.config.num_hidden_layers == 1 and content_hash(module) != before
-    kept = [p for n, p in module.named_parameters() if ".0." in n and n.endswith("weight")][0]
-    assert torch.equal(kept, marked)
-    module(**tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False))
-    for wrong in ([], [1], [-1], [0, 0]):
-        with pytest.raises(UserError, match="--student-layers"):
-            keep_layers(module, wrong)
