@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from engine.params.flat import FlatParameters
 
 Kind = Literal["flat", "torch", "apex"]
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
+AT_HAND = {"cpu"}  # devices whose scalars the host may read in a step
 BUILD = "build it from the source in NVIDIA's GitHub repository NVIDIA/apex, or use --optimizer flat or torch"
 
 
@@ -118,8 +120,9 @@ def step(
 
     Both are device scalars ([] float32); the host reads neither. The bf16 shadow is written along. `FlatAdamW` and what
     follows the protocol of torch's GradScaler (the fused optimizers of torch, apex's capturable FusedAdam) look at
-    `found_inf` themselves. An optimizer of another kind cannot be held back without waiting for the device: it steps, from
-    gradients of 0, so that what is not finite stays out, but momentum and weight decay still move the weights.
+    `found_inf` themselves. An optimizer of another kind is left out on a CPU, where reading a scalar waits for nothing; elsewhere
+    it steps, from gradients of 0, and what it moved is taken back from copies (`_taken_back` says what of its state cannot be).
+    `fused=True` saves their memory and time.
     """
     if isinstance(optimizer, FlatAdamW):
         optimizer.step(clip=clip, found_inf=found_inf)
@@ -129,9 +132,12 @@ def step(
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         if clip is not None:
             gradients.mul_(clip)
-        if found_inf is not None:
+        if found_inf is None or (found_inf.device.type in AT_HAND and found_inf == 0):
+            optimizer.step()
+        elif found_inf.device.type not in AT_HAND:
             gradients.masked_fill_(found_inf != 0, 0)
-        optimizer.step()
+            with _taken_back(optimizer, flat, found_inf != 0):
+                optimizer.step()
     elif _takes_scaler(type(optimizer)):
         _step_with_scaler(optimizer, clip, flag)
     else:
@@ -143,6 +149,36 @@ def step(
             del optimizer.grad_scale, optimizer.found_inf
     if flat.shadow is not None:  # fused kernels leave alone the version counters that would show it to be stale
         flat.shadow.copy_(flat.weights)
+
+
+@contextmanager
+def _taken_back(optimizer: Optimizer, flat: FlatParameters, bad: Tensor):
+    """Where `bad` [] is true, the weights and the optimizer's state are after the body as they were before it.
+
+    That is every tensor of its state on the device of `bad`. What is no tensor or lies elsewhere goes on: a count on the host (of a
+    CUDA optimizer without `capturable=True`) is one step ahead after such an update. State that the body makes, in an optimizer's
+    first step, is what gradients and weights of 0 make of it, which is 0 for moments, and its count is 0.
+    """
+    weights, before = flat.weights.clone(), {place: t.clone() for place, t in _state(optimizer, bad.device).items()}
+    flat.weights.masked_fill_(
+        bad, 0
+    )  # for state that begins in the body: some optimizers add weight decay to the gradient
+    yield
+    torch.where(bad, weights, flat.weights, out=flat.weights)
+    for place, now in _state(optimizer, bad.device).items():
+        if place in before:
+            torch.where(bad, before[place], now, out=now)
+        elif place[1] == "step":
+            now.masked_fill_(bad, 0)
+
+
+def _state(optimizer: Optimizer, device: torch.device) -> dict[tuple[int, str], Tensor]:
+    """The tensors on `device` that the optimizer keeps of each parameter and each group."""
+    owners = [*((id(p), entries) for p, entries in optimizer.state.items()), *enumerate(optimizer.param_groups)]
+    return {
+        (owner, key): t for owner, entries in owners for key, t in entries.items()
+        if isinstance(t, Tensor) and t.device == device
+    }  # fmt: skip
 
 
 @lru_cache
