@@ -2,7 +2,8 @@
 
 `InnerStates` says which states are wanted and reads them off a forward; what a loss compares comes ready to be subtracted:
 
-    first      [B, n, H]            hidden states of the first token            (Patient KD, Sun et al. 2019)
+    token      [B, n, H]            hidden states of the token whose last state the classifier reads: the first one, or in a
+                                    causal model the last real one              (Patient KD, Sun et al. 2019)
     hidden     [B, n, L, H]         hidden states of every token                (TinyBERT, Jiao et al. 2020)
     attention  [B, n, heads, L, L]  attention scores before the softmax         (TinyBERT)
     domain     [B, H]               the mean state of an example in its domain  (Meta-KD, Pan et al. 2021)
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from engine.errors import UserError
+from engine.models.families import state_read
 
 EXTRAS = "extras"
 SCORES = "metadistil_scores"  # the attention of transformers that also tells its scores
@@ -39,13 +41,13 @@ class InnerStates:
     `domain` is "feature" where the state that domains are compared by is wanted, "logits" for the domain classifier's.
     """
 
-    first: tuple[int, ...] = ()
+    token: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     domain: Literal["", "feature", "logits"] = ""
 
     def __bool__(self) -> bool:
-        return bool(self.first or self.hidden or self.attention or self.domain)
+        return bool(self.token or self.hidden or self.attention or self.domain)
 
     @property
     def whole(self) -> bool:
@@ -63,8 +65,9 @@ class InnerStates:
             out = forward(**inputs, output_hidden_states=True)
         states, extras, found = out.hidden_states, getattr(module, EXTRAS, {}), {"logits": out.logits}
         project = extras["hidden"] if "hidden" in extras else nn.Identity()
-        if self.first:
-            found["features"] = project(torch.stack([states[i][:, 0] for i in self.first], 1))
+        if self.token:
+            place = _place_read(module, inputs["input_ids"])
+            found["features"] = project(torch.stack([states[i][place] for i in self.token], 1))
         if self.hidden:
             found["features"] = over_real(project(torch.stack([states[i] for i in self.hidden], 1)), mask)
         if self.attention:
@@ -73,6 +76,15 @@ class InnerStates:
             h = mean_state(states[-1], mask)
             found["domain"] = getattr(extras["domain"], self.domain)(h, domains) if "domain" in extras else h
         return found
+
+
+def _place_read(module: nn.Module, ids: Tensor) -> tuple:
+    """The index of the token, in ids [B, L], that the classifier reads."""
+    if state_read(module) != "last":
+        return slice(None), 0
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last = (positions * (ids != module.config.get_text_config().pad_token_id)).argmax(1)
+    return torch.arange(len(ids), device=ids.device), last
 
 
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:

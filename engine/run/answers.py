@@ -79,7 +79,7 @@ def _key(teacher: Encoder, split: EncodedSplit, content: str, device: torch.devi
         torch=torch.__version__, transformers=transformers.__version__, device=device.type, precision=teacher.precision,
         compiled=teacher.compiled is not None, encoding=teacher.encoding, data=content, batch=EVALUATION_BATCH,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,  # sums depend on it
-        model=content_hash(teacher.module), features=teacher.inner.first,
+        model=content_hash(teacher.module), features=teacher.inner.token,
         widths=[table.buckets.widths.tolist() for table in split.tables],
     )  # fmt: skip
 

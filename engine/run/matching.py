@@ -10,7 +10,7 @@ from engine.config import Config
 from engine.errors import UserError
 from engine.losses.domain_head import DomainProjection
 from engine.methods import METHODS
-from engine.models.families import LEAN, family, model_type
+from engine.models.families import LEAN, family, model_type, state_read
 from engine.models.features import InnerStates, all_layers, attach, detach, layers_to_match, projection
 from engine.models.network import Network
 
@@ -34,7 +34,7 @@ class Matching:
         device = next(module.parameters()).device
         with ExitStack() as stack:
             stack.callback(detach, module)
-            if self.student.hidden or (self.student.first and own != width):
+            if self.student.hidden or (self.student.token and own != width):
                 attach(module, "hidden", projection(own, width, self.seed).to(device))
             if self.student.domain:
                 attach(module, "domain", DomainProjection(projection(own, width, self.seed + 1)).to(device))
@@ -56,9 +56,11 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
                 f"tokenizer than the student {student.name}; use --feature-loss none.")  # fmt: skip
         if method.feature_loss == "tinybert":
             _check_tinybert(student, teacher)
+        else:
+            _check_patient(student, teacher)
         depths = [network.module.config.num_hidden_layers for network in (student, teacher)]
         if method.feature_loss == "patient":
-            pair = [InnerStates(first=tuple(layers)) for layers in layers_to_match(*depths, method.feature_map)]
+            pair = [InnerStates(token=tuple(layers)) for layers in layers_to_match(*depths, method.feature_map)]
         else:
             pair = all_layers(*depths, method.feature_map)
         own.append(pair[0])
@@ -69,6 +71,14 @@ def match(config: Config, student: Network, teachers: Sequence[Network]) -> Matc
     if method.feature_loss == "tinybert" and METHODS[method.method].meta_teachers:
         own, theirs = ([replace(inner, domain="feature") for inner in each] for each in (own, theirs))
     return Matching(own[0], theirs, config.run.seed)
+
+
+def _check_patient(*networks: Network) -> None:
+    for network in networks:
+        if state_read(network.module) is None:
+            raise UserError(
+                f"--feature-loss patient compares states of the token that a classifier reads, which is not known for {network.name}, a "
+                f"{model_type(network.module)}, or not one token; use --feature-loss none.")  # fmt: skip
 
 
 def _check_tinybert(student: Network, teacher: Network) -> None:

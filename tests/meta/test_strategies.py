@@ -106,7 +106,7 @@ def whole(scene, modules):
         if name in ("cnn", "mlp"):
             return module(b.inputs["image"]), None
         reader = Encoder(name, module, encoding(name))  # the last layer's dropout masks are those of one token
-        reader.inner = InnerStates(first=(1,) if o.feature_loss == "patient" else ())
+        reader.inner = InnerStates(token=(1,) if o.feature_loss == "patient" else ())
         logits, states, *_ = reader(b, higher=True)
         return logits, None if states is None else F.normalize(states[:, 0], dim=-1)
 

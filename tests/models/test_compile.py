@@ -74,7 +74,7 @@ def test_values_gradients_and_masks_are_the_eager_ones(family, train, choice, gr
     assert compiled.calls == LAYERS - 1 and compiled.spent()[0] == graphs
     features = []
     for each in networks:
-        each.inner = InnerStates(first=(1, 2))
+        each.inner = InnerStates(token=(1, 2))
         each(given, precision="fp32")
         torch.manual_seed(1)
         features.append(each(given).features)

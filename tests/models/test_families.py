@@ -17,6 +17,7 @@ from engine.models import families
 from engine.models.checkpointing import checkpointed
 from engine.models.encoder_layers import encoder_layers
 from engine.models.families import PLAIN, family, longest, without_cache
+from engine.models.features import InnerStates
 from engine.models.load import ModelSource, load_model
 from engine.models.network import Encoder
 from engine.models.student_layers import keep_layers
@@ -172,6 +173,27 @@ def test_checkpointed_layers_read_no_cache(kind):
         found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# States
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "opt", "xlnet", "mpnet", "modernbert"])
+def test_the_states_that_are_compared_are_those_that_the_classifier_reads(kind):
+    """The only token of a text whose last state has a gradient."""
+    module, last = tiny(kind), []
+    given, network = batch(module), Encoder("own", module, "own")
+    if kind == "xlnet":
+        given.inputs["own"] = {name: t.flip(1) for name, t in given.inputs["own"].items()}
+    module.base_model.register_forward_hook(lambda _, args, out: last.append(out[0]))
+    out = module(**given.inputs["own"], output_hidden_states=True)
+    (slopes,) = torch.autograd.grad(out.logits.square().sum(), last)
+    rows, places = slopes.any(-1).nonzero(as_tuple=True)
+    assert rows.tolist() == [0, 1, 2]
+    with network.giving(InnerStates(token=(1, 2))):
+        got = network(given, higher=True).features
+    for n, layer in enumerate((1, 2)):
+        torch.testing.assert_close(got[:, n], out.hidden_states[layer][rows, places], rtol=0, atol=1e-5)
 
 
 # Some of a model's layers

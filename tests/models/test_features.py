@@ -81,7 +81,7 @@ def domains_of(given, count=3):
         (False, EVERYTHING),
         (True, EVERYTHING),
         (False, InnerStates(hidden=(2,), attention=(1,), domain="feature")),
-        (False, InnerStates(first=(2, 1), attention=(1,), domain="feature")),
+        (False, InnerStates(token=(2, 1), attention=(1,), domain="feature")),
     ],
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -101,10 +101,10 @@ def test_states_are_those_of_plain_transformers(family, dtype, higher, inner):
     expected = plain(module, given, family, output_hidden_states=True, output_attentions=True)
     close = {"rtol": 0, "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(got.logits, expected.logits, **close)
-    if inner.first:
-        first = torch.stack([expected.hidden_states[k][:, 0] + 0.5 for k in inner.first], 1)
+    if inner.token:
+        first = torch.stack([expected.hidden_states[k][:, 0] + 0.5 for k in inner.token], 1)
         torch.testing.assert_close(got.features, first, **close)
-    assert inner.first or got.features.shape == (4, len(inner.hidden), 9, H)
+    assert inner.token or got.features.shape == (4, len(inner.hidden), 9, H)
     assert got.attention.shape == (4, len(inner.attention), HEADS, 9, 9)
     for b, n in enumerate(given.inputs["own"]["attention_mask"].sum(1).tolist()):
         for i, layer in enumerate(inner.hidden):
@@ -114,7 +114,7 @@ def test_states_are_those_of_plain_transformers(family, dtype, higher, inner):
             scores = got.attention[b, i, :, :n, :n] * n * HEADS**0.5
             torch.testing.assert_close(scores.softmax(-1), expected.attentions[layer][b, :, :n, :n], **close)
             assert scores.std() > 10 * TOLERANCE[dtype] or n == 1
-        assert inner.first or not got.features[b, :, n:].any()
+        assert inner.token or not got.features[b, :, n:].any()
         assert not got.attention[b, :, :, n:].any() and not got.attention[b, :, :, :, n:].any()
         torch.testing.assert_close(got.domain[b], expected.hidden_states[-1][b, :n].mean(0), **close)
 
@@ -162,7 +162,7 @@ def test_giving_is_put_back():
     broken.remove()
     assert "forward" not in network.module.__dict__ and features._found is None and not features._wanted
     with network.giving(InnerStates(hidden=(0,))):
-        with network.giving(InnerStates(first=(1,))):
+        with network.giving(InnerStates(token=(1,))):
             assert network(given).features.shape == (4, 1, H)
         assert network(given).features.shape == (4, 1, 9, H)
     assert network.inner == InnerStates() and "forward" not in network.module.__dict__

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from engine.batch import Batch
 from engine.config import Config
@@ -82,3 +82,15 @@ def test_models_that_cannot_be_compared(feature_loss, teachers, said):
     networks = [encoder(f"teacher{k or ''}", **t) for k, t in enumerate(teachers)]
     with pytest.raises(UserError, match=said):
         match(settings(feature_loss), encoder("student", layers=2), networks)
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("t5", {"d_model": 8, "num_layers": 2, "num_heads": 2}), ("bert", SMALL | {"is_decoder": True})]
+)
+def test_patient_needs_one_token_that_the_classifier_reads(kind, sizes):
+    module = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING[kind](vocab_size=40, d_ff=8, **sizes))
+    with pytest.raises(UserError, match=f"not known for teacher, a {kind}"):
+        match(settings("patient"), encoder("student", layers=2), [Encoder("teacher", module, "words")])
