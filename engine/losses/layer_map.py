@@ -121,7 +121,7 @@ def layer_map(
         if other in theirs.tables and ours.weights[mine].shape != theirs.weights[other].shape:
             continue
         sources[other] = [mine]
-    _check_shapes(sources, ours, theirs)
+    _check_shapes(sources, ours, theirs, names)
     order = [n for n in theirs.weights if n in sources and theirs.weights[n].requires_grad]
     if not order:
         raise UserError(f"--method reptile has no weight of {names[1]} to train: those that it shares with {names[0]} are "
@@ -184,13 +184,13 @@ def _setting(module: nn.Module, name: str) -> int | None:
     return getattr(module.config, "hidden_dim", None) if found is None and name == "intermediate_size" else found
 
 
-def _check_shapes(sources: dict[str, list[str]], student: _Named, teacher: _Named) -> None:
+def _check_shapes(sources: dict[str, list[str]], student: _Named, teacher: _Named, names: tuple[str, str]) -> None:
     for name, several in sources.items():
         for other in several:
             shapes = [list(teacher.weights[name].shape), list(student.weights[other].shape)]
             if shapes[0] != shapes[1]:
-                raise UserError(f"--method reptile compares weights of one width, but {name} of a teacher is {shapes[0]} "
-                                f"and the student's {other} {shapes[1]}; choose models of equal width, or --method "
+                raise UserError(f"--method reptile compares weights of one width, but {name} of {names[1]} is {shapes[0]} "
+                                f"and {other} of {names[0]} {shapes[1]}; choose models of equal width, or --method "
                                 "metadistil.")  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from engine.meta.strategies import STRATEGIES, Strategy
 from engine.meta.time_machine import Store, TimeMachine
 from engine.models.checkpointing import CHOICES, REFUSED
 from engine.models.learner import Learner
-from engine.models.network import Network
+from engine.models.network import UNNAMED, Network
 from engine.sections import section
 
 
@@ -58,7 +58,8 @@ class MetaStep:
     micro_batch_size   examples that go through the models at once; gradients are those of the whole batch
     store              where snapshots are kept: "device", or "pinned" host memory
 
-    A step puts the student in train mode and the teachers in eval mode, and leaves them so.
+    A step puts the student in train mode and the teachers in eval mode, and leaves them so. Frozen modules that the student
+    shares with a teacher stay in train mode, and are in eval mode while the teacher answers.
 
     Raises ValueError for settings that do not fit; UserError in a step whose model has no forward-mode derivatives.
     """
@@ -90,15 +91,16 @@ class MetaStep:
         _check_settings(strategy, pilot_optimizer, teacher_alpha, checkpointing, micro_batch_size)
         names = ["student", *(f"teacher {k}" for k in range(len(teachers)))]
         modules = [_network(given, name) for given, name in zip([student, *teachers], names, strict=True)]
-        if not modules[0].trainable():
-            raise ValueError("the student has no weight that requires gradient, so no pilot step can move it; call "
-                             "student.requires_grad_().")  # fmt: skip
+        _check_trainable(modules, names)
         _check_apart(modules)
         optimizers = [student_optimizer, *(teacher_optimizers or [None] * len(teachers))]
         pairs = zip([student, *teachers], modules, optimizers, strict=True)
         learners = [_learner(given, module, optimizer, max_grad_norm) for given, module, optimizer in pairs]
-        for module in modules:
-            module.flatten()
+        for module, name in zip(modules, names, strict=True):
+            try:
+                module.flatten()
+            except ValueError as e:
+                raise ValueError(f"the {name} cannot be trained: {e}") from e
         weights, weights_learner = _weights(teacher_weights, len(teachers), modules[0], weights_lr)
 
         self.learner, self.independent_masks = learners[0], independent_masks
@@ -149,9 +151,9 @@ class MetaStep:
         return _losses(self._meta(_batches(batches), _batches(quizzes) if self.strategy.quizzed else []))
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
-        self.problem.student.module.train()
         for teacher in self.problem.teachers:
             teacher.module.eval()
+        self.problem.student.module.train()  # last: it decides about what it shares with a teacher
         return self.strategy(self.problem, batches, quizzes)
 
     @section("real step")
@@ -160,7 +162,7 @@ class MetaStep:
         student, problem, losses, weights = self.learner, self.problem, [], self.weights
         for part, masks in zip(problem.parts(batch), meta.masks[number], strict=True):
             with section("teacher forward"), torch.no_grad():
-                taught = [teacher(part.batch) for teacher in problem.teachers]
+                taught = [problem.answer(teacher, part.batch) for teacher in problem.teachers]
             if meta.kept is not None:
                 outputs, lookups = _resumed(problem.student, meta.kept)
             elif self.independent_masks:
@@ -208,7 +210,10 @@ def _check_settings(
 def _network(given: nn.Module | Network | Learner, name: str) -> Network:
     if isinstance(given, Learner):
         return given.network
-    return given if isinstance(given, Network) else Network(given, name=name)
+    if isinstance(given, Network):
+        given.name = name if given.name == UNNAMED else given.name
+        return given
+    return Network(given, name=name)
 
 
 def _learner(given: Any, network: Network, optimizer: Optimizer | None, max_grad_norm: float | None) -> Learner | None:
@@ -253,13 +258,27 @@ def _batch(given: Any) -> Any:
 
 
 def _check_optimizer(optimizer: Optimizer, network: Network) -> None:
-    """Raises ValueError where an optimizer does not step just the trainable weights of its module."""
-    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in network.trainable().items() if id(p) not in theirs]
-    if missing or len(theirs) > len({id(p) for p in network.module.parameters()}):
+    """Raises ValueError where an optimizer does not step just the weights of its module, all that are trainable among them."""
+    given = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in network.trainable().items() if id(p) not in given]
+    strange = [list(p.shape) for i, p in given.items() if i not in {id(p) for p in network.module.parameters()}]
+    if missing or strange:
+        what = (
+            f"does not step {', '.join(missing[:3])}"
+            if missing
+            else f"also steps weights of another module, as one of {strange[0]}"
+        )
         raise ValueError(
-            f"the optimizer of the {network.name} does not step {', '.join(missing[:3]) or 'its weights alone'}; give each "
-            "module the optimizer of its own weights, in the same order.")  # fmt: skip
+            f"the optimizer of the {network.name} {what}; give each module the optimizer of its own weights, in the same order.")  # fmt: skip
+
+
+def _check_trainable(networks: Sequence[Network], roles: Sequence[str]) -> None:
+    """Raises ValueError where one has no weight to train."""
+    for network, role in zip(networks, roles, strict=True):
+        if not network.trainable():
+            called = role if network.name == role else f"{role} ({network.name})"
+            raise ValueError(f"the {called} has no weight that requires gradient, so no step can move it; call "
+                             "requires_grad_() on what it is to learn with.")  # fmt: skip
 
 
 def _check_apart(networks: Sequence[Network]) -> None:

@@ -35,7 +35,7 @@ def teach(problem: Problem, batch: Batch) -> Taught:
     outputs, lookups = [], []
     for teacher in problem.teachers:
         with section("teacher forward"), teacher.flat.lookups() as found, recomputed(problem, teacher, "teachers"):
-            outputs.append(teacher(batch))
+            outputs.append(problem.answer(teacher, batch))
         lookups.append(found)
     return Taught(outputs, lookups, None if problem.weights is None else problem.weights.module())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -33,6 +34,16 @@ class Problem:
     taped: bool = True  # until the student was seen to draw random numbers that a tape does not record
     micro_batch: int | None = None  # examples that go through the models at once
     own: Objective | None = None  # a teacher's own loss, taught by the student; its gradient joins dq/dtheta_k
+
+    def __post_init__(self):
+        """`shared`: whether a teacher has modules of the student's, which are in train mode."""
+        theirs = {id(m) for teacher in self.teachers for m in teacher.module.modules()}
+        self.shared = any(id(m) in theirs for m in self.student.module.modules())
+
+    def answer(self, teacher: Network, batch: Batch) -> Outputs:
+        """What a teacher gives, without dropout."""
+        with teacher.in_mode(train=False) if self.shared else nullcontext():
+            return teacher(batch)
 
     def parts(self, batch: Batch) -> list[Part]:
         return parts(batch, self.objective, self.micro_batch)

@@ -19,6 +19,8 @@ from engine.models.families import family, inputs_of, without_cache
 from engine.models.features import SCORES, InnerStates
 from engine.params.flat import TABLE_ROWS, FlatParameters
 
+UNNAMED = "model"  # the name of a network that was given none
+
 
 class Outputs(NamedTuple):
     """All that a loss sees of a model."""
@@ -55,7 +57,7 @@ class Network:
     precision = "fp32"
     inner = InnerStates()  # what it gives beside its logits
 
-    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None, name: str = "model"):
+    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None, name: str = UNNAMED):
         self.name, self.module = name, module
         self._bound = _Bound(module, call or (lambda module, batch: module(batch.inputs)))
         self._flat: FlatParameters | None = None

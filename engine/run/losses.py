@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.data.splits import Task
+from engine.errors import UserError
 from engine.losses.objectives import Objective
 from engine.methods import METHODS
 from engine.models import teacher_params
@@ -37,8 +38,12 @@ def plan_losses(
     matching = None if objective.feature_loss == "none" else match(config, student, teachers)
     weights = choices.teacher_weights(config, len(teachers))
     if METHODS[config.method.method].teachers == "learning":
+        teacher_params.parse(config.method.teacher_params)
         for teacher in teachers:
-            teacher_params.check(teacher.module, config.method.teacher_params)
+            try:
+                teacher_params.check(teacher.module, config.method.teacher_params)
+            except UserError as e:
+                raise UserError(f"Teacher {teacher.name}: {e}") from e
         choices.check_checkpointing(config.method.checkpointing, student, teachers)
         choices.layer_maps(config, student, teachers)
     return Losses(objective, matching, weights)

@@ -198,6 +198,13 @@ def build(*models, student_adam=None, teacher_adams=(), **settings):
     return MetaStep(models[0], models[1:], teacher_optimizers=others, **settings)
 
 
+def half_frozen():
+    """It has a frozen weight, so that by their number a stranger's could be one of its own."""
+    HALF[0].requires_grad_(False)
+    return HALF
+
+
+HALF = cnn(3)
 A, B, D, BATCH = cnn(0), cnn(1), cnn(2), [data(0)]
 REFUSED = [
     ("at least one teacher", lambda: build(A)),
@@ -209,7 +216,13 @@ REFUSED = [
     ("give 2 positive numbers", lambda: build(A, B, D, teacher_weights=[1.0])),
     ("give 2 positive numbers", lambda: build(A, B, D, teacher_weights=[1.0, -1.0])),
     ("micro_batch_size is 0; it must be at least 1", lambda: build(A, B, micro_batch_size=0)),
-    (r"requires_grad_\(\)", lambda: build(cnn(0).requires_grad_(False), B)),
+    (r"the student has no weight.*requires_grad_\(\)", lambda: build(cnn(0).requires_grad_(False), B)),
+    ("teacher 1 has no weight that requires gradient", lambda: build(A, B, cnn(0).requires_grad_(False))),
+    ("teacher 0 has no weight that requires gradient", lambda: build(A, Network(cnn(0).requires_grad_(False)), B)),
+    (r"teacher 1 \(mine\) has no weight", lambda: build(A, B, Network(cnn(0).requires_grad_(False), name="mine"))),
+    ("teacher 1 cannot be trained: .*float32 on cpu, torch.float64 on cpu", lambda: build(A, B, nn.Sequential(cnn(0), nn.Linear(1, 1)))),
+    ("optimizer of the student also steps weights of another module, as one of \\[2, 2\\]",
+     lambda: build(half_frozen(), B, student_optimizer=torch.optim.SGD([*HALF[1:].parameters(), nn.Linear(2, 2).weight]))),
     ("give student_optimizer", lambda: build(A, B, pilot_optimizer="adamw")),
     ("SGD's update is not known.*--pilot-optimizer sgd",
      lambda: build(A, B, pilot_optimizer="adamw", student_optimizer=torch.optim.SGD(A.parameters()))),
@@ -271,6 +284,28 @@ def test_what_a_training_before_left_in_grad_is_not_stepped():
 def test_labels_of_a_regression_may_stand_in_a_column():
     regression, one, labels = Objective("mse_logits", regression=True), torch.randn(4, 1), torch.randn(4)
     assert torch.equal(regression.hard(one, labels), regression.hard(one, labels[:, None]))
+
+
+@pytest.mark.parametrize(("strategy", "settings"), [
+    ("exact", {}), ("exact", {"micro_batch_size": 3, "independent_masks": True}), ("double_backward", {}),
+    ("finite_difference", {}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("pilots", [1, 2])
+def test_a_frozen_trunk_in_student_and_teacher_is_as_two(strategy, settings, pilots):
+    """The student's dropout in it is on, also behind the teacher's answers, for which it is off."""
+    found = []
+    for apart in (False, True):
+        torch.manual_seed(5)
+        trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Dropout(0.5)).requires_grad_(False)
+        heads = [nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2)]
+        trunks = [trunk, copy.deepcopy(trunk) if apart else trunk]
+        models = [nn.Sequential(t, head).double() for t, head in zip(trunks, heads, strict=True)]
+        optimizers = [torch.optim.SGD(head.parameters(), lr=0.5) for head in heads]
+        step = MetaStep(models[0], [models[1]], Objective(temperature=2.0), pilot_lr=0.5, student_optimizer=optimizers[0],
+                        teacher_optimizers=optimizers[1:], strategy=strategy, **settings)  # fmt: skip
+        found.append(run(step, pilots))
+    assert torch.equal(found[0][2], found[1][2])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
 class SometimesDeeper(nn.Module):

@@ -57,7 +57,7 @@ ALLOWED = [
     (["--precision", "tf32", "--device", "cpu"], "--precision is tf32", "CUDA device", "use --precision fp32"),
     (["--optimizer", "apex", "--device", "cpu"], "--optimizer apex needs a CUDA device", "flat or torch"),
     (["--teacher-params", "some"], "--teacher-params is 'some'", "last-N"),
-    (["--teacher-params", "lora:4000"], "--teacher-params is lora:4000", "smaller rank"),
+    (["--teacher-params", "lora:4000"], "Teacher bert: --teacher-params is lora:4000", "smaller rank"),
     (["--checkpointing", "selective"], "--checkpointing selective is refused", "use student, teachers or both"),
     (["--teacher-weights", "1,2,3"], "--teacher-weights is '1,2,3'", "learned"),
     (["--teacher-weights", "-1"], "--teacher-weights is '-1'", "positive"),
