@@ -97,7 +97,7 @@ class Scene:
                 self.student.inner, teacher.inner = all_layers(*layers, "skip")
         elif features:
             for each in (self.student, *self.teachers):
-                each.inner = InnerStates(first=(1,))
+                each.inner = InnerStates(token=(1,))
         self.student.module.train()
         for teacher in self.teachers:
             teacher.module.eval()

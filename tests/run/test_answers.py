@@ -69,7 +69,7 @@ def make(split, built):
 
     def make(precision="fp32", features=(), deaf=False) -> Encoder:
         network = Encoder("bert", copy.deepcopy(built), split.tables[0].encoding.key, precision)
-        network.inner = InnerStates(first=features)
+        network.inner = InnerStates(token=features)
         if deaf:
             network.module.register_forward_pre_hook(refuse)
         return network
@@ -144,7 +144,7 @@ def other_tokens(teacher, table):
 CHANGES = {
     "weights": lambda teacher, table: teacher.module.classifier.bias.data.add_(1e-3),
     "precision": lambda teacher, table: setattr(teacher, "precision", "bf16"),
-    "features": lambda teacher, table: setattr(teacher, "inner", InnerStates(first=(2,))),
+    "features": lambda teacher, table: setattr(teacher, "inner", InnerStates(token=(2,))),
     "layers": lambda teacher, table: setattr(teacher, "compiled", CompiledLayers("eager")),
     "widths": lambda teacher, table: setattr(table, "buckets", Buckets(np.array([32, 64]), 64)),
     "tokens": other_tokens,
