@@ -224,21 +224,23 @@ def check_export(setup: Setup, output: Path, invariant: bool) -> None:
         return exported(**{name: t for name, t in inputs.items() if name in read}).logits
 
     @torch.no_grad()
-    def ours(rows: list[int]) -> tuple[Tensor, int]:
+    def ours(rows: list[int], **kind) -> tuple[Tensor, int]:
         """[B, C] of the engine, and the width that it pads these rows to."""
         batch = split.batch(rows)
         with network.in_mode(train=False):
-            return network(batch, precision="fp32").logits, batch.inputs[network.encoding]["input_ids"].shape[1]
+            return network(batch, **kind).logits, batch.inputs[network.encoding]["input_ids"].shape[1]
 
     lines = (output / "predictions" / "validation.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     written = torch.tensor([row["logits"] for row in rows])
     everything = list(range(len(rows)))
-    widest = ours(everything)[1]
-    same("padded texts", plain(rows, None if invariant else widest), written)
+    alone = plain(rows, None if invariant else ours(everything)[1])
+    same("padded texts", alone, written)
+    for kind in ("repeated", "higher"):
+        same(f"padded texts in a pass that is {kind}", alone, ours(everything, **{kind: True})[0])
     for i, row in enumerate(rows):
-        alone, width = ours([i])
-        same(f"a single text of {len(row['text'].split())} words", plain([row], None if invariant else width), alone)
+        single, width = ours([i])
+        same(f"a single text of {len(row['text'].split())} words", plain([row], None if invariant else width), single)
     if written.std(0).max() < 1e-2:
         raise Wrong(f"logits are alike for all texts: {written.std(0).tolist()}")
 
