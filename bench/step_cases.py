@@ -198,7 +198,10 @@ def state_of(setting: Setting, dropout: bool = True, **meta: Any) -> State:
     if case.method == "finetune":
         return State(student, objective)
     if case.method == "kd":
-        return State(student, objective, [Encoder("teacher", t, "words", case.precision) for t in teachers])
+        taught = [Encoder("teacher", t, "words", case.precision) for t in teachers]
+        for network in taught:
+            network.flatten()
+        return State(student, objective, taught)
     learners = [learner(t, "teacher", LR["teacher_lr"], case.precision) for t in teachers]
     meta = {"pilot_lr": LR["pilot_lr"]} | meta
     step = MetaStep(student, learners, objective, **meta)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.params import random_state
+from engine.params import pass_state
 
 aten = torch.ops.aten
 # The host would wait for these, or their results' sizes.
@@ -40,7 +40,7 @@ class SimulatedCapture:
         try:
             with pytest.MonkeyPatch.context() as patch, recorder:
                 patch.setattr(torch, "set_rng_state", _forbidden)
-                patch.setattr(random_state, "capturing", lambda devices: True)
+                patch.setattr(pass_state, "capturing", lambda devices: True)
                 kept = call()
         finally:
             torch.set_rng_state(random)

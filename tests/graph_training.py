@@ -56,6 +56,8 @@ class Training:
         self.state = State(student, Objective(soft_loss, 3.0, 0.6))
         if method == "kd":
             self.state.teachers = teachers
+            for teacher in teachers:
+                teacher.flatten()
         if METHODS[method].teachers == "learning":
             if method == "reptile":
                 maps = [layer_map(network.module, t.module, "skip") for t in teachers]

@@ -62,8 +62,9 @@ def quiz(number):
 class Setting:
     """A state, and copies of its models from before. `weights` of the teachers are None, "given" or "learned"."""
 
-    def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact", weights=None, independent_masks=False):
-        student = Encoder("student", Toy(5, seed=0).double(), "words")
+    def __init__(self, method, teachers=2, rounds=3, size=1, strategy="exact", weights=None, independent_masks=False,
+                 norm=True):  # fmt: skip
+        student = Encoder("student", Toy(5, seed=0, norm=norm).double(), "words")
         width = 5 if method == "reptile" else 6  # its models are of one width
         modules = [Toy(width, seed=k + 1, norm=False).double() for k in range(teachers)]
         networks = [Encoder(f"teacher{k}", module, "words") for k, module in enumerate(modules)]

@@ -30,12 +30,15 @@ def network(family, classes, seed, layers=1, dropout=0.1, dtype=torch.float64):
     """A real model, tiny, with weights large enough that curvature matters; the word tables are looked up by rows."""
     torch.manual_seed(seed)
     if family in ("cnn", "mlp"):
-        return Network(small(family, classes, dropout).to(dtype), lambda m, b: m(b.inputs["image"]), family)
+        network = Network(small(family, classes, dropout).to(dtype), lambda m, b: m(b.inputs["image"]), family)
+        network.flatten()
+        return network
     module = transformer(
         family, seed, layers=layers, classes=classes, words=WORDS, positions=16, dropout=dropout, spread=0.4
     )
     network = Encoder(family, module.to(dtype), encoding(family))
     network.table_rows = WORDS
+    network.flatten()
     return network
 
 
@@ -90,6 +93,7 @@ class Scene:
         if features == "tinybert":
             width = self.student.module.config.hidden_size
             attach(self.student.module, "hidden", projection(width, width, seed).to(dtype))
+            self.student.flatten()
             with torch.no_grad():  # away from the identity
                 self.student.module.extras["hidden"].weight.add_(0.1 * torch.randn(width, width, dtype=dtype))
             for teacher in self.teachers:
@@ -138,6 +142,8 @@ class Scene:
 
     def run(self, strategy, keep=False):
         """Losses, a gradient per learner and name, and the random state after."""
+        for each in (self.student, *self.learners()):
+            each.flatten()  # a test may have frozen something
         if not keep:
             for learner in self.learners():
                 learner.flat.clear_gradients()

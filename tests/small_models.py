@@ -63,7 +63,9 @@ def batch(family="bert", length=9, size=4, seed=0):
 
 
 def encoder(family="bert", precision="fp32", compiled=None, **settings):
-    return Encoder(family, tiny(family, **settings), "own", precision, compiled)
+    network = Encoder(family, tiny(family, **settings), "own", precision, compiled)
+    network.flatten()
+    return network
 
 
 def forward_and_backward(network, given):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.meta.passes import devices
+from engine.meta.dual_pass import DualPass
 from engine.meta.problem import Problem
 from engine.meta.tape import Tape, UnrecordedRandomness
 from engine.meta.walk_back import Head
 from engine.models.network import Outputs
 from engine.params.flat import Lookups, Vector
-from engine.params.random_state import RandomState
+from engine.params.pass_state import PassState, RandomState
 
 
 def forward_mode(
-    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: list[str] | None, head: Head | None,
+    problem: Problem, batch: Batch, before: PassState, direction: Vector, names: list[str] | None, head: Head | None,
     tape: Tape | None,
 ) -> tuple[Outputs, Outputs, Vector | None]:  # fmt: skip
     """Student outputs, their tangents J d and, with a head, H d of its loss, in one forward-mode pass along d."""
     student, second = problem.student, head is not None
     flat, leaves = student.flat, student.leaves()
     dtype = next(iter(leaves.values())).dtype
-    before = RandomState(devices(student))
+    now = RandomState({flat.weights.device})
     try:
         with torch.set_grad_enabled(second), forward_ad.dual_level():
             tangents = flat.tangents(direction, names, dtype)
@@ -39,13 +39,13 @@ def forward_mode(
             by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())
             with by_rows as lookups:
                 try:
-                    with masks.again() if tape is None else tape.replaying():
+                    with _beginning(before, second) if tape is None else _replaying(tape, before):
                         outputs = student(batch, duals, higher=True)
                 except UnrecordedRandomness:  # the model draws what a tape does not record: a pass without one
                     problem.taped = False
-                    before.restore()
+                    now.restore()
                     lookups.ids.clear(), lookups.leaves.clear()
-                    with masks.again():
+                    with _beginning(before, second):
                         outputs = student(batch, duals, higher=True)
             unpacked = [None if t is None else forward_ad.unpack_dual(t) for t in outputs]
             primal = Outputs(*(None if t is None else t.primal.detach() for t in unpacked))
@@ -63,6 +63,19 @@ def forward_mode(
         raise UserError(
             f"the student ({student.name}) has an operation without forward-mode derivatives "
             f"({str(e).splitlines()[0]}); use --meta-grad double_backward, or finite_difference (approximate; strategy= in Python).") from e  # fmt: skip
+
+
+@contextmanager
+def _beginning(before: PassState, second: bool):
+    with before.again(), torch.enable_grad(), DualPass(reverse=second):
+        yield
+
+
+@contextmanager
+def _replaying(tape: Tape, before: PassState):
+    """What was drawn is on the tape. A CUDA graph cannot take its generator back, but it can hold this."""
+    with before.buffers.again(), tape.replaying():
+        yield
 
 
 def _tangent(gradient: Tensor | None) -> Tensor | None:

@@ -152,6 +152,7 @@ class MetaStep:
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
         for teacher in self.problem.teachers:
+            teacher.flat.check()
             teacher.module.eval()
         self.problem.student.module.train()  # last: it decides about what it shares with a teacher
         return self.strategy(self.problem, batches, quizzes)
@@ -164,7 +165,7 @@ class MetaStep:
             with section("teacher forward"), torch.no_grad():
                 taught = [problem.answer(teacher, part.batch) for teacher in problem.teachers]
             if meta.kept is not None:
-                outputs, lookups = _resumed(problem.student, meta.kept)
+                outputs, lookups = _resumed(meta.kept)
             elif self.independent_masks:
                 outputs, lookups = student.forward(part.batch)
             else:
@@ -177,11 +178,9 @@ class MetaStep:
         return torch.stack(losses).sum()
 
 
-def _resumed(network: Network, kept: Kept):
+def _resumed(kept: Kept):
     """The pilot's forward stands for the real one: same weights, batch and masks. Buffers are set to what it left."""
-    with torch.no_grad():
-        for buffer, value in zip(network.module.buffers(), kept.buffers, strict=True):
-            buffer.data.copy_(value)
+    kept.buffers.restore()
     return kept.outputs, kept.lookups
 
 

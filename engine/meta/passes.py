@@ -18,7 +18,7 @@ from engine.models.checkpointing import checkpointed
 from engine.models.features import InnerStates
 from engine.models.network import Network, Outputs
 from engine.params.flat import Lookups, Vector
-from engine.params.random_state import RandomState
+from engine.params.pass_state import Buffers, PassState
 from engine.sections import section
 
 
@@ -51,10 +51,11 @@ class Piece:
     """What the way back needs of the pilot's pass over one part of a batch."""
 
     part: Part
-    masks: RandomState  # before the student's forward
+    before: PassState  # the student's, before its forward
     outputs: Outputs  # the student's, detached
     answers: list[Outputs]  # the teachers', detached
     loss: Tensor
+    asked: PassState | None  # the teachers', before their forwards, where these have to run again
     taught: Taught | None = None  # the teachers' forwards with their graph, where it is kept
     kept: Kept | None = None
 
@@ -67,18 +68,19 @@ def pilot_pass(
     kept for their backward, unless they are `frozen`; otherwise it is recomputed, so that activation memory grows neither
     with M nor with parts."""
     student, keep = problem.student, problem.keep and single
+    asked = None if single or frozen else state_of(*problem.teachers)
     with torch.set_grad_enabled(single and not frozen):
         taught = teach(problem, part.batch)
-    masks = RandomState(devices(student))
+    before = state_of(student)
     recording = nullcontext() if tape is None else tape.recording()
     with student.flat.lookups() as lookups, recomputed(problem, student, "student"), recording:
         outputs = student(part.batch, repeated=True)
-    kept = Kept(outputs, lookups, [b.clone() for b in student.module.buffers()]) if keep else None
+    kept = Kept(outputs, lookups, Buffers.of(student.module)) if keep else None
     loss, slopes = part.objective.slopes(outputs, taught.outputs, part.batch.labels, taught.weights)
     gradient = student.flat.gradients_of(outputs.given(), slopes, student.leaves(), lookups, retain_graph=keep)
     answers = [o.detached() for o in taught.outputs]
     graph = taught if single and not frozen else None
-    return Piece(part, masks, outputs.detached(), answers, loss, graph, kept), gradient
+    return Piece(part, before, outputs.detached(), answers, loss, asked, graph, kept), gradient
 
 
 @section("quiz")
@@ -104,5 +106,6 @@ def quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) ->
     return total, v
 
 
-def devices(network: Network) -> set[torch.device]:
-    return {network.flat.weights.device}
+def state_of(*networks: Network) -> PassState:
+    """What a pass through them begins from."""
+    return PassState([n.module for n in networks], {n.flat.weights.device for n in networks})

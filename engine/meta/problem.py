@@ -16,7 +16,7 @@ from engine.meta.pilots import Pilot
 from engine.meta.time_machine import TimeMachine
 from engine.models.network import Network, Outputs
 from engine.params.flat import Lookups
-from engine.params.random_state import RandomState
+from engine.params.pass_state import Buffers, RandomState
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Kept(NamedTuple):
 
     outputs: Outputs
     lookups: Lookups
-    buffers: list[Tensor]  # what the forward left the module's buffers at
+    buffers: Buffers  # as the forward left them
 
 
 class Meta(NamedTuple):

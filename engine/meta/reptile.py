@@ -60,7 +60,7 @@ class Reptile:
             for teacher, sources in zip(problem.teachers, self.sources, strict=True):
                 _pull(problem.student, teacher, sources)
         loss = torch.stack([piece.loss for piece in pieces]).sum()
-        return Meta(loss, None, [[piece.masks for piece in pieces]], pieces[0].kept)
+        return Meta(loss, None, [[piece.before.random for piece in pieces]], pieces[0].kept)
 
 
 @section("teacher update")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from engine.meta import tape_rules as rules
+from engine.meta.dual_pass import DualPass
 from engine.meta.tape_rules import ARITHMETIC, DRAWING, NAMES, TANGENTS, Entry
 
 
@@ -66,7 +67,7 @@ class Tape:
         player = _Player(self._entries)
         failure = None
         try:
-            with player:
+            with torch.enable_grad(), player:
                 yield
         except RuntimeError as e:  # perhaps because other numbers were drawn than in the recorded pass (LayerDrop, say)
             failure = e
@@ -121,13 +122,12 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-class _Player(TorchFunctionMode):
+class _Player(DualPass):
     def __init__(self, entries: list[Entry]):
-        super().__init__()
+        super().__init__(reverse=False)
         self.entries, self.position = entries, 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def call(self, func, args: tuple, kwargs: dict):
         if func is F.gelu:
             return rules.gelu(*args, **kwargs)
         if func in ARITHMETIC and not kwargs and all(isinstance(a, Tensor | float | int) for a in args):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.params import native
 from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.pass_state import Buffers
 from engine.sections import section
 
 Store = Literal["device", "pinned"]
@@ -123,16 +124,13 @@ class TimeMachine:
         """Whatever the body does to weights (through this object), buffers and optimizer is undone after it, also when
         it raises. Names taken in the body are gone then, and those from before mean what they meant."""
         self.flat.check()
-        buffers = list(self.flat.module.buffers())
-        kept = [b.clone() for b in buffers]
+        buffers = Buffers.of(self.flat.module)
         state = None if self.optimizer is None else _state(self.optimizer)
         try:
             with self._coming_back():
                 yield self
         finally:
-            with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.data.copy_(before)
+            buffers.restore()
             if state is not None:
                 _restore_state(self.optimizer, state)
 

@@ -2,7 +2,7 @@
 
 With pilot loss l, quiz loss q and o the models' outputs, a walk over M pilot batches is
 
-    v_M = grad q(phi_M), then for j = M..1, at phi_{j-1} on batch j with its dropout masks:
+    v_M = grad q(phi_M), then for j = M..1, at phi_{j-1} on batch j, from the state its forward began from:
         d_j = (d update / d g)^T v_j                 closed form (engine.meta.pilots); SGD: -eta v_j
         u_j = J_S d_j                                a directional derivative of the student
         c_k = d/do_k < dl/do_S, u_j >                at the loss head
@@ -37,7 +37,7 @@ class Head(NamedTuple):
     slopes_along: Callable[[Outputs, Outputs], tuple[list[Tensor], list[Tensor]]]
 
 
-# problem, batch, random state, direction, the weights' names it is limited to, head (None where no H d is needed), tape
+# problem, batch, the state that its forward began from, direction, the weights' names it is limited to, head (None where no H d is needed), tape
 # -> outputs, J d, H d
 Directional = Callable[..., tuple[Outputs, Outputs, Vector | None]]
 
@@ -76,14 +76,14 @@ def walk_back(
                 head = None if j == 0 else _head(problem, piece)
                 with section("JVP"):
                     outputs, tangents, hd = directional(
-                        problem, piece.part.batch, piece.masks, direction, names, head, tape
+                        problem, piece.part.batch, piece.before, direction, names, head, tape
                     )
                 if hd is not None:
                     v = v.plus(hd)
                 own += _to_each(problem, piece, outputs, tangents, len(batches))
     loss = torch.stack([piece.loss for pieces in walked for piece in pieces]).sum() / len(batches)
     teacher_loss = torch.stack(own).sum() / len(problem.teachers) if own else None
-    masks = [[piece.masks for piece in pieces] for pieces in walked]
+    masks = [[piece.before.random for piece in pieces] for pieces in walked]
     return Meta(loss, quiz_loss, masks, walked[0][0].kept, teacher_loss)
 
 
@@ -93,7 +93,10 @@ def _to_each(problem: Problem, piece: Piece, outputs: Outputs, tangents: Outputs
 
     Slopes of the teachers' own losses, which are means over the `pilots` of a round, go the same way; returns their values.
     """
-    batch, taught = piece.part.batch, piece.taught or teach(problem, piece.part.batch)
+    batch, taught = piece.part.batch, piece.taught
+    if taught is None:
+        with piece.asked.again():
+            taught = teach(problem, batch)
     piece.taught = None
     cotangents, weights = piece.part.objective.cotangents(
         outputs, taught.outputs, batch.labels, tangents, taught.weights

@@ -15,6 +15,7 @@ Source: Chen et al., "Training deep nets with sublinear memory cost", 2016, here
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.models.encoder_layers import encoder_layers
-from engine.params.random_state import RandomState
+from engine.params.pass_state import RandomState, capturing
+from engine.params.swapped import swapped
 
 CHOICES = ("none", "student", "teachers", "both")
 
@@ -52,7 +53,7 @@ KERNELS = {
 def checkpointed(module: nn.Module):
     """Forwards in the body keep of every encoder layer its inputs only; backwards may come after it.
 
-    Weights that stand in for the layer's own (torch.func.functional_call), buffers, train or eval mode, the kind of
+    Weights that stand in for the layer's own (engine.params.swapped), buffers, train or eval mode, the kind of
     attention (transformers' and sdpa_kernel's), autocast and the random state are those of the forward when a layer runs
     again. In forward mode the layers run as they are, and so do layers with an embedding in them. What hooks inside a
     layer collect (attention maps) has no graph; what hooks on a layer collect (hidden states) has.
@@ -94,7 +95,7 @@ def _dual(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Body(nn.Module):
-    """A layer's own forward for functional_call, without the layer's hooks: those run around the checkpoint, once."""
+    """A layer's own forward, without the layer's hooks: those run around the checkpoint, once."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -103,6 +104,8 @@ class _Body(nn.Module):
     def forward(self, *args, **kwargs):
         return self.original(*args, **kwargs)
 
+
+_DRAWING: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that were seen to draw in eval mode
 
 _TENSOR = object()  # stands in a flattened tree where a tensor was
 
@@ -125,7 +128,7 @@ class _Call:
     def of(cls, body: _Body, args: tuple, kwargs: dict[str, Any]) -> tuple[_Call, list[Tensor]]:
         """The call and its tensors, weights first, which are autograd's to keep and to free."""
         call = cls()
-        weights = dict(body.named_parameters())  # inside functional_call these are the ones that stand in
+        weights = dict(body.named_parameters())  # inside `swapped` these are the ones that stand in
         inputs, *call.inputs = _split((args, kwargs))
         call.body, call.names = body, list(weights)
         return call, [*weights.values(), *inputs]
@@ -140,9 +143,15 @@ class _Call:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in {"cpu", *(d.type for d in devices)}
         ]
-        # a layer in eval mode draws nothing, and then a CUDA graph, which cannot draw again, can hold both passes
-        self.random = RandomState(devices) if any(m.training for m in self.body.layer.modules()) else None
+        # a layer that draws nothing leaves a CUDA graph, which cannot draw again, both passes; in eval mode few do
+        quiet = not any(m.training for m in self.body.layer.modules()) and self.body.layer not in _DRAWING
+        self.random = None if quiet and capturing(devices) else RandomState(devices)
         outputs, *self.outputs = _split(self._run(tensors, {}))
+        if quiet and self.random is not None:
+            if self.random.moved():
+                _DRAWING.add(self.body.layer)
+            else:
+                self.random = None
         return outputs
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -162,7 +171,8 @@ class _Call:
     def _run(self, tensors: Sequence[Tensor], buffers: dict[str, Tensor]) -> Any:
         weights = dict(zip(self.names, tensors, strict=False))
         args, kwargs = _join(tensors[len(weights) :], *self.inputs)
-        return functional_call(self.body, weights | buffers, args, kwargs)
+        with swapped(self.body, weights | buffers):
+            return self.body(*args, **kwargs)
 
 
 State = list[tuple[Any, str, Any]]  # object, attribute, value

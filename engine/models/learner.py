@@ -36,19 +36,22 @@ class Learner:
     watched: bool = False  # whether `below_eps` is counted, of an optimizer that has an eps
     below_eps: Tensor | None = None  # [2] on the device (engine.telemetry.below_eps), once there was an update
 
+    def __post_init__(self):
+        self.flat = self.network.flatten()  # which the optimizer steps
+
     def forward(self, batch, repeated: bool = False) -> tuple[Outputs, Lookups]:
         """Outputs with graph, and what `backward` needs to know of it."""
-        with self.network.flat.lookups() as lookups:
+        with self.flat.lookups() as lookups:
             return self.network(batch, repeated=repeated), lookups
 
     def backward(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, lookups: Lookups) -> None:
         """Add J^T cotangents (of a scalar loss without) to the gradients."""
-        self.network.flat.backward(outputs, cotangents, self.network.leaves(), lookups)
+        self.flat.backward(outputs, cotangents, self.network.leaves(), lookups)
 
     @section("optimizer")
     def update(self) -> None:
         """Clip the gradients to a global norm, take an optimizer step, clear the gradients."""
-        flat, clip, found_inf = self.network.flat, None, None
+        flat, clip, found_inf = self.flat, None, None
         flat.check()
         if self.max_grad_norm is not None:
             norm = flat.gradient_norm()

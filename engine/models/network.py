@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig
 
@@ -18,6 +17,7 @@ from engine.models.encoder_layers import lean_layers
 from engine.models.families import family, inputs_of, without_cache
 from engine.models.features import SCORES, InnerStates
 from engine.params.flat import TABLE_ROWS, FlatParameters
+from engine.params.swapped import swapped
 
 UNNAMED = "model"  # the name of a network that was given none
 
@@ -59,7 +59,7 @@ class Network:
 
     def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None, name: str = UNNAMED):
         self.name, self.module = name, module
-        self._bound = _Bound(module, call or (lambda module, batch: module(batch.inputs)))
+        self._call = call or (lambda module, batch: module(batch.inputs))
         self._flat: FlatParameters | None = None
 
     def __call__(
@@ -69,22 +69,26 @@ class Network:
         """Outputs in the weights' dtype. `repeated` where another forward is to see the same random numbers, `higher` where
         this one is differentiated twice or by forward mode."""
         # a stranger's module may use fused attention, which has neither second derivatives nor forward mode, nor its masks
-        with sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext():
-            if parameters is None:
-                return Outputs.of(self._bound(batch))
-            return Outputs.of(functional_call(self._bound, {f"module.{n}": t for n, t in parameters.items()}, (batch,)))
+        math = sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
+        with math, nullcontext() if parameters is None else swapped(self.module, parameters):
+            return Outputs.of(self._call(self.module, batch))
 
     @property
     def flat(self) -> FlatParameters:
-        """The trainable weights, flattened when first asked for, and again when one of them was frozen."""
-        if self._flat is None or not all(p.requires_grad for p in self._flat.parameters.values()):
-            self.flatten()
+        """The trainable weights in one buffer. RuntimeError before `flatten`, which a Learner and a MetaStep call."""
+        if self._flat is None:
+            raise RuntimeError(
+                f"the weights of the {self.name} are not flat yet; call flatten() once it stands on its device."
+            )
         return self._flat
 
     def flatten(self) -> FlatParameters:
-        """`flat`, made anew where other weights are trainable than before (adapters came, or a layer was unfrozen)."""
-        trainable = self.trainable()
-        if self._flat is None or trainable.keys() != self._flat.parameters.keys():
+        """`flat`, made where there is none, or anew where the module was moved or other weights are trainable than before.
+
+        What holds an older one, a learner or a meta-step, cannot go on: its `check` raises RuntimeError.
+        """
+        if self._flat is None or not self._flat.holds():
+            trainable = self.trainable()
             # elsewhere a dense gradient costs microseconds, and finding the rows would wait for the device
             on_cpu = all(p.device.type == "cpu" for p in trainable.values())
             self._flat = FlatParameters(self.module, self.table_rows if on_cpu else None)
@@ -93,12 +97,9 @@ class Network:
     table_rows = TABLE_ROWS
 
     def move(self, device: torch.device | str) -> None:
-        """The module to `device`, whatever was flattened before: the flat buffers are let go, and made anew when asked for.
-
-        What holds the old ones, a learner or a meta-step, cannot go on.
-        """
+        """The module to `device`, its weights flat there. Where it stood elsewhere, what holds the old buffers cannot go on."""
         self.module.to(device)
-        self._flat = None
+        self.flatten()
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that gradients of a forward are taken against, by name."""
@@ -177,7 +178,7 @@ class Encoder(Network):
         if self.inner.attention:
             kind = SCORES
         if self.family.ready_mask:
-            dtype = torch.bfloat16 if low else self.flat.weights.dtype
+            dtype = torch.bfloat16 if low else next(self.module.parameters()).dtype
             inputs["attention_mask"] = attention_mask(real, kind, dtype)
         math = (
             sdpa_kernel(SDPBackend.MATH) if repeated or higher else nullcontext()
@@ -185,8 +186,9 @@ class Encoder(Network):
         compiled = None if repeated or higher or precision is not None else self.compiled
         lean = lean_layers(self.module, self.family.lean, higher, compiled, self.inner.whole)
         own = nullcontext() if self.family.attention_dropout is None else _attending(self.module.config, kind)
-        with own, lean, math, self._reading(real, batch):
-            out = self.module(**inputs) if parameters is None else functional_call(self.module, parameters, (), inputs)
+        weights = nullcontext() if parameters is None else swapped(self.module, parameters)
+        with own, lean, math, self._reading(real, batch), weights:
+            out = self.module(**inputs)
         found = {name: _full(t) for name, t in out.items()} if self.inner else {"logits": _full(out.logits)}
         if self.heads > 1:
             each = found["logits"].unflatten(-1, (self.heads, -1))  # [B, heads, C]
@@ -270,15 +272,3 @@ def _attending(config: PretrainedConfig, kind: str):
 
 def _full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-class _Bound(nn.Module):
-    """`call` as a module's forward, for `functional_call`."""
-
-    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any]):
-        super().__init__()
-        self.module = module
-        self._call = call
-
-    def forward(self, batch: Any) -> Any:
-        return self._call(self.module, batch)

@@ -101,7 +101,8 @@ class FlatParameters:
     """The trainable weights of `module` in `weights` [N], a bf16 `shadow` [N] on demand, gradients in `gradients` [N].
 
     Raises ValueError for a module without trainable weights, or whose weights differ in dtype or device. Move the module
-    to its device before: `check` raises RuntimeError where the parameters no longer are views into the buffer. Embeddings of
+    to its device, and freeze what is to stay, before: `check` raises RuntimeError where the parameters no longer are views into the
+    buffer, or other ones are trainable. Embeddings of
     `table_rows` rows and more are kept by rows; None keeps none.
     """
 
@@ -164,17 +165,35 @@ class FlatParameters:
         return {n: flat[self.offsets[n] :][: p.numel()].view(p.shape) for n, p in shapes.items()}
 
     def check(self) -> None:
-        """RuntimeError where a parameter was given new storage, as `module.to(device)` does, or exchanged for another."""
-        if type(self.weights) is not Tensor:  # it stands for one (FakeTensor) and has no address
-            return
-        base, size = self.weights.data_ptr(), self.weights.element_size()
+        """RuntimeError where a parameter was given new storage, as `module.to(device)` does, was exchanged for another, or was
+        frozen or unfrozen."""
+        problem = self._changed()
+        if problem is not None:
+            raise RuntimeError(
+                f"{problem}. Move and freeze modules first, then make one MetaStep (or Learner) of each."
+            )
+
+    def holds(self) -> bool:
+        """Whether these are the module's trainable weights as they now stand: `check`, and none was added or taken away."""
+        trainable = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        return trainable == self.parameters.keys() and self._changed() is None
+
+    def _changed(self) -> str | None:
+        """What no longer fits of the weights that there were."""
+        for name, p in self.frozen.items():
+            if p.requires_grad:
+                return f"{name} was unfrozen after its module was flattened, so no step would train it"
+        fake = type(self.weights) is not Tensor  # it stands for one (FakeTensor) and has no address
+        base, size = 0 if fake else self.weights.data_ptr(), self.weights.element_size()
         for name, p in self.parameters.items():
             owner, key = self._owners[name]
-            if owner._parameters.get(key) is not p or p.data_ptr() != base + size * self.offsets[name]:
-                raise RuntimeError(
-                    f"{name} has left the flat buffer: the module was moved after it was flattened, or flattened again "
-                    "(another MetaStep holds it, or weights were frozen since). Move and freeze before, and make one of each."
-                )
+            if not p.requires_grad:
+                return f"{name} was frozen after its module was flattened, and steps would go on moving it"
+            if not fake and (owner._parameters.get(key) is not p or p.data_ptr() != base + size * self.offsets[name]):
+                return (
+                    f"{name} has left the flat buffer: the module was moved after it was flattened, or flattened again (for "
+                    "another MetaStep, or because other weights were frozen)")  # fmt: skip
+        return None
 
     # --- what gradients are taken against
 
@@ -306,7 +325,7 @@ class FlatParameters:
 
     @property
     def gradients(self) -> Tensor:
-        """[N], what `accumulate` or a plain `backward()` added since `clear_gradients`; every `.grad` is a view into it."""
+        """[N], what `add` or a plain `backward()` added since `clear_gradients`; every `.grad` is a view into it."""
         if self._gradients is None:
             self._gradients = torch.zeros_like(self.weights)
             # `.data`: with version counters of their own, which tell when somebody else writes
@@ -340,23 +359,14 @@ class FlatParameters:
         self._written[table] = self._views[self.tables[table].name]._version
 
     @torch.no_grad()
-    def accumulate(self, vector: Vector) -> None:
-        """Add a vector to the gradients."""
-        self.gradients[: self.dense] += vector.dense
-        self._add_tables(vector.tables)
-
-    @torch.no_grad()
     def add(self, gradients: dict[str, Tensor | None], lookups: Lookups, looked_up: Sequence[Tensor | None]) -> None:
         """Add what `vector` takes to the gradients, without making a vector of it."""
         self.gradients  # noqa: B018  (makes the buffer)
         given = [n for n in self.dense_names if gradients.get(n) is not None]
         if given:
             torch._foreach_add_([self._views[n] for n in given], [gradients[n] for n in given])
-        self._add_tables([self._table(i, t, gradients, lookups, looked_up) for i, t in enumerate(self.tables)])
-
-    def _add_tables(self, parts: Sequence[Rows | Tensor]) -> None:
-        for i, (table, part) in enumerate(zip(self.tables, parts, strict=True)):
-            grad = self._views[table.name]
+        for i, table in enumerate(self.tables):
+            part, grad = self._table(i, table, gradients, lookups, looked_up), self._views[table.name]
             if isinstance(part, Rows):
                 grad.index_add_(0, part.rows, part.values)
                 self._touch(i, part.rows)

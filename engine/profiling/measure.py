@@ -83,7 +83,7 @@ class Profiling(Rehearsal):
             return Progress()  # only the steps of the method itself are measured
         state = phase.state
         for network in state.networks():
-            network.module.to(self.device)
+            network.move(self.device)
         batches, quizzes = self.batches(phase)
 
         def step() -> None:

@@ -86,7 +86,7 @@ class Rehearsal:
         """Some steps of a phase, on batches as long and as large as they can be."""
         state = phase.state
         for network in state.networks():
-            network.module.to(self.device)
+            network.move(self.device)
         batches, quizzes = self.batches(phase)
         ledger = self.ledger(state, [*batches, *quizzes])
         counter = FlopCounter()
@@ -150,14 +150,13 @@ class _Stages(Stages):
 
     def prepare(self, member: Member) -> Teacher:
         config, network, members = self.setup.config, member.network, self.setup.models.teachers
-        network.module.to(self.setup.device)
+        network.move(self.setup.device)
         if member.trained_head:
             return Teacher(member, "as given", Progress())
         later = members[members.index(member) + 1 :]
         if any(
             not each.trained_head and _alike(each, member) for each in later
         ):  # which finds this one in its place as well
-            network.flatten()
             return Teacher(member, "fine-tuned", Progress())
         train = self.setup.examples.encoded.train[0]
         self.trainer.fit(fine_tuning(config, member, self.setup.losses.objective, METHODS["finetune"], train, None))

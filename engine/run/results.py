@@ -58,7 +58,7 @@ def _measure(setup: Setup, member: Member) -> tuple[dict[str, Any], dict[str, Te
     """Name, source, parameters and metrics of a model, and its logits, by split."""
     network, task, encoded = member.network, setup.task, setup.examples.encoded
     splits = {"validation": encoded.validation, "test": encoded.test}
-    network.module.to(setup.device)
+    network.move(setup.device)
     logits = {name: predict(network, split, setup.device) for name, split in splits.items()}
     metrics = {name: score(z, splits[name].labels, task) for name, z in logits.items()}
     with teacher_params.merged(network.module):  # adapters are not part of what is exported

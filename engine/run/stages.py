@@ -82,7 +82,7 @@ class Stages:
 
     def _typicality(self, member: Member) -> Tensor:
         """Of the student's training examples, in the encoder that the teacher starts from."""
-        member.network.module.to(self.setup.device)
+        member.network.move(self.setup.device)
         examples = self.setup.examples
         return typicality_of(self.setup, member.network, examples.encoded, 0, examples.everything)
 
@@ -131,7 +131,7 @@ class Stages:
         # teachers whose answers are kept have no part in the training: they stay where `answer` left them
         student, teachers = setup.models.student.network, [] if self.answers else setup.models.taught()
         for network in [student, *teachers]:
-            network.module.to(setup.device)
+            network.move(setup.device)
         state = State(learner(student, optim, optim.lr, plan.steps), objective, micro_batch=optim.micro_batch_size)
         if self.expertise is not None and method.teachers == "frozen" and objective.feature_loss != "none":
             train, state.by_example = train.with_columns({"expertise": self.expertise}), "expertise"

@@ -54,7 +54,7 @@ def prepare(setup: Setup, member: Member, trainer: Trainer) -> Teacher:
     plan = plan_of(setup.config, train)
     file = setup.cache / "teachers" / f"{_key(setup, member, data, plan)}.safetensors"
     progress = _reuse(file, network)
-    network.module.to(setup.device)  # before its weights are flattened
+    network.move(setup.device)
     if progress is not None:
         trainer.resume.skip(phase_name(member))
         setup.console.say(f"Teacher {source.name}: reused, prepared before with the same data and settings ({file}).")
@@ -88,7 +88,7 @@ def fine_tuning(
 
 def _as_given(setup: Setup, member: Member, data: EncodedSplits) -> Teacher:
     network, validation = member.network, data.validation
-    network.module.to(setup.device)
+    network.move(setup.device)
     metrics = score(predict(network, validation, setup.device), validation.labels, setup.task)
     setup.console.say(
         f"Teacher {member.source.name}: its trained head is used as it is (--retrain-teachers changes that)."
@@ -99,7 +99,7 @@ def _as_given(setup: Setup, member: Member, data: EncodedSplits) -> Teacher:
 def _with_domains(setup: Setup, network: Encoder, data: EncodedSplits, sample: int) -> tuple[EncodedSplit, Method]:
     """What a meta-teacher is prepared with: examples that know how typical they are, a domain head, a step for both."""
     settings = setup.config.method
-    network.module.to(setup.device)
+    network.move(setup.device)
     typical = typicality_of(setup, network, data, sample)
     train = data.train[sample].with_columns({"typicality": typical})
     head = DomainHead(network.module.config.hidden_size, len(setup.task.domains), settings.domain_loss == "reversal",

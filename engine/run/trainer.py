@@ -91,7 +91,7 @@ class Trainer:
         torch.manual_seed(zlib.crc32(f"{phase.seed} {phase.name}".encode()))
         networks = list(phase.state.networks())
         for network in networks:
-            network.module.to(self.device)
+            network.move(self.device)
         train = phase.train.only({network.encoding for network in networks})
         run = _Run(phase, batches=TrainingBatches(train, phase.batch_size, phase.seed, self.device))
         if self.resume.stands_in(phase.name):

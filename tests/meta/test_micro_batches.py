@@ -101,12 +101,11 @@ def test_masks_of_every_part_are_drawn_again(pilots):
 
 class WithoutDropout(Setting):
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, norm=False, **kwargs)  # a batch norm's statistics are those of the parts
         for module in (self.student, *self.teachers):
             for m in module.modules():
                 if isinstance(m, nn.Dropout):
                     m.p = 0.0
-        self.student.norm = nn.Identity()  # a batch norm's statistics are those of the parts
 
 
 @pytest.mark.parametrize("method", ["finetune", "kd", "metadistil", "lgtm", "reptile"])

@@ -70,6 +70,7 @@ def test_values_gradients_and_masks_are_the_eager_ones(family, train, choice, gr
     networks = network, plain = encoder(family, compiled=compiled), encoder(family)
     for each in networks:
         restrict(each.module, choice).train(train)
+        each.flatten()
     assert_agree(forward_and_backward(network, given), forward_and_backward(plain, given), 1e-6)
     assert compiled.calls == LAYERS - 1 and compiled.spent()[0] == graphs
     features = []

@@ -145,6 +145,7 @@ def test_bf16_states_come_near_float32(family):
     for precision in ("fp32", "bf16"):
         network = encoder(family, precision)
         attach(network.module, "hidden", projection(H, 6, 0))
+        network.flatten()
         with network.giving(EVERYTHING):
             found.append(network(domains_of(batch(family))).given())
     for full, low in zip(*found, strict=True):

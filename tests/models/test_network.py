@@ -192,10 +192,13 @@ def test_modes_come_back_one_by_one():
 
 def test_other_weights_to_train_are_flattened_anew():
     network = Network(Toy())
-    flat = network.flat
-    assert network.flat is flat and network.leaves() is flat.parameters
+    with pytest.raises(RuntimeError, match=r"not flat yet; call flatten\(\)"):
+        network.flat  # noqa: B018
+    flat = network.flatten()
+    assert network.flatten() is network.flat is flat and network.leaves() is flat.parameters
     network.module.out.bias.requires_grad_(False)
-    assert network.flat is not flat and network.leaves().keys() == {"hidden.weight", "hidden.bias"}
+    assert network.flat is flat, "whoever holds it is told by its check"
+    assert network.flatten() is not flat and network.leaves().keys() == {"hidden.weight", "hidden.bias"}
     network.flat.check()
 
 

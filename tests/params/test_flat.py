@@ -80,7 +80,7 @@ def test_new_storage_is_noticed(move):
     module = Model()
     flat = FlatParameters(module, table_rows=V)
     flat.check()
-    module.to(torch.float64), module.cpu(), module.requires_grad_(True), module.train()  # which move nothing
+    module.to(torch.float64), module.cpu(), module.out.requires_grad_(True), module.train()  # which move nothing
     flat.check()
     move(module)
     with pytest.raises(RuntimeError, match="has left the flat buffer: the module was moved"):

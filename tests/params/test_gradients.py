@@ -10,7 +10,7 @@ from time_machine_helpers import random_step
 from torch import nn
 from torch.func import functional_call
 
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters, Lookups, Rows
 from engine.params.optim import FlatAdamW
 
 # Largest difference over the largest expected entry, in float64: sums in another order.
@@ -135,7 +135,7 @@ def test_rows_cannot_stand_for_a_table_that_is_used_whole():
 
 # Gradients for an optimizer
 
-EVENTS = ["accumulate", "backward", "to none", "to zero", "clear", "norm", "scale"]
+EVENTS = ["ours", "backward", "to none", "to zero", "clear", "norm", "scale"]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -144,8 +144,8 @@ EVENTS = ["accumulate", "backward", "to none", "to zero", "clear", "norm", "scal
     events=st.lists(st.sampled_from(EVENTS), max_size=12),
     earlier=st.booleans(),
 )
-@example("plain", ["accumulate", "to none", "backward"], False)
-@example("plain", ["norm", "accumulate"], True)
+@example("plain", ["ours", "to none", "backward"], False)
+@example("plain", ["norm", "ours"], True)
 def test_gradients_are_what_everybody_added(kind, events, earlier):
     """Ours by rows, a user's `backward()` into `.grad`, also from before, an optimizer's `zero_grad` either way, in any
     order. Between the weights there are zeros, over which norms and decay go."""
@@ -161,13 +161,12 @@ def test_gradients_are_what_everybody_added(kind, events, earlier):
         "clear": flat.clear_gradients,
     }
     for seed, event in enumerate(events):
-        if event in ("accumulate", "backward"):
+        if event in ("ours", "backward"):
             _, added = reference(module, ids(seed), torch.ones(4, 3, dtype=torch.float64))
-            if event == "accumulate":
+            if event == "ours":
                 with flat.lookups() as lookups:
                     out = module(ids(seed))
-                vector = flat.gradients_of([out.sum()], None, flat.leaves(), lookups)
-                flat.accumulate(vector)
+                flat.backward([out.sum()], None, flat.leaves(), lookups)
             else:
                 module(ids(seed)).sum().backward()
             expected = {n: g + added[n] for n, g in expected.items()}
@@ -193,9 +192,12 @@ def test_gradients_are_what_everybody_added(kind, events, earlier):
 def test_the_norm_of_rows_needs_only_the_rows():
     module = Model()
     flat = FlatParameters(module, table_rows=V)
-    rows = Rows(torch.tensor([2, 5]), torch.ones(2, H, dtype=torch.float64))
+    found, values = (
+        Lookups({0, 1}, [(i, torch.tensor([5, 2]), None) for i in range(2)]),
+        torch.ones(2, H, dtype=torch.float64),
+    )
     for _ in range(2):
-        flat.accumulate(Vector(flat.weights.new_zeros(flat.dense), [rows, rows]))
+        flat.add({}, found, [values, values])
     assert [torch.cat(touched).tolist() for touched in flat._touched] == [[2, 5, 2, 5]] * 2
     torch.testing.assert_close(flat.gradient_norm().item(), (2 * 2 * H * 4) ** 0.5)
     flat.clear_gradients()

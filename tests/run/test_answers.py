@@ -70,6 +70,7 @@ def make(split, built):
     def make(precision="fp32", features=(), deaf=False) -> Encoder:
         network = Encoder("bert", copy.deepcopy(built), split.tables[0].encoding.key, precision)
         network.inner = InnerStates(token=features)
+        network.flatten()
         if deaf:
             network.module.register_forward_pre_hook(refuse)
         return network
@@ -267,7 +268,7 @@ def test_answers_on_a_gpu(split, make, tmp_path):
 def test_a_moved_network_is_flattened_again(split, make):
     teacher = make("bf16")
     teacher.module.classifier.bias = torch.nn.Parameter(torch.zeros(2), requires_grad=False)  # never written to
-    before = teacher.flat
+    before = teacher.flatten()
     live(teacher, split.batch([0]))  # makes bf16 copies of what is trained and what is not
     teacher.move("meta")
     assert teacher.flat is not before

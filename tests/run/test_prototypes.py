@@ -101,7 +101,9 @@ def network(split, built):
     for m in module.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.5
-    return Encoder("bert", module.train(), split.tables[0].encoding.key)
+    encoder = Encoder("bert", module.train(), split.tables[0].encoding.key)
+    encoder.flatten()
+    return encoder
 
 
 def test_mean_states_are_the_plain_models(split, network, texts):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.meta.passes import Taught, devices, recomputed, teach
+from engine.meta.passes import Taught, recomputed, teach
 from engine.meta.problem import Meta, Problem
 from engine.meta.strategies import Strategy
 from engine.models.features import InnerStates
 from engine.models.network import Outputs
 from engine.params.flat import Lookups
-from engine.params.random_state import RandomState
+from engine.params.pass_state import RandomState
 from engine.sections import section
 
 
@@ -32,7 +32,7 @@ def double_backward(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence
             loss = 0.0
             for part in problem.parts(batch):
                 taught.append(answers := teach(problem, part.batch))
-                masks[j].append(RandomState(devices(student)))
+                masks[j].append(RandomState({student.flat.weights.device}))
                 with section("pilot"), recomputed(problem, student, "student"):
                     outputs = student(part.batch, weights, higher=True)
                 loss = loss + part.objective.distil(outputs, answers.outputs, part.batch.labels, answers.weights)

@@ -2,7 +2,8 @@
 
     (f(phi + eps d) - f(phi - eps d)) / 2 eps,    eps = 0.01 / |d|, in float32 at least
 
-For students whose operations have no forward-mode derivatives; approximate. Source of eps: DARTS (Liu et al., ICLR 2019).
+For students whose operations have no forward-mode derivatives; approximate. Differences also go through what a forward computes
+under torch.no_grad() (a running statistic that is read behind its update), which a gradient takes for constant. Source of eps: DARTS (Liu et al., ICLR 2019).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.meta.walk_back import Head, walk_back
 from engine.models.network import Outputs
 from engine.models.precision import ieee
 from engine.params.flat import Vector
-from engine.params.random_state import RandomState
+from engine.params.pass_state import PassState
 
 
 def finite_difference(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
@@ -27,7 +28,7 @@ def finite_difference(problem: Problem, pilots: Sequence[Batch], quizzes: Sequen
 
 
 def central_difference(
-    problem: Problem, batch: Batch, masks: RandomState, direction: Vector, names: None, head: Head | None, tape: None
+    problem: Problem, batch: Batch, before: PassState, direction: Vector, names: None, head: Head | None, tape: None
 ) -> tuple[Outputs, Outputs, Vector | None]:
     """What `forward_mode` gives, from the student's outputs (and gradients) a little ahead and behind along d.
 
@@ -39,7 +40,7 @@ def central_difference(
     sides, gradients = [], []
     for side in (eps, -eps):
         repeated = problem.time_machine.perturbed(direction, side)
-        with masks.again(), repeated, ieee(), torch.set_grad_enabled(head is not None):
+        with before.again(), repeated, ieee(), torch.set_grad_enabled(head is not None):
             with flat.lookups() as lookups:
                 out = student(batch, repeated=True, precision="fp32")
             if head is not None:
