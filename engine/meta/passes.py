@@ -75,7 +75,7 @@ def pilot_pass(
     recording = nullcontext() if tape is None else tape.recording()
     with student.flat.lookups() as lookups, recomputed(problem, student, "student"), recording:
         outputs = student(part.batch, repeated=True)
-    kept = Kept(outputs, lookups, Buffers.of(student.module)) if keep else None
+    kept = Kept(outputs, lookups, Buffers.and_renormed(student.module)) if keep else None
     loss, slopes = part.objective.slopes(outputs, taught.outputs, part.batch.labels, taught.weights)
     gradient = student.flat.gradients_of(outputs.given(), slopes, student.leaves(), lookups, retain_graph=keep)
     answers = [o.detached() for o in taught.outputs]

@@ -124,7 +124,7 @@ class TimeMachine:
         """Whatever the body does to weights (through this object), buffers and optimizer is undone after it, also when
         it raises. Names taken in the body are gone then, and those from before mean what they meant."""
         self.flat.check()
-        buffers = Buffers.of(self.flat.module)
+        buffers = Buffers.and_renormed(self.flat.module)
         state = None if self.optimizer is None else _state(self.optimizer)
         try:
             with self._coming_back():

@@ -102,8 +102,8 @@ class FlatParameters:
 
     Raises ValueError for a module without trainable weights, or whose weights differ in dtype or device. Move the module
     to its device, and freeze what is to stay, before: `check` raises RuntimeError where the parameters no longer are views into the
-    buffer, or other ones are trainable. Embeddings of
-    `table_rows` rows and more are kept by rows; None keeps none.
+    buffer, or other ones are trainable. Embeddings of `table_rows` rows and more are kept by rows; None keeps none. `sparse` of a
+    trained embedding is switched off.
     """
 
     def __init__(self, module: nn.Module, table_rows: int | None = TABLE_ROWS):
@@ -116,6 +116,9 @@ class FlatParameters:
             raise ValueError(f"flat parameters need trainable weights of one dtype on one device; found {found}.")
         paths = {name: name.rpartition(".") for name in self.parameters}
         self._owners = {name: (module.get_submodule(path), key) for name, (path, _, key) in paths.items()}
+        for m in module.modules():
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.weight.requires_grad:
+                m.sparse = False  # a sparse gradient could not be written into a buffer
         embeddings = self._tables(table_rows)
         vectors = [n for n, p in self.parameters.items() if p.ndim < 2]
         matrices = [n for n, p in self.parameters.items() if p.ndim >= 2 and n not in embeddings]

@@ -71,6 +71,13 @@ class Buffers:
         """Those of the modules and of all below them."""
         return cls([m._buffers for module in modules for m in every(module) if m._buffers])
 
+    @classmethod
+    def and_renormed(cls, module: nn.Module) -> Buffers:
+        """Also the weights that a forward itself writes: those of embeddings with a max_norm, whose rows it scales down."""
+        modules = every(module)
+        renormed = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+        return cls([m._buffers for m in modules if m._buffers] + [m._parameters for m in renormed])
+
     @contextmanager
     def again(self):
         """The body begins from these values; after it the buffers are what they were before."""
