@@ -32,6 +32,9 @@ def option(
     return field(default=default, metadata=known)
 
 
+Checkpointing = Literal["none", "student", "teachers", "both"]  # whose layers are recomputed instead of kept
+
+
 @dataclass
 class _Section:
     def __post_init__(self):
@@ -156,7 +159,7 @@ class MethodConfig(_Section):
         "equal weights)")  # fmt: skip
     weights_lr: float = option(0.01, "learning rate of learned teacher weights (AdamW on their logarithms)", 0.0)
     meta_grad: str = option("exact", "how the quiz loss is differentiated through the pilot step", names=STRATEGIES)
-    checkpointing: Literal["none", "student", "teachers", "both", "selective"] = option(
+    checkpointing: Literal[Checkpointing, "selective"] = option(
         "none", "compute activations again in the meta-gradient's backward passes, layer by layer, which saves memory; selective "
         "is refused, because it has no second derivatives")  # fmt: skip
     pilot_optimizer: str | None = option(None, "how the pilot step is taken", otherwise="sgd", names=PILOTS)

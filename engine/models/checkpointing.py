@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from engine.config import Checkpointing
 from engine.models.encoder_layers import encoder_layers
 from engine.params.pass_state import RandomState, capturing
 from engine.params.swapped import swapped
 
-CHOICES = ("none", "student", "teachers", "both")
+CHOICES = get_args(Checkpointing)
 
 # What else goes by the name of checkpointing, and why a gradient of a gradient cannot run through it; each seen to fail
 # with torch 2.13 in tests/models/test_checkpointing.py

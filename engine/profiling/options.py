@@ -7,10 +7,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from engine import cli
-from engine.config import Config
+from engine.config import Checkpointing, Config
 from engine.errors import UserError
 from engine.plugins import STRATEGIES
 
@@ -18,7 +18,7 @@ UNITS = {"": 1, "B": 1} | {
     f"{prefix}{i}{b}": (1024 if i else 1000) ** power
     for power, prefix in enumerate("KMGT", 1) for i in ("", "i") for b in ("", "B")
 }  # fmt: skip
-CHECKPOINTING = ["none", "student", "teachers", "both"]
+CHECKPOINTING = list(get_args(Checkpointing))
 
 
 @dataclass(frozen=True)
