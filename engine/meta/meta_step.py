@@ -96,11 +96,8 @@ class MetaStep:
         optimizers = [student_optimizer, *(teacher_optimizers or [None] * len(teachers))]
         pairs = zip([student, *teachers], modules, optimizers, strict=True)
         learners = [_learner(given, module, optimizer, max_grad_norm) for given, module, optimizer in pairs]
-        for module, name in zip(modules, names, strict=True):
-            try:
-                module.flatten()
-            except ValueError as e:
-                raise ValueError(f"the {name} cannot be trained: {e}") from e
+        for module in modules:
+            module.flatten()
         weights, weights_learner = _weights(teacher_weights, len(teachers), modules[0], weights_lr)
 
         self.learner, self.independent_masks = learners[0], independent_masks

@@ -91,7 +91,7 @@ class Network:
             trainable = self.trainable()
             # elsewhere a dense gradient costs microseconds, and finding the rows would wait for the device
             on_cpu = all(p.device.type == "cpu" for p in trainable.values())
-            self._flat = FlatParameters(self.module, self.table_rows if on_cpu else None)
+            self._flat = FlatParameters(self.module, self.table_rows if on_cpu else None, self.name)
         return self._flat
 
     table_rows = TABLE_ROWS

@@ -106,14 +106,15 @@ class FlatParameters:
     trained embedding is switched off.
     """
 
-    def __init__(self, module: nn.Module, table_rows: int | None = TABLE_ROWS):
-        self.module = module
+    def __init__(self, module: nn.Module, table_rows: int | None = TABLE_ROWS, name: str = "module"):
+        """`name` is what messages call the module."""
+        self.module, self.name = module, name
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{d} on {device}" for d, device in kinds)) or "none"
-            raise ValueError(f"flat parameters need trainable weights of one dtype on one device; found {found}.")
+            raise ValueError(f"the {name} needs trainable weights of one dtype on one device; found {found}.")
         paths = {name: name.rpartition(".") for name in self.parameters}
         self._owners = {name: (module.get_submodule(path), key) for name, (path, _, key) in paths.items()}
         for m in module.modules():
@@ -173,7 +174,7 @@ class FlatParameters:
         problem = self._changed()
         if problem is not None:
             raise RuntimeError(
-                f"{problem}. Move and freeze modules first, then make one MetaStep (or Learner) of each."
+                f"the {self.name}: {problem}. Move and freeze modules first, then make one MetaStep (or Learner) of each."
             )
 
     def holds(self) -> bool:

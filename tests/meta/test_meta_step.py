@@ -220,7 +220,7 @@ REFUSED = [
     ("teacher 1 has no weight that requires gradient", lambda: build(A, B, cnn(0).requires_grad_(False))),
     ("teacher 0 has no weight that requires gradient", lambda: build(A, Network(cnn(0).requires_grad_(False)), B)),
     (r"teacher 1 \(mine\) has no weight", lambda: build(A, B, Network(cnn(0).requires_grad_(False), name="mine"))),
-    ("teacher 1 cannot be trained: .*float32 on cpu, torch.float64 on cpu", lambda: build(A, B, nn.Sequential(cnn(0), nn.Linear(1, 1)))),
+    ("teacher 1 needs trainable weights of one dtype.*float32 on cpu, torch.float64 on cpu", lambda: build(A, B, nn.Sequential(cnn(0), nn.Linear(1, 1)))),
     ("optimizer of the student also steps weights of another module, as one of \\[2, 2\\]",
      lambda: build(half_frozen(), B, student_optimizer=torch.optim.SGD([*HALF[1:].parameters(), nn.Linear(2, 2).weight]))),
     ("give student_optimizer", lambda: build(A, B, pilot_optimizer="adamw")),

@@ -250,6 +250,8 @@ def test_what_is_frozen_or_unfrozen_between_two_steps_is_told(whose, later):
     step = MetaStep(student, [teacher])
     step.meta_gradient([batch(0)], [batch(1)])
     {"student": student, "teacher": teacher}[whose][3 if later else 0].requires_grad_(not later)
-    with pytest.raises(RuntimeError, match=r"3\.weight was frozen after" if later else r"0\.weight was unfrozen after"):
+    called = "the student" if whose == "student" else "the teacher 0"
+    what = r"3\.weight was frozen after" if later else r"0\.weight was unfrozen after"
+    with pytest.raises(RuntimeError, match=f"{called}: {what}"):
         step.meta_gradient([batch(0)], [batch(1)])
     MetaStep(student.requires_grad_(), [teacher.requires_grad_()]).meta_gradient([batch(0)], [batch(1)])
