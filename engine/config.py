@@ -65,7 +65,9 @@ class ModelConfig(_Section):
         "bert", "one or more teachers, comma-separated: bert, roberta, distilbert, tinybert, a hub id or a local Hugging "
         "Face directory; bert2, or a model named twice, starts from the same weights and is fine-tuned on another sample of the training data")  # fmt: skip
     student: str = option("distilbert", "the model that is distilled into, named as a teacher is")
-    student_layers: str | None = option(None, "the encoder layers that the student keeps, counted from 0, as in 1,3,5")
+    student_layers: str | None = option(
+        None, "the layers that the student keeps, counted from 0, as in 1,3,5; in an encoder and a decoder the same"
+    )
     retrain_teachers: bool = option(False, "fine-tune teachers even if they have a trained classifier already")
     source: Literal["auto", "hub", "embedded"] = option(
         "auto", "where models and data come from that are named: hub; embedded, the demonstration of miniatures and a generated "
@@ -132,8 +134,8 @@ class MethodConfig(_Section):
     )
     soft_loss: str = option("kl", "how the student's logits are compared with the teachers'", names=DIVERGENCES)
     feature_loss: Literal["none", "patient", "tinybert"] | None = option(
-        None, "also compare inner states, with the weight --beta: patient compares the first token's normalised state in the inner "
-        "layers, tinybert the attention scores and hidden states of every layer", otherwise="none")  # fmt: skip
+        None, "also compare inner states, with the weight --beta: patient compares the normalised state of the token that the "
+        "classifier reads in the inner layers, tinybert the attention scores and hidden states of every layer", otherwise="none")  # fmt: skip
     feature_epochs: int | None = option(
         None, "epochs on the feature loss alone, followed by --epochs on the logits alone; 0 adds the feature loss to the loss of "
         "every step", 0, otherwise=0)  # fmt: skip

@@ -26,7 +26,7 @@ class Objective:
     `soft_loss` (engine.losses.divergences). hard is cross-entropy, or the squared error of the one output in a regression.
     Cross-entropy is the mean over the labels that are not -100, and 0 where there is none: such an example counts in soft and
     in the features, but not in hard. A regression has no such label.
-    Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the first token [B, layers, H], and of `tinybert`
+    Features of `patient` (PKD, Sun et al. 2019), h the inner layers' states of the token that the classifier reads [B, layers, H], and of `tinybert`
     (Jiao et al. 2020), h the states and a the attention scores of every matched layer, n_i the real tokens of example i, W the
     projection that the student learns:
 

@@ -257,6 +257,10 @@ def _read(folder: Path, task: Task, seed: int, keep_head: bool) -> tuple[nn.Modu
     if last >= rows:
         raise UserError(f"The tokenizer in {folder} gives ids up to {last}, and the model has embeddings for {rows} tokens; give "
                         "the model its own tokenizer, or call resize_token_embeddings and save it.")  # fmt: skip
+    if getattr(module.config, "type_vocab_size", None) == 1 and "token_type_ids" in tokenizer.model_input_names:
+        # it may give types that the model knows nothing of; so that the exported one does not either
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     _refuse_lost_weights(folder, module, info)
     trained = keep_head and not info["missing_keys"] and not info["mismatched_keys"]
     if trained:

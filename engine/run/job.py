@@ -15,6 +15,7 @@ from engine.run.losses import plan_losses
 from engine.run.machine import prepare_machine
 from engine.run.members import load_models
 from engine.run.output import OutputDirectory
+from engine.run.probe import probe
 from engine.run.results import close
 from engine.run.resume import Resume
 from engine.run.setup import Setup
@@ -42,12 +43,12 @@ def run(
         output.create()
         output.write("config.yaml", cli.dump(config))
         stages = train(setup, output, sinks, telemetry, interrupts)
-        # step 7, with which the directory is complete
+        # step 8, with which the directory is complete
         close(setup, stages, telemetry, output, time.monotonic() - started, command)
 
 
 def set_up(config: Config, console: Console) -> Setup:
-    """Steps 1 to 5. Raises UserError for settings, data and models that cannot be used or do not fit each other."""
+    """Steps 1 to 6. Raises UserError for settings, data and models that cannot be used or do not fit each other."""
     device = settle_device(config, console.say)
     inputs = read_inputs(config, console)
     models = load_models(config, inputs, device, console)
@@ -56,13 +57,15 @@ def set_up(config: Config, console: Console) -> Setup:
     losses = plan_losses(config, inputs.splits.task, student, teachers, console.say)
     fused = bool(teachers) and losses.objective.divergence.fused
     prepare_machine(config, device, [*teachers, student], models.compiled, fused, console)
-    return Setup(config, console, device, inputs.cache, models, examples, losses)
+    setup = Setup(config, console, device, inputs.cache, models, examples, losses)
+    probe(setup)
+    return setup
 
 
 def train(
     setup: Setup, output: OutputDirectory, sinks: list[Sink], telemetry: Telemetry, interrupts: Interrupts
 ) -> Stages:
-    """Step 6: all stages. They are returned with what they left: teachers, kept answers, learned weights."""
+    """Step 7: all stages. They are returned with what they left: teachers, kept answers, learned weights."""
     config, console = setup.config, setup.console
     told = {"settings": config.to_flat(), "say": console.say, "warn": console.warn}
     with Monitor(output.path, sinks, **told) as monitor, closing(telemetry):

@@ -77,8 +77,8 @@ def _check_patient(*networks: Network) -> None:
     for network in networks:
         if state_read(network.module) is None:
             raise UserError(
-                f"--feature-loss patient compares states of the token that a classifier reads, which is not known for {network.name}, a "
-                f"{model_type(network.module)}, or not one token; use --feature-loss none.")  # fmt: skip
+                f"--feature-loss patient compares states of the one token that a classifier reads, and {network.name}, a "
+                f"{model_type(network.module)}, reads several, or it is not known which; use --feature-loss none.")  # fmt: skip
 
 
 def _check_tinybert(student: Network, teacher: Network) -> None:

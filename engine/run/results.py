@@ -1,4 +1,4 @@
-"""Step 7: measure every model, export it, write the summary, show the table."""
+"""Step 8: measure every model, export it, write the summary, show the table."""
 
 from __future__ import annotations
 

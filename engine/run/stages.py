@@ -1,4 +1,4 @@
-"""Step 6, the stages of a run: teachers are prepared, the student is warmed up, learns inner states, is distilled."""
+"""Step 7, the stages of a run: teachers are prepared, the student is warmed up, learns inner states, is distilled."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Stages:
             self.learned_weights = let_teachers_learn(setup, state, method, teachers, objective, plan.rounds)
         elif method.teachers == "frozen":
             state.teachers, train = teachers, train.with_answers([answers.arrays for answers in self.answers])
-            weights = teacher_weights(setup)
+            weights = teacher_weights(setup, student)
             state.weights = None if weights is None else weights.module().detach()
         validation = encoded.validation if chosen else None
         self.trainer.fit(Phase(phase, method, state, train, validation, plan, optim.batch_size, setup.config.run.seed))

@@ -25,9 +25,9 @@ def learner(network: Network, optim: OptimConfig, lr: float, steps: int) -> Lear
                          max_grad_norm=optim.max_grad_norm, optimizer=optim.optimizer)  # fmt: skip
 
 
-def teacher_weights(setup: Setup) -> Network | None:
-    """--teacher-weights as a network without inputs; None for equal ones."""
-    like = next(setup.models.student.network.module.parameters())
+def teacher_weights(setup: Setup, student: Network) -> Network | None:
+    """--teacher-weights as a network without inputs, where the student stands; None for equal ones."""
+    like = next(student.module.parameters())
     weights = TeacherWeights.of(setup.losses.teacher_weights, len(setup.models.teachers), like)
     return None if weights is None else Network(weights, name="teacher weights")
 
@@ -43,16 +43,7 @@ def let_teachers_learn(
             say(f"Teacher {teacher.name} {teacher_params.describe(teacher.module)}.")
     strategy = _strategy(setup, method, teachers)
     learners = [learner(teacher, optim, optim.teacher_lr, rounds) for teacher in teachers]
-    weights, learned = teacher_weights(setup), None
-    if weights is not None and weights.trainable():
-        learned = weights
-        weights = Learner.constant(weights, settings.weights_lr)
-    state.meta_step = MetaStep(
-        state.student, learners, objective, teacher_weights=weights, pilot_lr=settings.pilot_lr,
-        pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
-        independent_masks=settings.independent_masks, store=settings.snapshot_store,
-        micro_batch_size=optim.micro_batch_size, teacher_alpha=settings.teacher_alpha if method.own_loss else None,
-    )  # fmt: skip
+    state.meta_step, learned = meta_step(setup, state.student, method, learners, objective, strategy)
     if method.learn_from == "quiz":
         for each in learners:
             each.watched = True
@@ -60,6 +51,22 @@ def let_teachers_learn(
         quiz = setup.examples.encoded.quiz.only({state.student.network.encoding})
         state.quiz = QuizBatches(quiz, optim.batch_size, settings.quiz_batches, setup.config.run.seed, setup.device)
     return learned
+
+
+def meta_step(
+    setup: Setup, student: Learner, method: Method, teachers: Sequence[Learner], objective: Objective, strategy: str | Reptile
+) -> tuple[MetaStep, Network | None]:  # fmt: skip
+    """The meta-step as the settings have it, and the teachers' weights where they learn."""
+    settings, weights, learned = setup.config.method, teacher_weights(setup, student.network), None
+    if weights is not None and weights.trainable():
+        learned = weights
+        weights = Learner.constant(weights, settings.weights_lr)
+    return MetaStep(
+        student, teachers, objective, teacher_weights=weights, pilot_lr=settings.pilot_lr,
+        pilot_optimizer=settings.pilot_optimizer, strategy=strategy, checkpointing=settings.checkpointing,
+        independent_masks=settings.independent_masks, store=settings.snapshot_store,
+        micro_batch_size=setup.config.optim.micro_batch_size, teacher_alpha=settings.teacher_alpha if method.own_loss else None,
+    ), learned  # fmt: skip
 
 
 def _strategy(setup: Setup, method: Method, teachers: Sequence[Network]) -> str | Reptile:

@@ -358,6 +358,7 @@ def test_a_run_with_noise(data, tmp_path, monkeypatch, capsys):
 
 
 def test_finetuning_reads_noise_where_it_trains(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.job.probe", lambda setup: None)  # which trains nothing
     seen = record(monkeypatch)
     succeed(data, tmp_path / "finetune", method="finetune", noise_student=0.2, noise_kind="vocabulary")
     assert {(training, noised) for _, training, noised in seen} == {(True, True), (False, False)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.batch import Batch
 from engine.data.encoded import EncodedSplit
@@ -108,12 +108,12 @@ def test_logits_are_those_of_the_exported_model_alone(kind, settings, words, pai
     split = EncodedSplit(rows, [encoding], "x" * 16, tmp_path)
     got = Encoder("own", own.module, encoding.key)(split.batch([0, 1, 2])).logits
     own.module.save_pretrained(tmp_path)
+    own.tokenizer.save_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
     alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     for i, logits in enumerate(got):
         given = words(texts[i], *([pairs[i]] if pair else []), return_tensors="pt",
                       **({} if masked else {"padding": "max_length", "max_length": 20}))  # fmt: skip
-        if kind == "roberta":
-            del given["token_type_ids"]  # of which it knows one
         if not masked:
             del given["attention_mask"]
         torch.testing.assert_close(logits, alone(**given).logits[0], rtol=0, atol=1e-5)
@@ -125,6 +125,20 @@ def test_an_encoder_that_is_a_decoder_keeps_its_causal_mask(kind):
     module = tiny(kind, is_decoder=True)
     given = batch(module)
     assert family(module) is PLAIN
+    for higher in (False, True):
+        got = Encoder("own", module, "own")(given, higher=higher).logits
+        torch.testing.assert_close(got, module(**given.inputs["own"]).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2", "modernbert", "t5", "bart", "xlm"])
+def test_a_family_without_a_record_runs_as_its_plain_module(kind, monkeypatch):
+    """Its layers are found where they stand in lists of their number; of T5 and BART those of both stacks."""
+    module = tiny(kind)
+    known = encoder_layers(module)
+    given = batch(module)
+    given.inputs["own"]["input_ids"][:, -1] = 3
+    monkeypatch.setattr(families, "FAMILIES", {})
+    assert set(encoder_layers(module)) >= set(known)
     for higher in (False, True):
         got = Encoder("own", module, "own")(given, higher=higher).logits
         torch.testing.assert_close(got, module(**given.inputs["own"]).logits, rtol=0, atol=1e-5)

@@ -92,5 +92,5 @@ SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 )
 def test_patient_needs_one_token_that_the_classifier_reads(kind, sizes):
     module = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING[kind](vocab_size=40, d_ff=8, **sizes))
-    with pytest.raises(UserError, match=f"not known for teacher, a {kind}"):
+    with pytest.raises(UserError, match=f"and teacher, a {kind}, reads several, or it is not known which"):
         match(settings("patient"), encoder("student", layers=2), [Encoder("teacher", module, "words")])
