@@ -79,11 +79,12 @@ def widen(module: nn.Module, classes: int, names: list[str], seed: int) -> None:
     if not found:
         raise ValueError(f"a {type(module).__name__} has no linear layer of {classes} outputs.")
     path, old = found[-1]
-    new = nn.Linear(old.in_features, classes * len(names)).to(old.weight)
+    new = nn.Linear(old.in_features, classes * len(names), bias=old.bias is not None).to(old.weight)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * 0.02)
-        new.bias.zero_()
+        if new.bias is not None:
+            new.bias.zero_()
     parent, _, attribute = path.rpartition(".")
     setattr(module.get_submodule(parent), attribute, new)
     labels = [module.config.id2label[i] for i in range(classes)]

@@ -251,6 +251,8 @@ def _read(folder: Path, task: Task, seed: int, keep_head: bool) -> tuple[nn.Modu
                         "weights, configuration and tokenizer of a model that transformers knows.") from e  # fmt: skip
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"The tokenizer in {folder} has no fast version (tokenizer.json); convert it first.")
+    if tokenizer.pad_token_id is None and families.finds_last_token(module):
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and Llama have no other
     if tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer in {folder} has no padding token; set pad_token in its tokenizer_config.json.")
     rows, last = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.methods import METHODS
 from engine.models import teacher_params
 from engine.models.families import inputs_of, model_type
+from engine.models.features import InnerStates
 from engine.models.network import Encoder
 from engine.run.setup import Setup
 from engine.run.states import learner, meta_step
@@ -43,19 +44,19 @@ def compare(setup: Setup, network: Encoder) -> None:
     """The logits of a short text and of the longest one are those of the plain module, at two widths, in both kinds of passes."""
     split, rows = _short_and_long(setup, network.encoding)
     tried = _copied(network)
-    with _trying(network, "read texts", "give another model"), tried.in_mode(train=False):
+    with _trying(f"{_called(network)} cannot read texts", "give another model"), tried.in_mode(train=False):
         before = [type(m) for m in tried.module.modules()]
         wide, narrow = split.batch(rows), split.batch(rows[:1])
         plain, alone = _plain(tried, wide), _plain(tried, narrow)
         if before != [type(m) for m in tried.module.modules()]:
-            raise UserError(f"{network.name}, a {model_type(network.module)}, takes other layers for short texts than for long ones, "
+            raise UserError(f"{_called(network)} takes other layers for short texts than for long ones, "
                             "so that no two passes would agree; set attention_type to original_full in its config.json.")  # fmt: skip
         for batch, expected, higher in ((wide, plain, False), (narrow, alone, False), (wide, plain, True)):
             if not _apart(_ours(tried, batch, higher), expected) <= SAME:
                 _check_exactly(network, batch, higher)
     if "attention_mask" in inputs_of(network.module) and (apart := _apart(plain[0], alone[0])) > PADDED:
         setup.console.warn(
-            f"{network.name}, a {model_type(network.module)}, gives a text other logits when it is padded ({apart:.1e} off).")  # fmt: skip
+            f"{_called(network)} gives a text other logits when it is padded ({apart:.1e} off).")  # fmt: skip
 
 
 def rehearse(setup: Setup, student: Encoder, teachers: list[Encoder]) -> None:
@@ -68,8 +69,14 @@ def rehearse(setup: Setup, student: Encoder, teachers: list[Encoder]) -> None:
         teacher_params.restrict(teacher.module, config.method.teacher_params)
     matched = nullcontext() if losses.matching is None else losses.matching.between(own, taught)
     quizzed = method.learn_from == "quiz"
-    what = f"have {'a meta-gradient' if quizzed else 'a gradient'} with {_settings(setup)}"
-    with _trying(student, what, _instead(setup)), matched:
+    for teacher in taught if method.meta_teachers else ():
+        without = _trying(f"{_called(teacher)} gives no states of its tokens", "use another --method or teacher")
+        with without, torch.no_grad(), teacher.giving(InnerStates(domain="feature")):
+            teacher.flatten()
+            teacher(given)
+    by = f" taught by {', '.join(map(_called, teachers))}" if teachers else ""
+    what = f"{_called(student)}{by} has no {'meta-gradient' if quizzed else 'gradient'} with {_settings(setup)}"
+    with _trying(what, _instead(setup)), matched:
         steps = learner(own, config.optim, config.optim.lr, 1)
         if quizzed:
             learners = [learner(teacher, config.optim, config.optim.teacher_lr, 1) for teacher in taught]
@@ -125,7 +132,7 @@ def _check_exactly(network: Encoder, batch: Batch, higher: bool) -> None:
     except RuntimeError:
         most = 100 * SAME  # it computes in float32 alone, with roundings of that
     if not apart <= most:
-        raise UserError(f"{network.name}, a {model_type(network.module)}, is not read here as transformers reads it (its logits are "
+        raise UserError(f"{_called(network)} is not read here as transformers reads it (its logits are "
                         f"{apart:.1e} off); give another model.")  # fmt: skip
 
 
@@ -148,17 +155,19 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _trying(network: Encoder, what: str, instead: str) -> Iterator[None]:
-    """Any error of the body is a UserError that names the model and what was tried."""
+def _trying(failed: str, instead: str) -> Iterator[None]:
+    """Any error of the body is a UserError that says what failed, why, and what may help `instead`."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
         said = (str(e).strip().splitlines() or [""])[0].rstrip(".")[:200]
-        raise UserError(
-            f"{network.name}, a {model_type(network.module)}, cannot {what} ({type(e).__name__}: {said}); {instead}."
-        ) from e
+        raise UserError(f"{failed} ({type(e).__name__}: {said}); {instead}.") from e
+
+
+def _called(network: Encoder) -> str:
+    return f"{network.name} ({model_type(network.module)})"
 
 
 def _settings(setup: Setup) -> str:

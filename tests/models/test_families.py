@@ -13,6 +13,7 @@ from engine.data.encoded import EncodedSplit
 from engine.data.encoding import Encoding
 from engine.data.splits import Task
 from engine.errors import UserError
+from engine.losses.domain_head import widen
 from engine.models import families
 from engine.models.checkpointing import checkpointed
 from engine.models.encoder_layers import encoder_layers
@@ -59,7 +60,7 @@ def tokenizer(pad="[PAD]", types=False, second=1, side="right"):
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, unk_token="[UNK]", cls_token="[CLS]",
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, unk_token="[UNK]", cls_token="[CLS]", eos_token="[SEP]",
                                    sep_token="[SEP]", model_input_names=names, padding_side=side)  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def batch(module, length=9):
 TYPED = {"types": True}
 ALONE = [
     ("gpt2", {"pad_token_id": 9}, {}),  # a letter of the texts: its classifier would read other tokens than the last
-    ("llama", {"pad_token_id": None}, {}),
+    ("llama", {"pad_token_id": None}, {"pad": None}),  # texts then end in the token for padding
     ("opt", {"pad_token_id": 9}, {"side": "left"}),
     ("gpt2", {}, {}),
     ("xlm", {}, {}),
@@ -99,7 +100,7 @@ ALONE = [
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize(("kind", "settings", "words"), ALONE)
 def test_logits_are_those_of_the_exported_model_alone(kind, settings, words, pair, tmp_path):
-    words = tokenizer(**words, pad="[UNK]" if kind == "roberta" else "[PAD]")
+    words = tokenizer(**{"pad": "[UNK]" if kind == "roberta" else "[PAD]"} | words)
     own = loaded(tiny(kind, **settings), words, tmp_path)
     texts, pairs = ["a b c d e f g", "f", "h i e"], ["q r", "s", "t u v w"]
     masked = "attention_mask" in families.inputs_of(own.module)
@@ -208,6 +209,18 @@ def test_the_states_that_are_compared_are_those_that_the_classifier_reads(kind):
         got = network(given, higher=True).features
     for n, layer in enumerate((1, 2)):
         torch.testing.assert_close(got[:, n], out.hidden_states[layer][rows, places], rtol=0, atol=1e-5)
+
+
+def test_a_head_for_every_domain_is_exported_as_it_is(tmp_path):
+    """Causal models have heads without bias."""
+    module = tiny("gpt2")
+    given = batch(module).inputs["own"]
+    module.config.id2label = dict(enumerate("xyz"))
+    widen(module, 3, ["books", "dvd"], 0)
+    expected = module(**given).logits
+    module.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.state_dict().keys() == module.state_dict().keys() and torch.equal(loaded(**given).logits, expected)
 
 
 # Some of a model's layers

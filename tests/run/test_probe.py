@@ -100,10 +100,10 @@ def hooked(monkeypatch):
     ("hook", "settings", "said"),
     [
         (no_jvp, {}, "without forward-mode derivatives.*use --meta-grad double_backward"),
-        (not_finite, {}, "distilbert, a distilbert, cannot have a meta-gradient with --feature-loss none, --meta-grad exact.*not finite"),
-        (not_finite, {"method": "kd"}, "cannot have a gradient with --feature-loss none .*not finite.; give other models"),
+        (not_finite, {}, "distilbert .distilbert. taught by bert .bert. has no meta-gradient with --feature-loss none, --meta-grad exact.*not finite"),
+        (not_finite, {"method": "kd"}, "has no gradient with --feature-loss none .*not finite.; give other models"),
         (not_finite, {"checkpointing": "both"}, "; use --checkpointing none or --meta-grad double_backward, or give other models"),
-        (only_short, {}, "distilbert, a distilbert, cannot read texts .AssertionError: too long.; give another model"),
+        (only_short, {}, "distilbert .distilbert. cannot read texts .AssertionError: too long.; give another model"),
         (other_layers, {}, "takes other layers for short texts than for long ones"),
     ],
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_logits_that_are_not_the_plain_modules(data, monkeypatch):
             network, "attention_mask", lambda mask, kind, dtype: torch.zeros_like(mask[:, None, None], dtype=dtype)
         )
         with pytest.raises(
-            UserError, match=r"^\w+, a \w+, is not read here as transformers reads it .its logits are .* off"
+            UserError, match=r"^\w+ .\w+. is not read here as transformers reads it .its logits are .* off"
         ):
             set_up(data, method="finetune")
     full = network._full
