@@ -83,6 +83,11 @@ def other_layers(module, args, kwargs, out):
     return out
 
 
+def stateless(module, args, kwargs, out):
+    out.hidden_states = None
+    return out
+
+
 @pytest.fixture
 def hooked(monkeypatch):
     def hook(function):
@@ -104,13 +109,14 @@ def hooked(monkeypatch):
         (not_finite, {"method": "kd"}, "has no gradient with --feature-loss none .*not finite.; give other models"),
         (not_finite, {"checkpointing": "both"}, "; use --checkpointing none or --meta-grad double_backward, or give other models"),
         (only_short, {}, "distilbert .distilbert. cannot read texts .AssertionError: too long.; give another model"),
+        (stateless, {"data": "sst2", "method": "metakd", "domain_column": "domain"}, "bert .bert. gives no states of its tokens"),
         (other_layers, {}, "takes other layers for short texts than for long ones"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(hook, settings, said, data, hooked):
     hooked(hook)
     with pytest.raises(UserError, match=said):
-        set_up(data, **settings)
+        set_up(**{"data": data} | settings)
 
 
 def test_logits_that_are_not_the_plain_modules(data, monkeypatch):
