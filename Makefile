@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test slow check bench docs gpu-check clean
+.PHONY: help run test slow check bench docs families gpu-check clean
 
 PYTHON ?= python
 ARGS ?= --teachers bert,bert2 --student distilbert
@@ -30,6 +30,9 @@ docs:  ## write the generated parts of README.md and docs/ again
 	$(PYTHON) -m bench.results_page
 	$(PYTHON) -m docs.make_settings
 	$(PYTHON) -m docs.make_picture
+
+families:  ## run the command with tiny models of every family, minutes; writes docs/families.md
+	$(PYTHON) tests/families/survey.py --write
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmarks, 8 minutes, kept in OUT
 	$(PYTHON) -m bench.gpu_check --out $(OUT)

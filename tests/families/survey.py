@@ -138,7 +138,7 @@ def judge(family: Family, models: Path, data: Path, cell: Cell, output: Path) ->
             check_export(run.setup, output, family.invariant)
     except UserError as e:
         if run.setup is None:
-            return Result("refused", str(e).replace(str(models), "models"))
+            return Result("refused", str(e).replace(str(models), "models").replace("student[0,2]", "student"))
         return Result("FAULT", f"refused when training had begun: {e}")
     except Wrong as e:
         return Result("FAULT", str(e))
@@ -156,7 +156,7 @@ def looked_at(run: Run) -> Iterator[None]:
 
     def begin(setup: Setup, *rest):
         run.setup = setup
-        if setup.config.method.method == "metadistil":
+        if setup.config.method.method == "metadistil" and setup.config.method.meta_grad == "exact":
             with torch.random.fork_rng(devices=[]):
                 run.gradient = compare_gradients(setup)
         return train(setup, *rest)
@@ -285,36 +285,41 @@ def settled() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
+def _power(x: float) -> str:
+    return f"{x:.0e}".replace("e-0", "e-")
+
+
 HEAD = f"""# Model families
 What `python -m engine.train` does with models of each family, written by `make families`. A cell is one run of the command with
-tiny random models of the family, one as the teacher and one as the student; some of its texts are longer than the models read.
+tiny random models of the family, one as the teacher and one as the student; some of its texts are longer than the models read. M is
+the number of pilot steps; a column that names no method is `metadistil`, at M 1 if it says nothing else.
 
 - **works**: the exported student, loaded by plain transformers with its exported tokenizer, gives the engine's logits, on single and
-  on padded texts (to {TOLERANCE:g} of the largest logit, or of 1); and where the teacher learns, the strategy `exact` gives the
-  meta-gradient of `double_backward`, to {GRADIENT[torch.float64]:g} of its norm in float64, or {GRADIENT[torch.float32]:g} in float32 for the
-  families whose own code knows no float64.
-- **refused**: the command says so in one sentence before anything is trained. The sentences stand below the table.
+  on padded texts, to {_power(TOLERANCE)} of the largest or of 1. Where the teacher learns, the strategy `exact` gives the meta-gradient of
+  `double_backward` besides, to {_power(GRADIENT[torch.float64])} of its norm in float64, or {_power(GRADIENT[torch.float32])} in float32
+  for families whose own code has no float64.
+- **refused**: the command says in one sentence why not, before anything is trained. The sentences stand below the table.
 
-Tokenizers have the special tokens, token types and padding of the family's published models. `tests/families/zoo.py` has all settings.
+Tokenizers have the special tokens, token types and padding of the family's published models; `tests/families/zoo.py` has all settings.
+A model of a family that is not here runs as transformers made it, and is tried out in the same way before anything is trained.
 
 """
 
 
 def page(results: dict[str, dict[str, Result]]) -> str:
-    lines = ["| family | " + " | ".join(CELLS[cell].title for cell in CELLS) + " |", "|---" * (len(CELLS) + 1) + "|"]
-    lines += [row(name, found) for name, found in results.items()]
-    refusals: dict[str, list[str]] = {}
+    lines = ["| family | " + " | ".join(cell.title for cell in CELLS.values()) + " |", "|---" * (len(CELLS) + 1) + "|"]
+    lines += [
+        "| " + " | ".join([name, *(found[cell].kind for cell in CELLS)]) + " |" for name, found in results.items()
+    ]
+    said: dict[tuple[str, str], list[str]] = {}
     for name, found in results.items():
         for cell, result in found.items():
             if result.kind != "works":
-                refusals.setdefault(f"{result.kind}: {result.text}", []).append(f"{name}, {CELLS[cell].title}")
-    said = [f"- {'; '.join(where)}. {sentence}" for sentence, where in refusals.items()]
+                said.setdefault((name, result.text), []).append(CELLS[cell].title)
+    lines += ["", "| family | where | what the command says |", "|---|---|---|"]
+    lines += [f"| {name} | {'; '.join(where)} | {sentence} |" for (name, sentence), where in said.items()]
     made = f"Made with torch {torch.__version__.partition('+')[0]} and transformers {transformers.__version__}."
-    return HEAD + "\n".join([*lines, "", *said, *[""] * bool(said), made, ""])
-
-
-def row(name: str, found: dict[str, Result]) -> str:
-    return f"| {name} | " + " | ".join(found[cell].kind for cell in CELLS) + " |"
+    return HEAD + "\n".join([*lines, "", made, ""])
 
 
 def main() -> int:

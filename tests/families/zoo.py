@@ -127,6 +127,11 @@ def _qwen(kind: str) -> Family:
     return Family(kind, lambda: pairs("Qwen2Tokenizer", [END]), DECODER, pad_known=False)
 
 
+def _big_bird(attention: str) -> Family:
+    special = ["<pad>", "</s>", "<s>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    return Family("big_bird", lambda: pieces("BigBirdTokenizer", special), COMMON | {"attention_type": attention})
+
+
 BART = {"d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": POSITIONS,
         "decoder_start_token_id": 2, "forced_eos_token_id": 2}  # fmt: skip
@@ -137,9 +142,6 @@ EUROBERT = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"]
 FAMILIES = {
     "BERT": _bert("bert"),
     "RoBERTa": _roberta("roberta"),
-    # its classifier reads the first state, which a causal mask lets see the first word alone
-    "BERT as a decoder": Family("bert", lambda: pairs("GPT2Tokenizer", [END], pad_token=END), COMMON | {"is_decoder": True}),
-    "RoBERTa with BERT's tokenizer": _bert("roberta", COMMON | {"type_vocab_size": 1}),
     "XLM-R": _xlm_roberta("xlm-roberta"),
     "ELECTRA": _bert("electra", FACTORED),
     "DistilBERT": _bert("distilbert", {"dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 24,
@@ -194,7 +196,8 @@ FAMILIES = {
         ), {"emb_dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "max_position_embeddings": POSITIONS, "n_langs": 1, "pad_index": 2,
             "bos_index": 0, "eos_index": 1, "unk_index": 3}),
     "Longformer": _roberta("longformer", COMMON | {"attention_window": [4] * LAYERS}),
-    "BigBird": Family("big_bird", lambda: pieces("BigBirdTokenizer", ["<pad>", "</s>", "<s>", "<unk>", "[CLS]", "[SEP]", "[MASK]"])),
+    "BigBird": _big_bird("block_sparse"),
+    "BigBird with full attention": _big_bird("original_full"),
     "SqueezeBERT": _bert("squeezebert", COMMON | {"embedding_size": WIDTH} | {f"{part}_groups": 1 for part in (
         "q", "k", "v", "post_attention", "intermediate", "output")}),
     "RoFormer": _bert("roformer", COMMON | {"embedding_size": WIDTH}),
@@ -210,6 +213,9 @@ FAMILIES = {
                       invariant=False),
     "MobileBERT": _bert("mobilebert", FACTORED | {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH,
                                                   "num_feedforward_networks": 1}, gain=0.2),
+    # its classifier reads the first state, which a causal mask lets see the first word alone
+    "BERT as a decoder": Family("bert", lambda: pairs("GPT2Tokenizer", [END], pad_token=END), COMMON | {"is_decoder": True}),
+    "RoBERTa with BERT's tokenizer": _bert("roberta", COMMON | {"type_vocab_size": 1}),
 }  # fmt: skip
 
 
