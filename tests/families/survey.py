@@ -191,6 +191,7 @@ def meta_gradient(setup: Setup, strategy: str, dtype: torch.dtype) -> Tensor:
     checkpointing = config.checkpointing if strategy == "exact" else "none"
     matching, objective = setup.losses.matching, setup.losses.objective
     with nullcontext() if matching is None else matching.between(student, [teacher]):
+        student.module.to(dtype)  # with what it learns for the states' sake
         step = MetaStep(
             student, [teacher], objective, pilot_lr=config.pilot_lr, strategy=strategy, checkpointing=checkpointing
         )

@@ -112,10 +112,10 @@ def _xlm_roberta(kind: str, settings: dict[str, Any] = COMMON) -> Family:
     return Family(kind, lambda: pieces("XLMRobertaTokenizer", ROBERTA), settings)
 
 
-def _llama(kind: str, settings: dict[str, Any] = DECODER, pad_known: bool = False) -> Family:
-    """Models that have no padding token; whoever trains them takes the end of a text."""
-    tokenizer = lambda: pairs("LlamaTokenizer", ["<unk>", "<s>", "</s>"], "▁", pad_token="</s>", add_bos_token=True)  # noqa: E731
-    return Family(kind, tokenizer, settings, pad_known)
+def _llama(kind: str, settings: dict[str, Any] = DECODER, **pad) -> Family:
+    """Without `pad_token` it has none, as most published ones."""
+    special = ["<unk>", "<s>", "</s>", *pad.values()]
+    return Family(kind, lambda: pairs("LlamaTokenizer", special, "▁", add_bos_token=True, **pad), settings, bool(pad))
 
 
 def _gemma(kind: str, settings: dict[str, Any] = DECODER) -> Family:
@@ -155,7 +155,7 @@ FAMILIES = {
             BERT, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
             sep_token="[SEP]", mask_token="[MASK]", model_input_names=["input_ids", "attention_mask"],
         ), COMMON | {"global_attn_every_n_layers": 2, "local_attention": 4}),
-    "GPT-2": Family("gpt2", lambda: pairs("GPT2Tokenizer", [END], pad_token=END), GPT2, pad_known=False),
+    "GPT-2": Family("gpt2", lambda: pairs("GPT2Tokenizer", [END]), GPT2, pad_known=False),
     "OPT": Family(
         "opt", lambda: pairs("GPT2Tokenizer", ["<s>", "<pad>", "</s>"], bos_token="</s>", eos_token="</s>", unk_token="</s>",
                              pad_token="<pad>", add_bos_token=True),
@@ -170,7 +170,7 @@ FAMILIES = {
     "Qwen2": _qwen("qwen2"),
     "Qwen3": _qwen("qwen3"),
     "Mistral": _llama("mistral", DECODER | {"sliding_window": 4}),
-    "Phi-3": _llama("phi3", pad_known=True),
+    "Phi-3": _llama("phi3", pad_token=END),
     "BLOOM": Family("bloom", lambda: backend(["<unk>", "<s>", "</s>", "<pad>"], "$A", "$A $B", pad_token="<pad>", unk_token="<unk>",
                                              bos_token="<s>", eos_token="</s>", padding_side="left"),
                     {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 2}),
