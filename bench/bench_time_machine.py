@@ -31,7 +31,8 @@ from bench.replay import Group, Run, interleaved
 from bench.step_cases import SIZES, Case, NotCaptured, Setting, Size, engine_step, graph_step, model
 from bench.step_truth import WrongError, deterministic
 from engine.meta.time_machine import TimeMachine
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters
+from engine.params.vectors import Rows, Vector
 
 CUDA = torch.cuda.is_available()
 BUDGET = 3.0  # seconds of timing, all implementations together

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.params.flat import Rows
+from engine.params.vectors import Rows
 
 V, H, PAD = 11, 5, 0
 KINDS = ["plain", "padding", "tied tables", "used twice", "whole", "whole alone", "frozen", "unused", "keyword"]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from engine.meta.time_machine import TimeMachine
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters
+from engine.params.vectors import Rows, Vector
 
 
 class Model(nn.Module):

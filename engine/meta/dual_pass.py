@@ -17,15 +17,17 @@ from torch.overrides import TorchFunctionMode
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _given(input, input * torch.sigmoid(input), inplace)
+    x = _read(input, inplace)
+    return _given(input, x * torch.sigmoid(x), inplace)
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    return _given(input, input * torch.tanh(F.softplus(input)), inplace)
+    x = _read(input, inplace)
+    return _given(input, x * torch.tanh(F.softplus(x)), inplace)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    return _given(input, F.relu6(input + 3) / 6, inplace)
+    return _given(input, F.relu6(_read(input, inplace) + 3) / 6, inplace)
 
 
 def _group_norm(
@@ -38,6 +40,10 @@ def _group_norm(
     channels = (1, -1, *[1] * (input.ndim - 2))
     y = y if weight is None else y * weight.view(channels)
     return y if bias is None else y + bias.view(channels)
+
+
+def _read(input: Tensor, inplace: bool) -> Tensor:
+    return input.clone() if inplace else input  # the graph of the operations needs what is written over
 
 
 def _given(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
@@ -59,6 +65,10 @@ class DualPass(TorchFunctionMode):
     def __init__(self, reverse: bool):
         super().__init__()
         self._reverse, self._believed = reverse, True
+
+    def __exit__(self, *error):
+        torch._C._set_fwd_grad_enabled(True)  # whatever the body left
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is SWITCH:

@@ -8,7 +8,8 @@ from engine.meta.pilots.adamw import AdamW
 from engine.meta.time_machine import TimeMachine
 from engine.models.learner import Learner
 from engine.models.network import Network
-from engine.params.flat import FlatParameters, Vector
+from engine.params.flat import FlatParameters
+from engine.params.vectors import Vector
 
 
 class FirstAdamW(AdamW):

@@ -15,8 +15,9 @@ from engine.meta.problem import Problem
 from engine.meta.tape import Tape, UnrecordedRandomness
 from engine.meta.walk_back import Head
 from engine.models.network import Outputs
-from engine.params.flat import Lookups, Vector
+from engine.params.flat import Lookups
 from engine.params.pass_state import PassState, RandomState
+from engine.params.vectors import Vector
 
 
 def forward_mode(
@@ -33,7 +34,7 @@ def forward_mode(
             tangents = flat.tangents(direction, names, dtype)
             # clones: a dual's tangent gets a storage as big as its primal's, which for a view is all of the flat buffer
             duals = {
-                n: forward_ad.make_dual(leaves[n].detach().clone().requires_grad_(second), t.clone())
+                n: forward_ad.make_dual(leaves[n].detach().clone().requires_grad_(), t.clone())
                 for n, t in tangents.items()
             }
             by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())

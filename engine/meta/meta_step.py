@@ -130,13 +130,14 @@ class MetaStep:
             raise ValueError("a whole step needs student_optimizer and teacher_optimizers; `meta_gradient` does not.")
         batches, quizzes = _batches(batches), _batches(quizzes) if self.strategy.quizzed else []
         learners = [self.learner, *self.learners]
-        for learner in learners:  # an earlier training may have left some there
-            learner.network.flat.clear_gradients()
+        for learner in learners:
+            learner.flat.check()
+            learner.flat.clear_gradients()  # an earlier training may have left some there
         try:
             meta = self._meta(batches, quizzes)
         except BaseException:
             for learner in learners:  # half a meta-gradient is of no use
-                learner.network.flat.clear_gradients()
+                learner.flat.clear_gradients()
             raise
         for learner in self.learners:
             learner.update()
@@ -144,13 +145,17 @@ class MetaStep:
         return {"loss": torch.stack(real).mean(), **_losses(meta)}
 
     def meta_gradient(self, batches: Sequence[Any], quizzes: Sequence[Any]) -> dict[str, Tensor]:
-        """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was."""
+        """The gradient of the quiz loss, added to every teacher's `.grad`; the student is left bit for bit as it was.
+
+        (But for weights that its own forward writes. Those of embeddings with a max_norm are taken back.)
+        """
         return _losses(self._meta(_batches(batches), _batches(quizzes) if self.strategy.quizzed else []))
 
     def _meta(self, batches: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
         for teacher in self.problem.teachers:
-            teacher.flat.check()
+            teacher.flat.check(added=True)
             teacher.module.eval()
+        self.problem.student.flat.check(added=True)
         self.problem.student.module.train()  # last: it decides about what it shares with a teacher
         return self.strategy(self.problem, batches, quizzes)
 

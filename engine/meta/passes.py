@@ -17,8 +17,9 @@ from engine.meta.tape import Tape
 from engine.models.checkpointing import checkpointed
 from engine.models.features import InnerStates
 from engine.models.network import Network, Outputs
-from engine.params.flat import Lookups, Vector
+from engine.params.flat import Lookups
 from engine.params.pass_state import Buffers, PassState
+from engine.params.vectors import Vector
 from engine.sections import section
 
 
@@ -91,7 +92,8 @@ def quiz(problem: Problem, quizzes: Sequence[Batch], names: list[str] | None) ->
     if names is not None:  # only these, and nothing below them records a graph
         alone = {n: t.detach().requires_grad_(n in names) for n, t in leaves.items()}
         leaves = {n: alone[n] for n in names}
-    with student.in_mode(train=False), student.giving(InnerStates()):
+    buffers = Buffers.of(student.module)  # which the pilot's kept graph may need as they are
+    with student.in_mode(train=False), student.giving(InnerStates()), buffers.again():
         for batch, objective in (part for whole in quizzes for part in problem.parts(whole)):
             if names is None:
                 with flat.lookups() as lookups, recomputed(problem, student, "student"):

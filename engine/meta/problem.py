@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,13 +35,17 @@ class Problem:
     own: Objective | None = None  # a teacher's own loss, taught by the student; its gradient joins dq/dtheta_k
 
     def __post_init__(self):
-        """`shared`: whether a teacher has modules of the student's, which are in train mode."""
+        """`shared` tells whether a teacher has modules in common with the student, whose step leaves them in train mode."""
         theirs = {id(m) for teacher in self.teachers for m in teacher.module.modules()}
         self.shared = any(id(m) in theirs for m in self.student.module.modules())
 
     def answer(self, teacher: Network, batch: Batch) -> Outputs:
         """What a teacher gives, without dropout."""
-        with teacher.in_mode(train=False) if self.shared else nullcontext():
+        if not self.shared:
+            return teacher(batch)
+        # copies: the student's forward may write to statistics that the teacher's graph still needs
+        buffers = Buffers.of(teacher.module)
+        with teacher.in_mode(train=False), buffers.again():
             return teacher(batch)
 
     def parts(self, batch: Batch) -> list[Part]:

@@ -162,6 +162,8 @@ def _known(name: str, args: tuple, kwargs: dict) -> bool:
         return rules.drops(*args, **kwargs)
     if name == "attention":
         return rules.bidirectional(*args, **kwargs)
+    if name == "linear" and (args[1] if len(args) > 1 else kwargs["weight"]).ndim != 2:
+        return False
     if name == "softmax" and not isinstance(args[1] if len(args) > 1 else kwargs.get("dim"), int):
         return False  # a dim that torch guesses, or a named one
     return "out" not in kwargs

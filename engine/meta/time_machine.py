@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.params import native
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters
 from engine.params.pass_state import Buffers
+from engine.params.vectors import Rows, Vector
 from engine.sections import section
 
 Store = Literal["device", "pinned"]
@@ -65,6 +66,7 @@ class TimeMachine:
         """
         flat, self._here = self.flat, None
         flat.check()
+        torch.clear_autocast_cache()  # it holds casts of weights until the outermost autocast ends
         dense, alpha, shadow = self._storage(name), self._alpha(scale), flat.shadow
         weights, dense_shadow = flat.weights[: flat.dense], None if shadow is None else shadow[: flat.dense]
         if self._pinned:
@@ -97,6 +99,7 @@ class TimeMachine:
         Raises KeyError for an unknown name, ValueError for one from before an excursion that is under way.
         """
         kept = self._stack[name]
+        torch.clear_autocast_cache()
         if self._floors and list(self._stack).index(name) < self._floors[-1]:
             raise ValueError(f"{name!r} was taken before this excursion began; rewind to it after the excursion's end.")
         while next(reversed(self._stack)) != name:

@@ -26,7 +26,8 @@ from engine.meta.passes import Piece, pilot_pass, quiz, teach
 from engine.meta.problem import Meta, Problem
 from engine.meta.tape import Tape
 from engine.models.network import Network, Outputs
-from engine.params.flat import Lookups, Vector
+from engine.params.flat import Lookups
+from engine.params.vectors import Vector
 from engine.sections import section
 
 
@@ -37,7 +38,8 @@ class Head(NamedTuple):
     slopes_along: Callable[[Outputs, Outputs], tuple[list[Tensor], list[Tensor]]]
 
 
-# problem, batch, the state that its forward began from, direction, the weights' names it is limited to, head (None where no H d is needed), tape
+# problem, batch, the state that its forward began from, direction, names of the weights that it is limited to (or None), head
+# (None where no H d is needed), tape (or None)
 # -> outputs, J d, H d
 Directional = Callable[..., tuple[Outputs, Outputs, Vector | None]]
 
@@ -78,6 +80,8 @@ def walk_back(
                     outputs, tangents, hd = directional(
                         problem, piece.part.batch, piece.before, direction, names, head, tape
                     )
+                if tape is not None:
+                    tape.clear()  # of the only pass, before the teachers' backward
                 if hd is not None:
                     v = v.plus(hd)
                 own += _to_each(problem, piece, outputs, tangents, len(batches))

@@ -37,7 +37,10 @@ class Learner:
     below_eps: Tensor | None = None  # [2] on the device (engine.telemetry.below_eps), once there was an update
 
     def __post_init__(self):
-        self.flat = self.network.flatten()  # which the optimizer steps
+        self.flat = self.network.flatten()
+        if getattr(self.optimizer, "flat", self.flat) is not self.flat:
+            raise ValueError(f"the optimizer of the {self.network.name} was made before its module was moved or frozen, and would "
+                             "step what is no part of it any more; make the optimizer anew.")  # fmt: skip
 
     def forward(self, batch, repeated: bool = False) -> tuple[Outputs, Lookups]:
         """Outputs with graph, and what `backward` needs to know of it."""
@@ -66,6 +69,7 @@ class Learner:
                 self.below_eps = torch.zeros_like(counts)
             self.below_eps += counts
         optim.step(self.optimizer, flat, clip, found_inf)
+        torch.clear_autocast_cache()  # of a region that the whole step stands in
         flat.clear_gradients()
 
     def advance(self, steps: int = 1) -> None:

@@ -201,13 +201,15 @@ class Encoder(Network):
         if not self.inner:
             yield
             return
-        module, forward = self.module, self.module.forward
+        module, forward, before = self.module, self.module.forward, self.module.__dict__.get("forward")
         domains = batch.columns["domain"] if self.inner.domain else None
         module.forward = lambda **inputs: self.inner.read(module, forward, inputs, real, domains)
         try:
             yield
         finally:
             del module.forward
+            if before is not None:
+                module.forward = before
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)

@@ -14,68 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from engine.params.swapped import every
+from engine.params.vectors import Rows, Vector
+
 ALIGNMENT = 16  # elements: 64 bytes of float32, what vector loads like
 TABLE_ROWS = 2048  # an embedding with fewer rows is not worth the book-keeping
-
-
-class Rows(NamedTuple):
-    """A [V, H] matrix that is zero but for some rows."""
-
-    rows: Tensor  # [n] int64, sorted, each once
-    values: Tensor  # [n, H]
-
-    def dense(self, like: Tensor) -> Tensor:
-        return torch.zeros_like(like).index_copy_(0, self.rows, self.values)
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """[...] int64 -> [..., H]"""
-        if not len(self.rows):
-            return self.values.new_zeros(*ids.shape, self.values.shape[1])
-        at = torch.searchsorted(self.rows, ids.contiguous()).clamp_(max=len(self.rows) - 1)
-        return torch.where((self.rows[at] == ids).unsqueeze(-1), self.values[at], 0)
-
-    @classmethod
-    def summed(cls, rows: Tensor, values: Tensor) -> Rows:
-        """From rows that may repeat: [m], [m, H]; the order of the sums is fixed."""
-        unique, inverse = rows.unique(return_inverse=True)
-        # not index_add_, which takes atomic sums in any order on a GPU
-        return cls(unique, torch.ops.aten.embedding_dense_backward(values, inverse, len(unique), -1, False))
-
-
-@dataclass
-class Vector:
-    """A direction in the space of a module's trainable weights: a gradient, or a tangent."""
-
-    dense: Tensor  # [dense]
-    tables: list[Rows | Tensor]  # a table: its non-zero rows, or all of [V, H]
-
-    def scaled(self, factor: float | Tensor) -> Vector:
-        return Vector(
-            self.dense * factor,
-            [Rows(t.rows, t.values * factor) if isinstance(t, Rows) else t * factor for t in self.tables],
-        )
-
-    def plus(self, other: Vector, factor: float = 1.0) -> Vector:
-        """self + factor * other"""
-        tables = []
-        for a, b in zip(self.tables, other.tables, strict=True):
-            if isinstance(a, Rows) and isinstance(b, Rows):
-                tables.append(Rows.summed(torch.cat([a.rows, b.rows]), torch.cat([a.values, b.values * factor])))
-            elif isinstance(b, Rows):
-                tables.append(a.index_add(0, b.rows, b.values, alpha=factor))
-            else:
-                tables.append(b.mul(factor).index_add_(0, a.rows, a.values) if isinstance(a, Rows) else a + factor * b)
-        return Vector(torch.add(self.dense, other.dense, alpha=factor), tables)
-
-    def norm(self) -> Tensor:
-        parts = [self.dense, *(t.values if isinstance(t, Rows) else t for t in self.tables)]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
 
 
 @dataclass
@@ -111,6 +59,8 @@ class FlatParameters:
         self.module, self.name = module, name
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        for p in self.frozen.values():
+            p.grad = None  # an optimizer would go on moving them by it, and a view would keep an older buffer alive
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{d} on {device}" for d, device in kinds)) or "none"
@@ -168,19 +118,24 @@ class FlatParameters:
         shapes = {n: self.parameters[n] for n in (self.offsets if names is None else names)}
         return {n: flat[self.offsets[n] :][: p.numel()].view(p.shape) for n, p in shapes.items()}
 
-    def check(self) -> None:
+    def check(self, added: bool = False) -> None:
         """RuntimeError where a parameter was given new storage, as `module.to(device)` does, was exchanged for another, or was
-        frozen or unfrozen."""
-        problem = self._changed()
+        frozen or unfrozen; with `added` also where the module has others, which takes a walk through it."""
+        problem = self._changed() or (self._added() if added else None)
         if problem is not None:
             raise RuntimeError(
                 f"the {self.name}: {problem}. Move and freeze modules first, then make one MetaStep (or Learner) of each."
             )
 
     def holds(self) -> bool:
-        """Whether these are the module's trainable weights as they now stand: `check`, and none was added or taken away."""
+        """Whether these are the module's trainable weights, by their names, as they now stand."""
         trainable = {name for name, p in self.module.named_parameters() if p.requires_grad}
         return trainable == self.parameters.keys() and self._changed() is None
+
+    def _added(self) -> str | None:
+        own = {id(p) for p in self.parameters.values()}
+        now = {id(p) for m in every(self.module) for p in m._parameters.values() if p is not None and p.requires_grad}
+        return None if now == own else "weights came or went after it was flattened, and no step would train new ones"
 
     def _changed(self) -> str | None:
         """What no longer fits of the weights that there were."""
@@ -242,7 +197,7 @@ class FlatParameters:
                 if tangents is not None:
                     leaf = forward_ad.make_dual(leaf, tangents.tables[table].lookup(ids).to(leaf.dtype))
                 found.leaves.append(leaf)
-                return leaf
+                return leaf.clone()  # which the forward may write to, and which is constant where it says so
 
             return looked_up
 
@@ -250,8 +205,9 @@ class FlatParameters:
             for i, table in enumerate(self.tables):
                 if table.row_wise and (tangents is None or isinstance(tangents.tables[i], Rows)):
                     found.hooked.add(i)
-                    handles += [
-                        m.register_forward_hook(hook(i, m.padding_idx), with_kwargs=True) for m in table.modules
+                    handles += [  # before hooks that others have left there
+                        m.register_forward_hook(hook(i, m.padding_idx), with_kwargs=True, prepend=True)
+                        for m in table.modules
                     ]
             yield found
         finally:

@@ -29,6 +29,7 @@ from engine.params.flat import FlatParameters
 
 Kind = Literal["flat", "torch", "apex"]
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
+FRESH = {"step": 0, "mu_product": 1}  # what torch's optimizers begin with that is no moment
 AT_HAND = {"cpu"}  # devices whose scalars the host may read in a step
 BUILD = "build it from the source in NVIDIA's GitHub repository NVIDIA/apex, or use --optimizer flat or torch"
 
@@ -157,19 +158,21 @@ def _taken_back(optimizer: Optimizer, flat: FlatParameters, bad: Tensor):
 
     That is every tensor of its state on the device of `bad`. What is no tensor or lies elsewhere goes on: a count on the host (of a
     CUDA optimizer without `capturable=True`) is one step ahead after such an update. State that the body makes, in an optimizer's
-    first step, is what gradients and weights of 0 make of it, which is 0 for moments, and its count is 0.
+    first step, is what gradients and weights of 0 make of it, which is 0 for moments, and begins at `FRESH`. SGD's dampening
+    then counts from the second update on.
     """
     weights, before = flat.weights.clone(), {place: t.clone() for place, t in _state(optimizer, bad.device).items()}
-    flat.weights.masked_fill_(
-        bad, 0
-    )  # for state that begins in the body: some optimizers add weight decay to the gradient
-    yield
-    torch.where(bad, weights, flat.weights, out=flat.weights)
-    for place, now in _state(optimizer, bad.device).items():
-        if place in before:
-            torch.where(bad, before[place], now, out=now)
-        elif place[1] == "step":
-            now.masked_fill_(bad, 0)
+    # for state that begins in the body: some optimizers add weight decay to the gradient
+    flat.weights.masked_fill_(bad, 0)
+    try:
+        yield
+    finally:
+        torch.where(bad, weights, flat.weights, out=flat.weights)
+        for place, now in _state(optimizer, bad.device).items():
+            if place in before:
+                torch.where(bad, before[place], now, out=now)
+            elif place[1] in FRESH:
+                now.masked_fill_(bad, FRESH[place[1]])
 
 
 def _state(optimizer: Optimizer, device: torch.device) -> dict[tuple[int, str], Tensor]:

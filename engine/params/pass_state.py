@@ -80,13 +80,18 @@ class Buffers:
 
     @contextmanager
     def again(self):
-        """The body begins from these values; after it the buffers are what they were before."""
-        before = Buffers(self._holders)
-        self.restore()
+        """The body has copies of these values; after it the buffers are the tensors that they were before, which nothing wrote to.
+
+        A graph that the body records keeps the copies that it needs.
+        """
+        before = [(holder, dict(holder)) for holder in self._holders]
+        for holder, name, _, values in self._kept:
+            holder[name] = None if values is None else values.clone()
         try:
             yield
         finally:
-            before.restore()
+            for holder, own in before:
+                holder.update(own)
 
     def restore(self) -> None:
         """The same tensors with the same values. Version counters stay, so that graphs recorded before are still valid."""

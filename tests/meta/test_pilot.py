@@ -12,9 +12,10 @@ from engine.meta.first_adamw import FirstAdamW
 from engine.meta.pilots.adamw import AdamW
 from engine.meta.pilots.sgd import SGD
 from engine.meta.time_machine import TimeMachine
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters
 from engine.params.native import Backend
 from engine.params.optim import FlatAdamW
+from engine.params.vectors import Rows, Vector
 
 # Over the largest entry, in float64. AdamW's slopes in its second moment are differences of large terms.
 TOLERANCE = 1e-9

@@ -12,7 +12,8 @@ from time_machine_helpers import random_step
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from engine.params.flat import ALIGNMENT, FlatParameters, Rows
+from engine.params.flat import ALIGNMENT, FlatParameters
+from engine.params.vectors import Rows
 
 # Layout
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.params.flat import Rows
+from engine.params.vectors import Rows
 
 
 @pytest.mark.gpu

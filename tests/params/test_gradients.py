@@ -10,8 +10,9 @@ from time_machine_helpers import random_step
 from torch import nn
 from torch.func import functional_call
 
-from engine.params.flat import FlatParameters, Lookups, Rows
+from engine.params.flat import FlatParameters, Lookups
 from engine.params.optim import FlatAdamW
+from engine.params.vectors import Rows
 
 # Largest difference over the largest expected entry, in float64: sums in another order.
 TOLERANCE = 1e-13

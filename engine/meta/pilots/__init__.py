@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.meta.time_machine import TimeMachine
 from engine.models.learner import Learner
 from engine.models.network import Network
-from engine.params.flat import Vector
+from engine.params.vectors import Vector
 from engine.plugins import PILOTS
 
 __all__ = ["PILOTS", "Pilot", "PilotRule"]

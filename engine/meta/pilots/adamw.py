@@ -17,8 +17,9 @@ from engine.meta.pilots import PilotRule
 from engine.meta.time_machine import TimeMachine
 from engine.models.learner import Learner
 from engine.models.network import Network
-from engine.params.flat import FlatParameters, Rows, Vector
+from engine.params.flat import FlatParameters
 from engine.params.optim import FlatAdamW
+from engine.params.vectors import Rows, Vector
 
 KNOWN = ("AdamW", "Adam", "FlatAdamW", "FusedAdam")  # whose state is exp_avg, exp_avg_sq, step
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.meta.pilots import PilotRule
 from engine.meta.time_machine import TimeMachine
-from engine.params.flat import Vector
+from engine.params.vectors import Vector
 
 
 class SGD:

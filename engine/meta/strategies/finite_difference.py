@@ -18,8 +18,8 @@ from engine.meta.strategies import Strategy
 from engine.meta.walk_back import Head, walk_back
 from engine.models.network import Outputs
 from engine.models.precision import ieee
-from engine.params.flat import Vector
 from engine.params.pass_state import PassState
+from engine.params.vectors import Vector
 
 
 def finite_difference(problem: Problem, pilots: Sequence[Batch], quizzes: Sequence[Batch]) -> Meta:
