@@ -32,7 +32,7 @@ docs:  ## write the generated parts of README.md and docs/ again
 	$(PYTHON) -m docs.make_picture
 
 families:  ## run the command with tiny models of every family, minutes; writes docs/families.md
-	$(PYTHON) tests/families/survey.py --write
+	$(PYTHON) -m bench.survey --write
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmarks, 8 minutes, kept in OUT
 	$(PYTHON) -m bench.gpu_check --out $(OUT)

@@ -1,6 +1,6 @@
-"""Which model families work: every one of zoo.py through the command line, as teacher and as student.
+"""Which model families work: every one of bench/zoo.py through the command line, as teacher and as student.
 
-    python tests/families/survey.py [--family NAME ...] [--cell NAME ...] [--write]
+    python -m bench.survey [--family NAME ...] [--cell NAME ...] [--write]
 
 Each cell of the table is one run of `python -m engine.train` in this process, on a few texts, some longer than the models read. It
 
@@ -31,25 +31,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import torch  # noqa: E402 - behind the path
-import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
-from zoo import FAMILIES, LABELS, LETTERS, Family, save  # noqa: E402
+from bench.zoo import FAMILIES, LABELS, LETTERS, Family, save
+from engine import MetaStep, cli
+from engine import train as command
+from engine.errors import UserError
+from engine.models.network import Encoder
+from engine.run import job
+from engine.run.interrupts import Interrupts
+from engine.run.setup import Setup
+from engine.screen.console import Console
 
-from engine import MetaStep, cli  # noqa: E402
-from engine import train as command  # noqa: E402
-from engine.errors import UserError  # noqa: E402
-from engine.models.network import Encoder  # noqa: E402
-from engine.run import job  # noqa: E402
-from engine.run.interrupts import Interrupts  # noqa: E402
-from engine.run.setup import Setup  # noqa: E402
-from engine.screen.console import Console  # noqa: E402
-
-PAGE = ROOT / "docs" / "families.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 TOLERANCE = 1e-5  # of logits, of which the largest is about 1
 # Of a meta-gradient, relative to its norm. Some models compute parts in float32 whatever their weights are.
 GRADIENT = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -301,7 +298,7 @@ the number of pilot steps; a column that names no method is `metadistil`, at M 1
   for families whose own code has no float64.
 - **refused**: the command says in one sentence why not, before anything is trained. The sentences stand below the table.
 
-Tokenizers have the special tokens, token types and padding of the family's published models; `tests/families/zoo.py` has all settings.
+Tokenizers have the special tokens, token types and padding of the family's published models; `bench/zoo.py` has all settings.
 A model of a family that is not here runs as transformers made it, and is tried out in the same way before anything is trained.
 
 """

@@ -4,9 +4,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from survey import CELLS, PAGE, page, table
-from zoo import FAMILIES
 
+from bench.survey import CELLS, PAGE, page, table
+from bench.zoo import FAMILIES
 from engine.errors import UserError
 from engine.meta.strategies import STRATEGIES, exact
 from engine.report import cards
