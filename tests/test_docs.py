@@ -1,8 +1,7 @@
 """README and docs keep what they promise: their commands run, their links lead somewhere, their generated parts are fresh.
 
-A bash or python block runs at a small size, or is marked with what it needs, as in `<!-- needs: hub -->` above it. What only
-needs minutes is run by the slow tests, as are the commands of pages in docs/; of any other block the commands are read by
-their real parsers.
+A bash or python block runs at a small size, or is marked with what it needs, as in `<!-- needs: hub -->` above it. Commands,
+also those that only need minutes, are run by the slow tests; of any other block the commands are read by their real parsers.
 """
 
 import re
@@ -194,7 +193,7 @@ def _ours(block: Block) -> bool:
 
 
 OURS = [block for block in CODE if _ours(block)]
-QUICK = [block for block in OURS if not block.needs and (block.page.parent == ROOT or block.language == "python")]
+QUICK = [block for block in OURS if not block.needs and block.language == "python"]
 
 
 def _pages(of: list[Block]) -> list[Path]:
@@ -202,7 +201,7 @@ def _pages(of: list[Block]) -> list[Path]:
 
 
 @pytest.mark.parametrize("page", _pages(QUICK), ids=_name)
-def test_the_readmes_commands_and_every_example_run(page, world):
+def test_examples_run(page, world):
     for block in QUICK:
         if block.page == page:
             _run(block)

@@ -319,6 +319,7 @@ def test_on_a_gpu(family, precision, tolerance):
             assert (found[1] - plain[1]).norm() <= tolerance * plain[1].norm()
 
 
+@pytest.mark.slow
 def test_the_command(data, tmp_path, monkeypatch):
     """What a run with --compile says, and that its students are trained; the backend is exchanged for speed."""
     monkeypatch.setenv("METADISTIL_CACHE", str(tmp_path / "cache"))

@@ -167,6 +167,7 @@ def test_a_stage_begins_without_the_optimizer_of_the_one_before(monkeypatch):
     assert alive == [("prepare a", 1), ("prepare b", 1), ("warm up", 1), ("kd", 1)]
 
 
+@pytest.mark.slow
 def test_strategies_need_what_they_are_known_for(exact):
     double, kept = (
         estimate(configured(32, 64, **given), TASK, model("s", 3), [model("t", 1)], CUDA)
