@@ -29,7 +29,7 @@ DIVERGENCE = Divergence(soft=soft, help="T^2 times the KL divergence the other w
 T, ALPHA = 3.0, 0.6
 
 
-@pytest.fixture(params=["entry point", "path"])
+@pytest.fixture(params=[pytest.param("entry point", marks=pytest.mark.slow), "path"])
 def backwards(request, tmp_path, monkeypatch):
     """The value of --soft-loss."""
     return bring(request.param, tmp_path, "divergences", "backwards", SOURCE, monkeypatch)

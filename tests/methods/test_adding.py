@@ -41,7 +41,7 @@ METHOD = Method(step=step, help="by a method of one's own", teachers="frozen", t
 GIVEN = {"log_steps": 1, "checkpoint_steps": 1}
 
 
-@pytest.fixture(params=["entry point", "path"])
+@pytest.fixture(params=[pytest.param("entry point", marks=pytest.mark.slow), "path"])
 def mine(request, tmp_path, monkeypatch):
     """The value of --method."""
     return bring(request.param, tmp_path, "methods", "mine", SOURCE, monkeypatch)

@@ -109,6 +109,7 @@ def finish(process):
     return out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_new_process_finds_what_was_compiled(compiler):
     """In the usual cache."""
     name, said, _ = finish(start(METADISTIL_NATIVE="jit"))

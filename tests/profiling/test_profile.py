@@ -94,6 +94,7 @@ def test_a_directory_in_use_is_left_alone(profiled, capsys):
     assert "holds files already" in capsys.readouterr().err and contents(profiled) == before
 
 
+@pytest.mark.slow
 def test_checkpointing_micro_batches_and_precision_are_told_apart(undrawn, tmp_path):
     """And a student of some layers is built again and again: keeping layers changes that model's configuration alone."""
     flags = ["--checkpointing-choices", "both", "--micro-batch-sizes", "2", "--precision", "bf16", "--lengths", "8"]

@@ -46,7 +46,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "two" in n else n for n in SETTINGS])
 def test_kept_answers_change_rounding_alone(name, data, tmp_path, monkeypatch):
     """Also with two tokenizers, where the student alone would be read from other batches. No teacher is asked or moved to the
     device in the distillation; answers are said and counted, and found again."""

@@ -95,6 +95,7 @@ def test_a_run_whose_telemetry_breaks_goes_on(data, tmp_path, monkeypatch, capsy
     assert [m.step for m in drawn if m.key == "finetune/loss"] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_both_parts(measured, data, tmp_path, capsys):
     """Tokens are of every step once; drift goes on from where the teachers started. Settings of telemetry may change,
     and the configuration may be one from before there were some of them."""
