@@ -181,9 +181,9 @@ def _settings(setup: Setup) -> str:
 
 def _instead(setup: Setup) -> str:
     """What may help."""
-    method, found = setup.config.method, []
+    method, found = setup.config.method, ["--precision fp32"] if setup.config.run.precision == "bf16" else []
     if METHODS[method.method].learn_from == "quiz":
-        found = [f"--{name} {value}" for name, value, now in (
+        found += [f"--{name} {value}" for name, value, now in (
             ("checkpointing", "none", method.checkpointing), ("meta-grad", "double_backward", method.meta_grad)
         ) if now != value]  # fmt: skip
     found += ["--feature-loss none"] if method.feature_loss != "none" else []

@@ -107,6 +107,7 @@ def hooked(monkeypatch):
         (no_jvp, {}, "without forward-mode derivatives.*use --meta-grad double_backward"),
         (not_finite, {}, "distilbert .distilbert. taught by bert .bert. has no meta-gradient with --feature-loss none, --meta-grad exact.*not finite"),
         (not_finite, {"method": "kd"}, "has no gradient with --feature-loss none .*not finite.; give other models"),
+        (not_finite, {"method": "kd", "precision": "bf16"}, "; use --precision fp32, or give other models"),
         (not_finite, {"checkpointing": "both"}, "; use --checkpointing none or --meta-grad double_backward, or give other models"),
         (only_short, {}, "distilbert .distilbert. cannot read texts .AssertionError: too long.; give another model"),
         (stateless, {"data": "sst2", "method": "metakd", "domain_column": "domain"}, "bert .bert. gives no states of its tokens"),
