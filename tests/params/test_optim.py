@@ -336,7 +336,9 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(kind, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(optim, "adamw", lambda kind, *rest: made.append(kind) or adamw(kind, *rest))
         whole = succeed(data, tmp_path / "whole", **settings)
-    assert made == [kind] * 3  # the teacher prepared, the student, the teacher that learns
+    assert (
+        made == [kind] * 5
+    )  # student and teacher as they are probed, the teacher prepared, the student, the teacher that learns
     assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
 
     log = Monitor.log
