@@ -11,7 +11,7 @@ every survivor all quick tests.
 
 A mutant is dead (a test failed), late (the tests hung), alive, or stale: its line is not found, or found twice, and wants a
 new anchor. With --before, the saved results of another run, the exit status is 1 where one died there that is not dead here;
-baseline.json has those of the suite of 5,510 quick tests that today's was thinned from.
+baseline.json has those of the suite of 5,510 quick tests that today's was thinned from, thinned.json those of today's.
 """
 
 from __future__ import annotations
