@@ -33,8 +33,9 @@ def forward_mode(
         with torch.set_grad_enabled(second), forward_ad.dual_level():
             tangents = flat.tangents(direction, names, dtype)
             # clones: a dual's tangent gets a storage as big as its primal's, which for a view is all of the flat buffer
+            # gradients only where they are taken: torch folds the batch of a product by that, which rounds otherwise
             duals = {
-                n: forward_ad.make_dual(leaves[n].detach().clone().requires_grad_(), t.clone())
+                n: forward_ad.make_dual(leaves[n].detach().clone().requires_grad_(second), t.clone())
                 for n, t in tangents.items()
             }
             by_rows = flat.lookups(direction, second) if names is None else nullcontext(Lookups())
